@@ -1,0 +1,126 @@
+"""How T packed tokens split into N sequences.
+
+Training, prefill and decode share one representation: tokens back to back with `cu_seqlens`, no padding. A layout is
+built once per forward and handed to every layer, so that lengths are read from the device only once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """A partition of T packed tokens into N sequences; empty sequences are allowed.
+
+    `SequenceLayout.from_cu_seqlens(cu_seqlens, total)` reads and checks a device tensor;
+    `SequenceLayout.from_lengths(lengths)` builds one from host numbers.
+    """
+
+    lengths: tuple[int, ...]
+    """Tokens of each sequence."""
+    device: torch.device
+    """Where the derived index tensors live."""
+
+    @classmethod
+    def from_lengths(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> SequenceLayout:
+        """Build a layout from host lengths.
+
+        Raises:
+            ValueError: a length is negative.
+        """
+        if any(length < 0 for length in lengths):
+            raise ValueError(f"sequence lengths must be >= 0, got {list(lengths)}")
+        return cls(tuple(int(length) for length in lengths), torch.device(device))
+
+    @classmethod
+    def from_cu_seqlens(cls, cu_seqlens: Tensor, total: int) -> SequenceLayout:
+        """Build a layout from cumulative lengths (one device-to-host copy when they are on a GPU).
+
+        Args:
+            cu_seqlens: `[N + 1]` int32 or int64, first 0, non-decreasing, last `total`.
+            total: number of packed tokens T.
+
+        Raises:
+            ValueError: `cu_seqlens` is not a partition of `total` tokens; the message says which rule it breaks.
+        """
+        if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"cu_seqlens must be a 1-D int32 or int64 tensor with N + 1 entries, got {cu_seqlens.dtype} of shape "
+                f"{tuple(cu_seqlens.shape)}"
+            )
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0:
+            raise ValueError(f"cu_seqlens must start with 0, got {bounds[0]}")
+        lengths = tuple(end - start for start, end in zip(bounds, bounds[1:], strict=False))
+        if any(length < 0 for length in lengths):
+            raise ValueError(f"cu_seqlens must not decrease, got {bounds}")
+        if bounds[-1] != total:
+            raise ValueError(f"cu_seqlens must end with the number of tokens {total}, got {bounds[-1]}")
+        return cls(lengths, cu_seqlens.device)
+
+    @property
+    def num_sequences(self) -> int:
+        """N, empty sequences included."""
+        return len(self.lengths)
+
+    @cached_property
+    def total(self) -> int:
+        """T, the number of packed tokens."""
+        return sum(self.lengths)
+
+    @cached_property
+    def max_length(self) -> int:
+        """Length of the longest sequence, 0 if there is none."""
+        return max(self.lengths, default=0)
+
+    @cached_property
+    def is_uniform(self) -> bool:
+        """Whether all sequences have the same length, so that `[T, ...]` is a view of `[N, T / N, ...]`."""
+        return len(set(self.lengths)) == 1 and self.lengths[0] > 0
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """First packed index of each sequence."""
+        return tuple(accumulate(self.lengths, initial=0))[:-1]
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """`[N + 1]` int32 cumulative lengths."""
+        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device=self.device)
+
+    @cached_property
+    def sequence_ids(self) -> Tensor:
+        """`[T]` int64, the sequence each token belongs to."""
+        counts = torch.tensor(self.lengths, dtype=torch.int64, device=self.device)
+        return torch.repeat_interleave(torch.arange(len(self.lengths), device=self.device), counts)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """`[T]` int64, each token's index inside its sequence."""
+        starts = torch.tensor(self.starts, dtype=torch.int64, device=self.device)
+        return torch.arange(self.total, device=self.device) - starts[self.sequence_ids]
+
+    @cached_property
+    def last_indices(self) -> Tensor:
+        """`[N]` int64, packed index of each sequence's last token (of empty sequences: start - 1)."""
+        return self.cu_seqlens[1:].to(torch.int64) - 1
+
+
+def as_layout(cu_seqlens: Tensor | SequenceLayout, total: int) -> SequenceLayout:
+    """Accept either form of `cu_seqlens` at a front door.
+
+    Raises:
+        ValueError: it does not partition `total` tokens.
+    """
+    if isinstance(cu_seqlens, SequenceLayout):
+        if cu_seqlens.total != total:
+            raise ValueError(f"cu_seqlens must end with the number of tokens {total}, got {cu_seqlens.total}")
+        return cu_seqlens
+    return SequenceLayout.from_cu_seqlens(cu_seqlens, total)
