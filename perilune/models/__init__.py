@@ -1,1 +1,22 @@
-"""models."""
+"""Whole models: configuration, decoder, presets, and what they cost."""
+
+from perilune.models.config import ModelConfig, hybrid_layers
+from perilune.models.counts import CacheBytes, ParameterCounts, cache_bytes, flops_per_token, parameter_counts
+from perilune.models.decoder import Block, Decoder, build_model
+from perilune.models.presets import PRESETS, SCALING_LADDER, LadderRung
+
+__all__ = [
+    "PRESETS",
+    "SCALING_LADDER",
+    "Block",
+    "CacheBytes",
+    "Decoder",
+    "LadderRung",
+    "ModelConfig",
+    "ParameterCounts",
+    "build_model",
+    "cache_bytes",
+    "flops_per_token",
+    "hybrid_layers",
+    "parameter_counts",
+]

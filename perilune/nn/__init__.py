@@ -1,1 +1,48 @@
-"""nn."""
+"""Layers with parameters, their configurations and their caches."""
+
+from perilune.nn.cache import HybridCache
+from perilune.nn.cache_entries import CacheEntry, StateEntry, TokenEntry
+from perilune.nn.config import GQAConfig, KDAConfig, MixerConfig, MLAConfig, MoEConfig, RopeConfig
+from perilune.nn.conv import ShortConv
+from perilune.nn.gqa import GroupedQueryAttention
+from perilune.nn.init import initialize
+from perilune.nn.kda import KimiDeltaAttention
+from perilune.nn.mixers import MIXERS, Mixer
+from perilune.nn.mla import MultiHeadLatentAttention
+from perilune.nn.mlp import MLP
+from perilune.nn.moe import MoE
+from perilune.nn.norm import RMSNorm
+from perilune.nn.qk_clip import QKClipSpec
+from perilune.nn.roles import DeclaresAdamW, DeclaresMatrices, DeclaresQKClip, MatrixLayout, MatrixSplit
+from perilune.nn.rope import Rotary, rotate
+
+__all__ = [
+    "MIXERS",
+    "MLP",
+    "CacheEntry",
+    "DeclaresAdamW",
+    "DeclaresMatrices",
+    "DeclaresQKClip",
+    "GQAConfig",
+    "GroupedQueryAttention",
+    "HybridCache",
+    "KDAConfig",
+    "KimiDeltaAttention",
+    "MLAConfig",
+    "MatrixLayout",
+    "MatrixSplit",
+    "Mixer",
+    "MixerConfig",
+    "MoE",
+    "MoEConfig",
+    "MultiHeadLatentAttention",
+    "QKClipSpec",
+    "RMSNorm",
+    "RopeConfig",
+    "Rotary",
+    "ShortConv",
+    "StateEntry",
+    "TokenEntry",
+    "initialize",
+    "rotate",
+]

@@ -1,1 +1,23 @@
-"""Functions of tensors: no parameters, no configuration. Each op is a folder with an oracle and fast paths behind one front door."""
+"""Functions of tensors: no parameters, no configuration.
+
+Each op is a folder with an oracle and fast paths behind one front door.
+"""
+
+from perilune.ops.attention import decode_attention, varlen_attention
+from perilune.ops.layout import SequenceLayout, as_layout
+from perilune.ops.loss import linear_cross_entropy, linear_logprobs
+from perilune.ops.moe import Routing, balance_bias_update, moe_experts, route, routed_scaling_factor
+
+__all__ = [
+    "Routing",
+    "SequenceLayout",
+    "as_layout",
+    "balance_bias_update",
+    "decode_attention",
+    "linear_cross_entropy",
+    "linear_logprobs",
+    "moe_experts",
+    "route",
+    "routed_scaling_factor",
+    "varlen_attention",
+]

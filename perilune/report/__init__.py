@@ -1,1 +1,44 @@
-"""report."""
+"""The metrics log, progress and the HTML report; imports none of its callers, no plotting before a report is made."""
+
+from perilune.report.compare import write_any_report, write_comparison, write_sweep_index
+from perilune.report.metrics import MetricRecord, MetricsLog, MetricValue, read_metrics, series
+from perilune.report.progress import LineProgress, NullProgress, Progress, ProgressTask, TerminalProgress, make_progress
+from perilune.report.report import write_report
+from perilune.report.results import (
+    Sample,
+    StageResult,
+    TaskScore,
+    read_result,
+    read_samples,
+    write_result,
+    write_samples,
+)
+from perilune.report.tables import summary_rows, summary_table, task_table
+
+__all__ = [
+    "LineProgress",
+    "MetricRecord",
+    "MetricValue",
+    "MetricsLog",
+    "NullProgress",
+    "Progress",
+    "ProgressTask",
+    "Sample",
+    "StageResult",
+    "TaskScore",
+    "TerminalProgress",
+    "make_progress",
+    "read_metrics",
+    "read_result",
+    "read_samples",
+    "series",
+    "summary_rows",
+    "summary_table",
+    "task_table",
+    "write_any_report",
+    "write_comparison",
+    "write_report",
+    "write_result",
+    "write_samples",
+    "write_sweep_index",
+]

@@ -1,0 +1,240 @@
+"""The command line. Each command parses, calls one library function and prints; heavy imports wait until it runs.
+
+stdout carries results only; progress and errors go to stderr. Exit codes: 0 done, 1 the work failed, 2 wrong usage or
+recipe, 130 and 143 stopped by Ctrl-C or SIGTERM with the progress saved.
+"""
+
+from __future__ import annotations
+
+import os
+
+# libgomp's waiting threads spin; unchecked, that costs a busy machine ten times and more. Before torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from perilune import __version__
+from perilune.errors import PeriluneError, RecipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from perilune.run import ChatSession, RunSummary
+
+app = typer.Typer(
+    name="perilune",
+    help="Moonshot AI's published systems, end to end: train, reinforce, shorten, talk.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, e.g. runs/demo.")]
+StageName = Annotated[str | None, typer.Option(help="Stage whose model to use; the last one by default.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
+
+
+def main() -> None:
+    """Run the command line; the user's errors become one line and an exit code."""
+    is_debugging = "--debug" in sys.argv[1:]
+    try:
+        app()
+    except PeriluneError as error:
+        if is_debugging:
+            raise
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, RecipeError) else 1)
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"perilune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Moonshot AI's published systems, end to end: train, reinforce, shorten, talk."""
+    del debug, version  # `main` and `_print_version` act on them
+
+
+@app.command(epilog="Example: perilune run recipes/demo.toml stages.rl.iterations=20 --run-dir runs/short")
+def run(
+    recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE", help="A recipe, e.g. recipes/demo.toml.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe, e.g. seed=1.")
+    ] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Run directory; runs/<recipe's name> by default.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the resolved recipe, and stop.")] = False,
+    explain: Annotated[str | None, typer.Option(metavar="PATH", help="Print the keys under PATH (e.g. model).")] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a recipe's stages; go on where a stopped run left off."""
+    if explain is not None:
+        _explain(explain, as_json)
+        return
+    if recipe is None:
+        raise typer.BadParameter("name a recipe file, e.g. recipes/demo.toml", param_hint="RECIPE")
+    from perilune.report import make_progress
+    from perilune.run import dump_recipe, load, run_recipe
+    from perilune.train import Interrupted, SignalWatch
+
+    loaded = load(recipe, overrides or [])
+    if dry_run:
+        print(dump_recipe(loaded.recipe), end="")
+        return
+    try:
+        with SignalWatch() as stop:
+            summary = run_recipe(loaded, run_dir, progress=make_progress(quiet=quiet), stop=stop)
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        raise typer.Exit(stopped.exit_code) from None
+    _print_summary(summary, as_json)
+
+
+@app.command(epilog="Example: perilune chat runs/demo --prompt 'What is 17 + 25?'")
+def chat(
+    run_path: RunPath,
+    stage: StageName = None,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 takes the most likely token.")] = 0.7,
+    max_tokens: Annotated[int, typer.Option(help="Longest response, in tokens.")] = 512,
+    prompt: Annotated[str | None, typer.Option(help="Answer this and exit; a conversation without it.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides what is sampled.")] = 0,
+) -> None:
+    """Talk to the model of a run."""
+    from perilune.run import open_chat
+
+    session = open_chat(run_path, stage=stage, temperature=temperature, max_tokens=max_tokens, seed=seed)
+    if prompt is not None:
+        try:
+            _stream(session.answer(prompt))
+        except KeyboardInterrupt:
+            print()
+            raise typer.Exit(130) from None
+        return
+    print(f"{session.title}. Ctrl-C stops an answer, Ctrl-D ends.", file=sys.stderr)
+    _converse(session)
+
+
+@app.command(name="eval", epilog="Example: perilune eval runs/demo --stage rl --count 200")
+def evaluate(
+    run_path: RunPath,
+    stage: StageName = None,
+    count: Annotated[int | None, typer.Option(help="Problems per task; the recipe's number by default.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a run's model on its held-out text and tasks."""
+    from perilune.report import make_progress
+    from perilune.run import evaluate_run
+
+    result = evaluate_run(run_path, stage=stage, count=count, progress=make_progress(quiet=quiet))
+    if as_json:
+        from dataclasses import asdict
+
+        print(json.dumps(asdict(result)))
+        return
+    from rich.console import Console
+
+    from perilune.report import task_table
+
+    Console().print(task_table(result))
+
+
+@app.command(epilog="Example: perilune report runs/demo")
+def report(run_path: RunPath) -> None:
+    """Write a run's or a sweep's report.html again from its files."""
+    from perilune.report import write_any_report
+
+    print(write_any_report(run_path))
+
+
+@app.command(epilog="Example: perilune info kimi-linear-48b-a3b --context 131072")
+def info(
+    preset: Annotated[str | None, typer.Argument(metavar="PRESET", help="A model; all are listed without it.")] = None,
+    context: Annotated[int, typer.Option(help="Tokens in the cache.")] = 4096,
+    as_json: AsJson = False,
+) -> None:
+    """Print a model's parameters and the memory of its cache."""
+    from perilune.run import describe_preset, preset_names
+
+    if preset is None:
+        print("\n".join(preset_names()))
+        return
+    described = describe_preset(preset, context)
+    if as_json:
+        print(json.dumps(described))
+        return
+    width = max(len(name) for name in described)
+    for name, value in described.items():
+        print(f"{name.replace('_', ' '):<{width}}  {value if isinstance(value, str) else format(value, ',')}")
+
+
+def _explain(path: str, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from perilune.run import Recipe
+    from perilune.run import explain as explain_keys
+
+    docs = explain_keys(Recipe, path)
+    if as_json:
+        print(json.dumps([asdict(doc) for doc in docs]))
+        return
+    for doc in docs:
+        default = "required" if doc.default is None else f"default {doc.default}"
+        text = " ".join(doc.text.split())
+        print(f"{doc.name}: {doc.type} ({default})\n    {text}")
+
+
+def _print_summary(summary: RunSummary, as_json: bool) -> None:
+    if as_json:
+        from dataclasses import asdict
+
+        results = [asdict(result) for result in summary.results]
+        print(json.dumps({"directory": str(summary.directory), "results": results, "report": str(summary.report)}))
+        return
+    from rich.console import Console
+
+    from perilune.report import summary_table
+
+    if summary.results:
+        Console().print(summary_table(summary.results))
+    print(f"Report: {summary.report}")
+
+
+def _stream(pieces: Iterator[str]) -> None:
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+def _converse(session: ChatSession) -> None:
+    while True:
+        try:
+            text = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if not text.strip():
+            continue
+        try:
+            _stream(session.answer(text))
+        except KeyboardInterrupt:
+            print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""The running rows of a decode session as a handful of tensors, one place per row.
+
+A step is then a few tensor operations whatever the batch size; lists appear only when a response is finished.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from perilune.engine.config import RepetitionRule
+from perilune.engine.repetition import find_repetition
+from perilune.engine.requests import FinishReason, Request
+from perilune.engine.sampling import counter_uniforms, sample_keys, sample_tokens
+
+RUNNING, EOS, LENGTH, CONTEXT, REPEAT, ERROR = range(6)
+REASONS: dict[int, FinishReason] = {EOS: "eos", LENGTH: "length", CONTEXT: "context", REPEAT: "repeat", ERROR: "error"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """Some samples of one request that start together from one prefill of its prompt."""
+
+    request: Request
+    first_sample: int
+    num_samples: int
+    index: int
+    """Position of the request in the call, for the order of the results."""
+
+
+@dataclass(slots=True)
+class Rows:
+    """State of N running rows; every tensor has N entries."""
+
+    slots: Tensor
+    """int64, place in the session's output buffers."""
+    keys: Tensor
+    """int64, hash of seed and sample index."""
+    positions: Tensor
+    """int64, tokens sampled so far."""
+    limits: Tensor
+    """int64, most tokens that may be sampled."""
+    limit_reasons: Tensor
+    """int64, LENGTH or CONTEXT: which of the two the limit is."""
+    temperatures: Tensor
+    """float32."""
+    top_p: Tensor
+    """float32."""
+    top_k: Tensor
+    """int64."""
+    stops: Tensor
+    """int64 `[N, S]`, padded with -1."""
+    rules: Tensor
+    """int64, index of the repetition rule, -1 for none."""
+    last_tokens: Tensor
+    """int64, the token to feed next."""
+    reasons: Tensor
+    """int64, RUNNING or why the row ended."""
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return (
+            self.slots, self.keys, self.positions, self.limits, self.limit_reasons, self.temperatures,
+            self.top_p, self.top_k, self.stops, self.rules, self.last_tokens, self.reasons,
+        )  # fmt: skip
+
+    def select(self, index: Tensor) -> Rows:
+        """Rows at `index` `[M]`, in that order."""
+        return Rows(*(tensor[index] for tensor in self._tensors()))
+
+    def append(self, other: Rows) -> Rows:
+        """These rows, then `other`'s."""
+        return Rows(*(torch.cat(pair) for pair in zip(self._tensors(), other._tensors(), strict=True)))
+
+    def __len__(self) -> int:
+        return self.slots.shape[0]
+
+
+class RowFactory:
+    """Builds rows for admitted work; knows the widths and rules common to one session."""
+
+    def __init__(self, requests: Sequence[Request], context_limit: int | None, device: torch.device) -> None:
+        self._context_limit = context_limit
+        self._device = device
+        self._num_stops = max([1, *(len(request.params.stop_ids) for request in requests)])
+        rules = dict.fromkeys(request.params.repetition for request in requests if request.params.repetition)
+        self.rules: tuple[RepetitionRule, ...] = tuple(rules)
+        """Distinct repetition rules; `Rows.rules` indexes them."""
+        self.truncates = any(request.params.top_p < 1 or request.params.top_k > 0 for request in requests)
+        """Whether any request uses top-p or top-k."""
+
+    def limit(self, request: Request) -> int:
+        """Most tokens that may be sampled for `request`."""
+        if self._context_limit is None:
+            return request.params.max_new_tokens
+        return min(request.params.max_new_tokens, self._context_limit - len(request.prompt_ids))
+
+    def build(self, works: Sequence[Work], slots: Sequence[int]) -> Rows:
+        """Rows of `works`, one per sample, that have sampled nothing yet."""
+        members = [(work.request, work.first_sample + i) for work in works for i in range(work.num_samples)]
+        params = [request.params for request, _ in members]
+        limits = [self.limit(request) for request, _ in members]
+        reasons = [LENGTH if limit == p.max_new_tokens else CONTEXT for limit, p in zip(limits, params, strict=True)]
+        stops = [[*p.stop_ids, *[-1] * (self._num_stops - len(p.stop_ids))] for p in params]
+        seeds = self._ints([p.seed & (2**63 - 1) for p in params])
+        zeros = torch.zeros_like(seeds)
+        return Rows(
+            slots=self._ints(slots),
+            keys=sample_keys(seeds, self._ints([sample for _, sample in members])),
+            positions=zeros,
+            limits=self._ints(limits),
+            limit_reasons=self._ints(reasons),
+            temperatures=self._floats([p.temperature for p in params]),
+            top_p=self._floats([p.top_p for p in params]),
+            top_k=self._ints([p.top_k for p in params]),
+            stops=self._ints(stops),
+            rules=self._ints([self.rules.index(p.repetition) if p.repetition else -1 for p in params]),
+            last_tokens=zeros,
+            reasons=zeros,
+        )
+
+    def _ints(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+    def _floats(self, values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=self._device)
+
+
+class OutputBuffers:
+    """What the rows have sampled: `[slots, capacity + 1]`; rows that have ended write to the spare last column."""
+
+    def __init__(self, num_slots: int, capacity: int, device: torch.device) -> None:
+        self._capacity = capacity
+        self.tokens = torch.zeros(num_slots, capacity + 1, dtype=torch.int64, device=device)
+        self.logprobs = torch.zeros(num_slots, capacity + 1, dtype=torch.float32, device=device)
+
+    def write(self, rows: Rows, tokens: Tensor, logprobs: Tensor, mask: Tensor) -> None:
+        """Store one token for the rows where `mask` `[N]` is true."""
+        columns = torch.where(mask, rows.positions, self._capacity)
+        self.tokens[rows.slots, columns] = tokens
+        self.logprobs[rows.slots, columns] = logprobs
+
+
+def sample_rows(rows: Rows, logits: Tensor, buffers: OutputBuffers, factory: RowFactory) -> None:
+    """Draw the next token of every running row, store it, and mark the rows that end with it.
+
+    Args:
+        rows: updated in place.
+        logits: `[N, V]`.
+        buffers: where the tokens go.
+        factory: gives the repetition rules and whether any row truncates.
+    """
+    uniforms = counter_uniforms(rows.keys, rows.positions)
+    truncation = (rows.top_p, rows.top_k) if factory.truncates else None
+    tokens, logprobs = sample_tokens(logits, rows.temperatures, uniforms, truncation)
+    is_running = rows.reasons == RUNNING
+    is_valid = is_running & logprobs.isfinite()
+    buffers.write(rows, tokens, logprobs, is_valid)
+    rows.last_tokens = torch.where(is_valid, tokens, rows.last_tokens)
+    rows.positions = rows.positions + is_valid
+    reasons = torch.where(rows.positions >= rows.limits, rows.limit_reasons, rows.reasons)
+    if factory.rules:
+        reasons = torch.where(_repeats(rows, buffers, factory.rules) & (reasons == RUNNING), REPEAT, reasons)
+    reasons = torch.where((tokens[:, None] == rows.stops).any(dim=1), EOS, reasons)
+    reasons = torch.where(is_valid, reasons, ERROR)
+    rows.reasons = torch.where(is_running, reasons, rows.reasons)
+
+
+def _repeats(rows: Rows, buffers: OutputBuffers, rules: Sequence[RepetitionRule]) -> Tensor:
+    """`[N]` bool: running rows whose check is due and that end in a loop."""
+    found = torch.zeros_like(rows.reasons, dtype=torch.bool)
+    for number, rule in enumerate(rules):
+        is_due = (rows.rules == number) & (rows.positions % rule.interval == 0) & (rows.positions >= rule.min_span)
+        due = (is_due & (rows.reasons == RUNNING)).nonzero()[:, 0]
+        if due.numel():
+            found[due] = find_repetition(buffers.tokens[rows.slots[due]], rows.positions[due], rule)
+    return found

@@ -1,0 +1,261 @@
+"""What one layer keeps between forwards, for N sequences (rows): a state of fixed size, or a growing run of tokens.
+
+Every entry can select, reorder, overwrite and append rows, which is all that forking, snapshots and continuous
+batching need. A layer's forward updates its entry in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+
+from perilune.ops.layout import SequenceLayout
+
+_BLOCK = 64
+
+
+class CacheEntry(Protocol):
+    """One layer's part of a `HybridCache`."""
+
+    @property
+    def num_sequences(self) -> int:
+        """N, rows."""
+        ...
+
+    @property
+    def row_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shape per row, or per token, of each tensor; equal for entries that may be mixed."""
+        ...
+
+    def select(self, index: Tensor) -> Self:
+        """Return a new entry that holds copies of rows `index` `[M]` int64; repeats are allowed."""
+        ...
+
+    def reorder(self, index: Tensor) -> None:
+        """Become `select(index)`."""
+        ...
+
+    def clone(self) -> Self:
+        """Return a copy that shares no memory."""
+        ...
+
+    def assign(self, row: int, other: Self) -> None:
+        """Overwrite row `row` with the only row of `other`."""
+        ...
+
+    def append(self, other: Self) -> None:
+        """Add the rows of `other` after these."""
+        ...
+
+    def nbytes(self, *, allocated: bool = False) -> int:
+        """Bytes of what the rows hold, or of the memory set aside for it."""
+        ...
+
+
+class StateEntry:
+    """Tensors of fixed size per row, such as a recurrent state and the last inputs of a convolution."""
+
+    def __init__(self, **states: Tensor) -> None:
+        """Keep `states`, each `[N, ...]`."""
+        self._states = states
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._states[name]
+
+    def __setitem__(self, name: str, state: Tensor) -> None:
+        old = self._states[name]
+        if state.shape != old.shape:
+            raise ValueError(f"cache: state {name} is {tuple(old.shape)}, got {tuple(state.shape)}")
+        self._states[name] = state.detach().to(old.dtype)
+
+    @property
+    def num_sequences(self) -> int:
+        """N, rows."""
+        return next(iter(self._states.values())).shape[0]
+
+    @property
+    def row_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shape per row of each state."""
+        return tuple(tuple(state.shape[1:]) for state in self._states.values())
+
+    def select(self, index: Tensor) -> StateEntry:
+        """Return a new entry with copies of rows `index`."""
+        return StateEntry(**{name: state.index_select(0, index) for name, state in self._states.items()})
+
+    def reorder(self, index: Tensor) -> None:
+        """Become `select(index)`."""
+        self._states = self.select(index)._states
+
+    def clone(self) -> StateEntry:
+        """Return a copy that shares no memory."""
+        return StateEntry(**{name: state.clone() for name, state in self._states.items()})
+
+    def assign(self, row: int, other: StateEntry) -> None:
+        """Overwrite row `row` with the only row of `other`."""
+        for name, state in self._states.items():
+            updated = state.clone()
+            updated[row] = other[name][0]
+            self._states[name] = updated
+
+    def append(self, other: StateEntry) -> None:
+        """Add the rows of `other` after these."""
+        self._states = {name: torch.cat([state, other[name]]) for name, state in self._states.items()}
+
+    def nbytes(self, *, allocated: bool = False) -> int:
+        """Bytes of all states; nothing is set aside beyond them."""
+        return sum(state.numel() * state.element_size() for state in self._states.values())
+
+
+class TokenEntry:
+    """One or more vectors per token, in buffers `[N, capacity, ...]` that grow, with a length per row.
+
+    Unused places hold zeros or stale tokens, never uninitialized memory: attention gives them weight 0, and 0 times a
+    NaN would still be a NaN.
+    """
+
+    def __init__(
+        self,
+        num_sequences: int,
+        shapes: Sequence[tuple[int, ...]],
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> None:
+        """Start empty.
+
+        Args:
+            num_sequences: N, rows.
+            shapes: shape per token of each buffer.
+            device: where the buffers live.
+            dtype: element type of the buffers.
+        """
+        self._buffers = [torch.empty(num_sequences, 0, *shape, device=device, dtype=dtype) for shape in shapes]
+        self.lengths = torch.zeros(num_sequences, dtype=torch.int64, device=device)
+        """`[N]` int64, tokens held by each row."""
+        self.max_length = 0
+        """Largest of `lengths`, known without asking the device."""
+
+    @property
+    def num_sequences(self) -> int:
+        """N, rows."""
+        return self.lengths.shape[0]
+
+    @property
+    def row_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shape per token of each buffer."""
+        return tuple(tuple(buffer.shape[2:]) for buffer in self._buffers)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type of the buffers."""
+        return self._buffers[0].dtype
+
+    def push(self, *tokens: Tensor) -> tuple[Tensor, ...]:
+        """Append one token to every row.
+
+        Args:
+            tokens: for each buffer `[N, ...]`.
+
+        Returns:
+            Views `[N, max_length, ...]` of the buffers; row n is valid before `lengths[n]`.
+        """
+        self._reserve(self.max_length + 1)
+        rows = torch.arange(self.num_sequences, device=self.lengths.device)
+        for buffer, token in zip(self._buffers, tokens, strict=True):
+            buffer[rows, self.lengths] = token.detach().to(buffer.dtype)
+        self.lengths = self.lengths + 1
+        self.max_length += 1
+        return tuple(buffer[:, : self.max_length] for buffer in self._buffers)
+
+    def extend(self, layout: SequenceLayout, *tokens: Tensor) -> None:
+        """Append packed tokens of any number per row.
+
+        Args:
+            layout: how the tokens split into rows.
+            tokens: for each buffer `[T, ...]`.
+        """
+        counts = torch.tensor(layout.lengths, dtype=torch.int64, device=self.lengths.device)
+        lengths = self.lengths + counts
+        longest = int(lengths.max()) if lengths.numel() else 0
+        self._reserve(longest)
+        rows, columns = layout.sequence_ids, self.lengths[layout.sequence_ids] + layout.positions
+        for buffer, token in zip(self._buffers, tokens, strict=True):
+            buffer[rows, columns] = token.detach().to(buffer.dtype)
+        self.lengths, self.max_length = lengths, longest
+
+    def packed(self) -> tuple[SequenceLayout, tuple[Tensor, ...]]:
+        """Return the layout of all tokens held, and the packed tokens `[sum of lengths, ...]` of each buffer."""
+        layout = SequenceLayout.from_lengths(self.lengths.tolist(), self.lengths.device)
+        rows, columns = layout.sequence_ids, layout.positions
+        return layout, tuple(buffer[rows, columns] for buffer in self._buffers)
+
+    def select(self, index: Tensor) -> TokenEntry:
+        """Return a new entry with copies of rows `index` and the same capacity."""
+        new = self._with_lengths(self.lengths.index_select(0, index))
+        for buffer in self._buffers:
+            grown = buffer.new_zeros(index.shape[0], *buffer.shape[1:])
+            grown[:, : new.max_length] = buffer[:, : new.max_length].index_select(0, index)
+            new._buffers.append(grown)
+        return new
+
+    def reorder(self, index: Tensor) -> None:
+        """Become `select(index)`."""
+        self._become(self.select(index))
+
+    def clone(self) -> TokenEntry:
+        """Return a copy that shares no memory."""
+        return self.select(torch.arange(self.num_sequences, device=self.lengths.device))
+
+    def assign(self, row: int, other: TokenEntry) -> None:
+        """Overwrite row `row` with the only row of `other`."""
+        self._reserve(other.max_length)
+        for buffer, source in zip(self._buffers, other._buffers, strict=True):
+            buffer[row, : other.max_length] = source[0, : other.max_length]
+        self.lengths = self.lengths.clone()
+        self.lengths[row] = other.lengths[0]
+        self.max_length = int(self.lengths.max())
+
+    def append(self, other: TokenEntry) -> None:
+        """Add the rows of `other` after these."""
+        new = self._with_lengths(torch.cat([self.lengths, other.lengths]))
+        capacity = max(self._capacity, _round_up(new.max_length))
+        for mine, theirs in zip(self._buffers, other._buffers, strict=True):
+            joined = mine.new_zeros(new.num_sequences, capacity, *mine.shape[2:])
+            joined[: self.num_sequences, : self.max_length] = mine[:, : self.max_length]
+            joined[self.num_sequences :, : other.max_length] = theirs[:, : other.max_length]
+            new._buffers.append(joined)
+        self._become(new)
+
+    def nbytes(self, *, allocated: bool = False) -> int:
+        """Bytes of the tokens held, or of the buffers."""
+        tokens = self.num_sequences * self._capacity if allocated else int(self.lengths.sum())
+        return sum(tokens * buffer[0, :1].nbytes if buffer.numel() else 0 for buffer in self._buffers)
+
+    @property
+    def _capacity(self) -> int:
+        return self._buffers[0].shape[1]
+
+    def _with_lengths(self, lengths: Tensor) -> TokenEntry:
+        """An entry of these lengths whose buffers are still to be added."""
+        new = TokenEntry(0, (), lengths.device, self.dtype)
+        new.lengths, new.max_length = lengths, int(lengths.max()) if lengths.numel() else 0
+        return new
+
+    def _become(self, other: TokenEntry) -> None:
+        self._buffers, self.lengths, self.max_length = other._buffers, other.lengths, other.max_length
+
+    def _reserve(self, length: int) -> None:
+        """Make room for `length` tokens per row; capacity grows by half, so that growth costs O(1) per token."""
+        if length <= self._capacity:
+            return
+        capacity = _round_up(max(length, self._capacity * 3 // 2))
+        for i, buffer in enumerate(self._buffers):
+            grown = buffer.new_zeros(buffer.shape[0], capacity, *buffer.shape[2:])
+            grown[:, : self.max_length] = buffer[:, : self.max_length]
+            self._buffers[i] = grown
+
+
+def _round_up(length: int) -> int:
+    return -(-length // _BLOCK) * _BLOCK

@@ -1,0 +1,352 @@
+"""Typed configuration of the layers, with what follows from it by arithmetic: parameters, cache bytes, FLOPs."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
+
+OutputGate = Literal["sigmoid", "swish", "none"]
+DecayGranularity = Literal["channel", "head"]
+
+
+class MixerConfig(Protocol):
+    """What a model needs to know of a token mixer's configuration."""
+
+    def num_parameters(self, d_model: int) -> int:
+        """Parameters of one layer."""
+        ...
+
+    def cache_bytes(self, element_bytes: int) -> tuple[int, int]:
+        """Bytes per token and bytes per sequence of one layer's cache; float32 states count as such."""
+        ...
+
+    def mixing_flops(self, context: float) -> float:
+        """Forward FLOPs per token beyond the weight products, for a token that sees `context` tokens."""
+        ...
+
+
+def check_positive(**values: int | float) -> None:
+    """Require every keyword to be > 0.
+
+    Raises:
+        ValueError: naming the first that is not.
+    """
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"{name} must be > 0, got {value}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Require `value` to be one of `choices`.
+
+    Raises:
+        ValueError: naming the field and the choices.
+    """
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding with optional YaRN extension; field names follow the released configurations."""
+
+    theta: float = 10000.0
+    """Base of the geometric sequence of wavelengths."""
+    factor: float = 1.0
+    """YaRN: how many times longer contexts than `original_max_positions` are served; 1 turns YaRN off."""
+    original_max_positions: int = 4096
+    """YaRN: context of the training before extension, in tokens."""
+    beta_fast: float = 32.0
+    """YaRN: pairs that turn at least this often in the original context keep their frequency."""
+    beta_slow: float = 1.0
+    """YaRN: pairs that turn at most this often have their frequency divided by `factor`."""
+    mscale: float = 1.0
+    """YaRN: weight of the attention temperature in the size of cos and sin."""
+    mscale_all_dim: float = 0.0
+    """YaRN: weight of the temperature in all query and key channels; enters the softmax scale squared."""
+
+    def __post_init__(self) -> None:
+        if not self.theta > 1:
+            raise ValueError(f"theta must be > 1, got {self.theta}")
+        if not self.factor >= 1:
+            raise ValueError(f"factor must be >= 1, got {self.factor}")
+        check_positive(original_max_positions=self.original_max_positions, beta_slow=self.beta_slow)
+        if self.beta_fast < self.beta_slow:
+            raise ValueError(f"beta_fast must be >= beta_slow={self.beta_slow}, got {self.beta_fast}")
+        if self.mscale < 0 or self.mscale_all_dim < 0:
+            raise ValueError(f"mscale and mscale_all_dim must be >= 0, got {self.mscale} and {self.mscale_all_dim}")
+
+    def temperature(self, weight: float) -> float:
+        """YaRN's m = 0.1 * weight * ln(factor) + 1.
+
+        Source: Kimi K2, released configuration (`mscale`, `mscale_all_dim`); YaRN (2309.00071), section 3.4.
+        """
+        return 0.1 * weight * math.log(self.factor) + 1
+
+    @property
+    def softmax_factor(self) -> float:
+        """What the softmax scale is multiplied by: m(mscale_all_dim)^2 (1.8133 for Kimi K2)."""
+        return self.temperature(self.mscale_all_dim) ** 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KDAConfig:
+    """Kimi Delta Attention, with a switch for every ablation of the paper's table 1."""
+
+    num_heads: int
+    """H, query and key heads."""
+    head_dim: int
+    """K = V, channels of a head."""
+    num_value_heads: int | None = None
+    """HV, a multiple of H; value head j reads query and key head j // (HV / H). None: H."""
+    conv_size: int = 4
+    """Taps of the short convolutions on q, k and v; 0 leaves them out."""
+    gate: DecayGranularity = "channel"
+    """Decay per channel (KDA), or one per head (Gated DeltaNet; Mamba2 without the delta rule)."""
+    delta_rule: bool = True
+    """Whether a write first removes what the memory holds under its key; False only adds."""
+    output_gate: OutputGate = "sigmoid"
+    """Gate on the normalized output before the last projection."""
+    gate_rank: int | None = None
+    """Rank of the low-rank decay and output gates. None: `head_dim`."""
+    gate_lower_bound: float | None = None
+    """Use the bounded gate g = bound * sigmoid(.) instead of the softplus gate; in [-5, 0)."""
+    allow_neg_eigval: bool = False
+    """beta in (0, 2) instead of (0, 1), so that a write can flip what is stored under its key."""
+    chunk_size: int = 64
+    """Tokens per chunk of the parallel form: 16, 32 or 64; a matter of speed only."""
+    norm_eps: float = 1e-5
+    """eps of the norm on the heads' outputs."""
+
+    def __post_init__(self) -> None:
+        check_positive(num_heads=self.num_heads, head_dim=self.head_dim, norm_eps=self.norm_eps)
+        if self.num_value_heads is not None and (self.num_value_heads < 1 or self.num_value_heads % self.num_heads):
+            raise ValueError(
+                f"num_value_heads must be a multiple of num_heads={self.num_heads}, got {self.num_value_heads}"
+            )
+        if self.conv_size < 0:
+            raise ValueError(f"conv_size must be >= 1, or 0 for no convolution, got {self.conv_size}")
+        check_choice("gate", self.gate, get_args(DecayGranularity))
+        check_choice("output_gate", self.output_gate, get_args(OutputGate))
+        if self.gate_rank is not None:
+            check_positive(gate_rank=self.gate_rank)
+        if self.gate_lower_bound is not None and not -5 <= self.gate_lower_bound < 0:
+            raise ValueError(f"gate_lower_bound must be in [-5, 0), got {self.gate_lower_bound}")
+        if self.allow_neg_eigval and not self.delta_rule:
+            raise ValueError("allow_neg_eigval must be False without the delta rule: additive writes have no transition")
+        if self.chunk_size not in (16, 32, 64):
+            raise ValueError(f"chunk_size must be 16, 32 or 64, got {self.chunk_size}")
+
+    @property
+    def value_heads(self) -> int:
+        """HV."""
+        return self.num_value_heads or self.num_heads
+
+    @property
+    def rank(self) -> int:
+        """Rank of the low-rank gates."""
+        return self.gate_rank or self.head_dim
+
+    @property
+    def key_width(self) -> int:
+        """H * K, channels of q and of k."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def value_width(self) -> int:
+        """HV * V, channels of v."""
+        return self.value_heads * self.head_dim
+
+    @property
+    def num_decays(self) -> int:
+        """Decays per token: HV * K, or HV with a head gate."""
+        return self.value_heads * (self.head_dim if self.gate == "channel" else 1)
+
+    def num_parameters(self, d_model: int) -> int:
+        """Parameters of one layer (39,514,272 for Kimi Linear 48B)."""
+        qkv = 2 * self.key_width + self.value_width
+        decay = self.rank * (d_model + self.num_decays) if self.gate == "channel" else d_model * self.num_decays
+        gate = 0 if self.output_gate == "none" else self.rank * (d_model + self.value_width)
+        scalars = self.value_heads + self.num_decays + self.head_dim
+        projections = d_model * (qkv + self.value_heads + self.value_width)
+        return projections + qkv * self.conv_size + decay + gate + scalars
+
+    def cache_bytes(self, element_bytes: int) -> tuple[int, int]:
+        """Nothing per token; per sequence a float32 state and the convolution's last inputs."""
+        state = self.value_heads * self.head_dim**2 * 4
+        tail = (2 * self.key_width + self.value_width) * max(0, self.conv_size - 1) * element_bytes
+        return 0, state + tail
+
+    def mixing_flops(self, context: float) -> float:
+        """The chunkwise operator and the convolutions: HV (6 K^2 + 3 C K + C^2), independent of the context.
+
+        Source: Kimi Linear, eq. 13.
+        """
+        size, chunk = self.head_dim, self.chunk_size
+        conv = 2 * self.conv_size * (2 * self.key_width + self.value_width)
+        return self.value_heads * (6 * size**2 + 3 * chunk * size + chunk**2) + conv
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MLAConfig:
+    """Multi-head latent attention."""
+
+    num_heads: int
+    """H."""
+    kv_rank: int
+    """Width of the latent that keys and values are expanded from."""
+    nope_dim: int
+    """Query-key channels per head that never carry position."""
+    rope_dim: int
+    """Query-key channels whose key is shared by all heads; rotated only if `use_rope`. May be 0."""
+    value_dim: int
+    """Value channels per head."""
+    q_rank: int | None = None
+    """Width of a latent for queries. None: queries are projected directly."""
+    use_rope: bool = False
+    """Rotate the `rope_dim` channels. Kimi Linear does not (NoPE); Kimi K2 does."""
+    rope: RopeConfig = RopeConfig()
+    """Rotation, read if `use_rope`."""
+    kv_norm_eps: float = 1e-6
+    """eps of the norms on the latents (the release builds them with the default, not the model's `norm_eps`)."""
+    output_gate: bool = False
+    """Sigmoid gate on the heads' outputs before the last projection."""
+
+    def __post_init__(self) -> None:
+        check_positive(
+            num_heads=self.num_heads,
+            kv_rank=self.kv_rank,
+            nope_dim=self.nope_dim,
+            value_dim=self.value_dim,
+            kv_norm_eps=self.kv_norm_eps,
+        )
+        if self.rope_dim < 0 or self.rope_dim % 2:
+            raise ValueError(f"rope_dim must be even and >= 0, got {self.rope_dim}")
+        if self.use_rope and self.rope_dim == 0:
+            raise ValueError("rope_dim must be > 0 with use_rope, got 0")
+        if self.q_rank is not None:
+            check_positive(q_rank=self.q_rank)
+
+    @property
+    def query_dim(self) -> int:
+        """Query-key channels per head."""
+        return self.nope_dim + self.rope_dim
+
+    @property
+    def cache_width(self) -> int:
+        """Channels cached per token: latent and shared key."""
+        return self.kv_rank + self.rope_dim
+
+    @property
+    def softmax_scale(self) -> float:
+        """(nope_dim + rope_dim)^-0.5, times YaRN's factor if rotated.
+
+        Source: Kimi K2, section 2.1 with the released `mscale_all_dim`.
+        """
+        return self.query_dim**-0.5 * (self.rope.softmax_factor if self.use_rope else 1.0)
+
+    def num_parameters(self, d_model: int) -> int:
+        """Parameters of one layer (29,114,880 for Kimi Linear 48B)."""
+        queries = self.num_heads * self.query_dim
+        query = d_model * queries if self.q_rank is None else self.q_rank * (d_model + queries + 1)
+        key_value = d_model * self.cache_width + self.kv_rank * (1 + self.num_heads * (self.nope_dim + self.value_dim))
+        outputs = self.num_heads * self.value_dim * d_model
+        return query + key_value + outputs * (2 if self.output_gate else 1)
+
+    def cache_bytes(self, element_bytes: int) -> tuple[int, int]:
+        """The latent and the shared key, per token."""
+        return self.cache_width * element_bytes, 0
+
+    def mixing_flops(self, context: float) -> float:
+        """Scores and weighted values of the expanded form."""
+        return 2 * self.num_heads * (self.query_dim + self.value_dim) * context
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GQAConfig:
+    """Softmax attention with grouped (or as many, or one) key heads."""
+
+    num_heads: int
+    """H, query heads."""
+    head_dim: int
+    """Channels of a head."""
+    num_kv_heads: int | None = None
+    """Key and value heads, dividing H. None: H (multi-head attention)."""
+    use_rope: bool = True
+    """Rotate all channels of queries and keys."""
+    rope: RopeConfig = RopeConfig()
+    """Rotation, read if `use_rope`."""
+
+    def __post_init__(self) -> None:
+        check_positive(num_heads=self.num_heads, head_dim=self.head_dim)
+        if self.num_kv_heads is not None and (self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads):
+            raise ValueError(f"num_kv_heads must divide num_heads={self.num_heads}, got {self.num_kv_heads}")
+        if self.use_rope and self.head_dim % 2:
+            raise ValueError(f"head_dim must be even with use_rope, got {self.head_dim}")
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def softmax_scale(self) -> float:
+        """head_dim^-0.5, times YaRN's factor if rotated."""
+        return self.head_dim**-0.5 * (self.rope.softmax_factor if self.use_rope else 1.0)
+
+    def num_parameters(self, d_model: int) -> int:
+        """Parameters of one layer."""
+        return 2 * d_model * self.head_dim * (self.num_heads + self.kv_heads)
+
+    def cache_bytes(self, element_bytes: int) -> tuple[int, int]:
+        """Keys and values, per token."""
+        return 2 * self.kv_heads * self.head_dim * element_bytes, 0
+
+    def mixing_flops(self, context: float) -> float:
+        """Scores and weighted values."""
+        return 4 * self.num_heads * self.head_dim * context
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoEConfig:
+    """Mixture of experts with a sigmoid router and a balancing bias."""
+
+    num_experts: int
+    """E, routed experts."""
+    top_k: int
+    """Routed experts per token."""
+    d_expert: int
+    """Hidden width of one expert."""
+    num_shared_experts: int = 1
+    """Experts that every token visits, stored as one of that many times the width."""
+    num_groups: int = 1
+    """Groups the experts form; a token routes inside its best `topk_groups`."""
+    topk_groups: int = 1
+    """Groups a token may route to."""
+    renormalize: bool = True
+    """Divide the chosen scores by their sum."""
+    routed_scale: float = 1.0
+    """Factor on the combine weights; `perilune.ops.moe.routed_scaling_factor` gives the one that keeps the output RMS."""
+    weight_includes_bias: bool = False
+    """Combine with the biased scores, as one released implementation seems to, instead of the unbiased ones."""
+
+    def __post_init__(self) -> None:
+        check_positive(num_experts=self.num_experts, d_expert=self.d_expert, routed_scale=self.routed_scale)
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(f"top_k must be in [1, num_experts={self.num_experts}], got {self.top_k}")
+        if self.num_shared_experts < 0:
+            raise ValueError(f"num_shared_experts must be >= 0, got {self.num_shared_experts}")
+        if self.num_groups < 1 or self.num_experts % self.num_groups:
+            raise ValueError(f"num_groups must divide num_experts={self.num_experts}, got {self.num_groups}")
+        if not 1 <= self.topk_groups <= self.num_groups:
+            raise ValueError(f"topk_groups must be in [1, num_groups={self.num_groups}], got {self.topk_groups}")
+        reachable = self.topk_groups * (self.num_experts // self.num_groups)
+        if self.top_k > reachable:
+            raise ValueError(f"top_k must be <= the {reachable} experts of {self.topk_groups} groups, got {self.top_k}")
+
+    def num_parameters(self, d_model: int) -> int:
+        """Parameters of one block without the balancing bias (1,819,607,040 for Kimi Linear 48B)."""
+        return d_model * (self.num_experts + 3 * self.d_expert * (self.num_experts + self.num_shared_experts))
+
+    def num_active_parameters(self, d_model: int) -> int:
+        """Parameters that one token meets."""
+        return d_model * (self.num_experts + 3 * self.d_expert * (self.top_k + self.num_shared_experts))

@@ -1,0 +1,118 @@
+"""Softmax attention with grouped key heads: the familiar peer of the other mixers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from perilune.nn.cache_entries import TokenEntry
+from perilune.nn.config import GQAConfig
+from perilune.nn.precision import apply_keeping_float32
+from perilune.nn.qk_clip import QKClipSpec
+from perilune.nn.rope import Rotary
+from perilune.nn.stepping import check_rows, is_step, token_positions
+from perilune.ops.attention import decode_attention, varlen_attention
+from perilune.ops.layout import SequenceLayout
+
+
+class GroupedQueryAttention(nn.Module):
+    """y = W_o softmax(q k^T) v, where several query heads may share a key and value head.
+
+    Source: GQA (2305.13245), section 2.2.
+    """
+
+    def __init__(self, config: GQAConfig, d_model: int) -> None:
+        """Create the layer for inputs of width `d_model`; `perilune.nn.initialize` gives it its values."""
+        super().__init__()
+        self.config = config
+        width, kv_width = config.num_heads * config.head_dim, config.kv_heads * config.head_dim
+        self.q_proj = nn.Linear(d_model, width, bias=False)
+        self.k_proj = nn.Linear(d_model, kv_width, bias=False)
+        self.v_proj = nn.Linear(d_model, kv_width, bias=False)
+        self.o_proj = nn.Linear(width, d_model, bias=False)
+        self.register_buffer("max_logits", torch.full((config.num_heads,), -torch.inf), persistent=False)
+        self.max_logits: Tensor
+        self._rotary = Rotary.build(config.head_dim, config.rope) if config.use_rope else None
+
+    def forward(self, x: Tensor, layout: SequenceLayout, cache: TokenEntry | None = None) -> Tensor:
+        """Mix the tokens of each sequence.
+
+        Args:
+            x: `[T, d]`.
+            layout: how T splits into N sequences.
+            cache: entry of `new_cache`, continued and updated in place; None starts every sequence afresh.
+
+        Returns:
+            `[T, d]`.
+        """
+        if cache is not None:
+            check_rows(layout, cache)
+        q, k, v = self._project(x, layout, cache)
+        if cache is None:
+            o = self._attend(q, k, v, layout, layout)
+        elif is_step(layout):
+            keys, values = cache.push(k, v)
+            o = decode_attention(q.to(keys.dtype), keys, values, cache.lengths, scale=self.config.softmax_scale)
+        else:
+            has_history = cache.max_length > 0
+            cache.extend(layout, k, v)
+            layout_k, (k, v) = cache.packed() if has_history else (layout, (k, v))
+            o = self._attend(q, k.to(q.dtype), v.to(q.dtype), layout, layout_k)
+        y: Tensor = self.o_proj(o.flatten(1).to(x.dtype))
+        return y
+
+    def new_cache(self, num_sequences: int, device: torch.device | str, dtype: torch.dtype) -> TokenEntry:
+        """Empty runs of keys and values."""
+        shape = (self.config.kv_heads, self.config.head_dim)
+        return TokenEntry(num_sequences, [shape, shape], device, dtype)
+
+    def reset_max_logits(self) -> None:
+        """Forget the recorded maxima."""
+        self.max_logits.fill_(-torch.inf)
+
+    def qk_clip_spec(self) -> QKClipSpec:
+        """Rows of the query and key projections."""
+        config = self.config
+        return QKClipSpec(
+            kind="mha" if config.kv_heads == config.num_heads else "gqa",
+            query=self.q_proj.weight,
+            key=self.k_proj.weight,
+            num_heads=config.num_heads,
+            num_kv_heads=config.kv_heads,
+            nope_dim=config.head_dim,
+            max_logits=lambda: self.max_logits,
+            reset=self.reset_max_logits,
+        )
+
+    def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """No logit has been seen."""
+        return torch.full(shape, -torch.inf)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        apply_keeping_float32(self, ("max_logits",), lambda: super(GroupedQueryAttention, self)._apply(fn, recurse))
+        return self
+
+    def _project(
+        self, x: Tensor, layout: SequenceLayout, cache: TokenEntry | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries `[T, H, D]`, keys and values `[T, Hkv, D]`, rotated if so configured."""
+        q, k, v = (proj(x).unflatten(-1, (-1, self.config.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self._rotary is None:
+            return q, k, v
+        positions = token_positions(layout, cache)
+        return self._rotary.turn(q, positions), self._rotary.turn(k, positions), v
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, layout_q: SequenceLayout, layout_k: SequenceLayout
+    ) -> Tensor:
+        """Attention of packed sequences `[T, H, D]`; records the maximum logits in training."""
+        is_recording = self.training and torch.is_grad_enabled()
+        o, maxima = varlen_attention(
+            q, k, v, layout_q, layout_k, scale=self.config.softmax_scale, return_max_logits=is_recording
+        )
+        if maxima is not None:
+            torch.maximum(self.max_logits, maxima.detach(), out=self.max_logits)
+        return o

@@ -1,0 +1,83 @@
+"""Rotary position embedding on adjacent channel pairs, with YaRN."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from perilune.nn.config import RopeConfig
+
+
+def inverse_frequencies(dim: int, config: RopeConfig) -> list[float]:
+    """Radians per token of each of the dim / 2 channel pairs.
+
+    theta^(-2i / dim); with YaRN, pairs that turn slowly in the original context are divided by `factor`, pairs that
+    turn fast are kept, and those between are blended linearly.
+
+    Source: YaRN (2309.00071), section 3.2, as in the released configuration of Kimi K2.
+    """
+    plain = [config.theta ** (-2 * i / dim) for i in range(dim // 2)]
+    if config.factor == 1:
+        return plain
+    low = max(math.floor(_pair_of_turns(dim, config, config.beta_fast)), 0)
+    high = min(math.ceil(_pair_of_turns(dim, config, config.beta_slow)), dim - 1)
+    # the released code widens an empty ramp by this much
+    width = high - low or 1e-3
+    ramp = [min(max((i - low) / width, 0.0), 1.0) for i in range(dim // 2)]
+    return [f * (1 - r) + f / config.factor * r for f, r in zip(plain, ramp, strict=True)]
+
+
+def _pair_of_turns(dim: int, config: RopeConfig, turns: float) -> float:
+    """Which pair, as a real number, makes `turns` full turns in the original context."""
+    return dim * math.log(config.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(config.theta))
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """Rotation of the last `dim` channels by position."""
+
+    frequencies: tuple[float, ...]
+    """Radians per token of each pair."""
+    amplitude: float
+    """Size of cos and sin: YaRN's m(mscale) / m(mscale_all_dim)."""
+
+    @classmethod
+    def build(cls, dim: int, config: RopeConfig) -> Rotary:
+        """Rotation of `dim` channels."""
+        amplitude = config.temperature(config.mscale) / config.temperature(config.mscale_all_dim)
+        return cls(tuple(inverse_frequencies(dim, config)), amplitude)
+
+    def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin `[T, 1, dim / 2]` in `dtype` at `positions` `[T]`.
+
+        The angle is formed in float64: at position 10^6 float32 is off by 0.06 radians.
+        """
+        frequencies = torch.tensor(self.frequencies, dtype=torch.float64, device=positions.device)
+        angles = (positions.to(torch.float64)[:, None] * frequencies)[:, None]
+        return (angles.cos() * self.amplitude).to(dtype), (angles.sin() * self.amplitude).to(dtype)
+
+    def turn(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotate `x` `[T, H, D]` by `positions` `[T]`; the result has its dtype."""
+        cos, sin = self.angles(positions, torch.promote_types(x.dtype, torch.float32))
+        return rotate(x, cos, sin)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each adjacent channel pair (x0, x1) to (x0 cos - x1 sin, x0 sin + x1 cos).
+
+    Args:
+        x: `[T, H, D]`, any float dtype.
+        cos: `[T, 1, D / 2]`, float32 at least: the dtype of the computation.
+        sin: like `cos`.
+
+    Returns:
+        `[T, H, D]` in the dtype of `x`.
+
+    Source: RoFormer (2104.09864), eq. 34; interleaved pairs as the released checkpoints store them.
+    """
+    first, second = x.unflatten(-1, (-1, 2)).to(cos.dtype).unbind(-1)
+    turned = torch.stack([first * cos - second * sin, first * sin + second * cos], -1)
+    return turned.flatten(-2).to(x.dtype)

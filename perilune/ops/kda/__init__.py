@@ -1,0 +1,274 @@
+"""Kimi Delta Attention: a linear attention whose state forgets per channel and corrects itself by the delta rule."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from perilune.errors import BackendError
+from perilune.ops.kda.arguments import (
+    CHUNK_SIZES,
+    check_state,
+    check_switches,
+    check_tensors,
+    compute_dtype,
+    shaped_gate_parameters,
+)
+from perilune.ops.kda.options import KdaInputs, KdaOptions, KdaOutputs
+from perilune.ops.kda.reference import dplr, kda_reference
+from perilune.ops.kda.step import advance_states
+from perilune.ops.kda.torch import kda_torch
+from perilune.ops.layout import SequenceLayout
+
+__all__ = ["dplr", "kda", "kda_step"]
+
+_BACKENDS = {"reference": kda_reference, "torch": kda_torch}
+
+
+def kda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | SequenceLayout | None = None,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    lower_bound: float | None = None,
+    gate_in_kernel: bool = False,
+    qk_l2norm_in_kernel: bool = False,
+    beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    chunk_size: int = 64,
+    state_v_first: bool = False,
+    return_chunk_states: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]:
+    """Kimi Delta Attention over a batch or a pack of sequences.
+
+    Per value head, with state S `[K, V]`: `S <- Diag(exp(g)) S`, `r = v - k^T S`, `S <- S + beta k r^T`,
+    `o = scale * q^T S`. Differentiable in q, k, v, g, beta, A_log, dt_bias and initial_state, through o and the final
+    state. Computed in float32 (float64 for float64 inputs), whatever the dtype of q. Changing tokens after position p
+    does not change a bit of the outputs up to p. On a CPU `chunk_size=16` is fastest for head dims up to 64.
+
+    Args:
+        q: `[B, T, H, K]`, any float dtype.
+        k: `[B, T, H, K]`, q's dtype.
+        v: `[B, T, HV, V]`, q's dtype; value head j reads query and key head `j // (HV / H)`.
+        g: `[B, T, HV, K]`, log decay per token (<= 0, natural, not cumulative), or the raw gate (`gate_in_kernel`).
+        beta: `[B, T, HV]`, write strength, or its logit (`beta_sigmoid_in_kernel`).
+        scale: factor on queries; None means `K ** -0.5`.
+        initial_state: `[N, HV, K, V]`, a state per sequence (N = B without `cu_seqlens`); None for zeros.
+        output_final_state: whether to return the states after the last tokens.
+        cu_seqlens: `[N + 1]` int32 or int64 partition of T, B must be 1; empty sequences pass their state through;
+            tokens after the last entry belong to no sequence and get zeros. A `SequenceLayout` saves reading it.
+        A_log: `[HV]`, log rate of the gate; may be None for the bounded gate.
+        dt_bias: `[HV, K]` or `[HV * K]`, added to the raw gate; None for zero.
+        lower_bound: floor of the log decay per token, in [-5.9, 0); selects the bounded gate.
+        gate_in_kernel: compute the log decay from g, A_log, dt_bias here.
+        qk_l2norm_in_kernel: scale q and k to unit length here (eps 1e-6 inside the root).
+        beta_sigmoid_in_kernel: apply the sigmoid to beta here.
+        allow_neg_eigval: double that sigmoid.
+        chunk_size: 16, 32 or 64 tokens; affects speed and rounding only.
+        state_v_first: states are `[N, HV, V, K]`, on the way in and out.
+        return_chunk_states: also return the state entering each chunk, `[chunks, HV, K, V]`, sequence by sequence.
+        backend: `auto`, `torch` (chunkwise) or `reference` (token by token).
+
+    Returns:
+        `o` `[B, T, HV, V]` in q's dtype; the final state `[N, HV, K, V]` in float32, or None; and, if asked for, the
+        chunk states, which carry no gradient.
+
+    Raises:
+        BackendError: `backend` cannot serve the call.
+        TypeError: an argument is not of a floating dtype.
+        ValueError: shapes, dtypes or switches disagree; the message names the argument.
+
+    Source: Kimi Linear, eq. 1 (recurrence) and eq. 6 to 9 (chunkwise form).
+    """
+    check_tensors("kda", q, k, v, g, beta, ("B", "T"))
+    check_switches(
+        "kda",
+        gate_in_kernel=gate_in_kernel,
+        A_log=A_log,
+        dt_bias=dt_bias,
+        lower_bound=lower_bound,
+        beta_sigmoid_in_kernel=beta_sigmoid_in_kernel,
+        allow_neg_eigval=allow_neg_eigval,
+    )
+    if chunk_size not in CHUNK_SIZES:
+        raise ValueError(f"kda: chunk_size must be one of {CHUNK_SIZES}, got {chunk_size}")
+    layout = _layout(q, cu_seqlens)
+    dtype = compute_dtype(q)
+    A_log, dt_bias = shaped_gate_parameters("kda", A_log, dt_bias, v.shape[2], q.shape[3], dtype)
+    packed = [x.flatten(0, 1) for x in (q, k, v, g, beta)]
+    if layout.total < packed[0].shape[0]:
+        packed = [x[: layout.total] for x in packed]
+    state = _initial_state(initial_state, layout.num_sequences, q, v, dtype, state_v_first)
+    options = KdaOptions(
+        scale=q.shape[3] ** -0.5 if scale is None else float(scale),
+        lower_bound=lower_bound,
+        gate_in_kernel=gate_in_kernel,
+        qk_l2norm=qk_l2norm_in_kernel,
+        beta_sigmoid=beta_sigmoid_in_kernel,
+        allow_neg_eigval=allow_neg_eigval,
+        chunk_size=chunk_size,
+        return_chunk_states=return_chunk_states,
+    )
+    result = _BACKENDS[_backend(backend)](KdaInputs(*packed, A_log, dt_bias, state), layout, options)
+    return _public(result, v.shape, output_final_state, state_v_first)
+
+
+def kda_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    *,
+    scale: float | None = None,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    lower_bound: float | None = None,
+    gate_in_kernel: bool = False,
+    qk_l2norm_in_kernel: bool = False,
+    beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = False,
+    out_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Advance N sequences by one token each; the switches are those of `kda`.
+
+    Args:
+        q: `[N, H, K]`.
+        k: `[N, H, K]`.
+        v: `[N, HV, V]`.
+        g: `[N, HV, K]`.
+        beta: `[N, HV]`.
+        state: `[N, HV, K, V]` (`[N, HV, V, K]` if `state_v_first`), float32 (float64 if q is).
+        scale: as in `kda`, as are the switches that follow.
+        A_log: `[HV]`.
+        dt_bias: `[HV, K]` or `[HV * K]`.
+        lower_bound: floor of the bounded gate.
+        gate_in_kernel: whether g is raw.
+        qk_l2norm_in_kernel: whether q and k are raw.
+        beta_sigmoid_in_kernel: whether beta is a logit.
+        allow_neg_eigval: whether the sigmoid is doubled.
+        state_v_first: layout of the states.
+        out_state: contiguous tensor that receives the new states, may be `state` itself; None allocates. Only without
+            gradients.
+
+    Returns:
+        `o` `[N, HV, V]` in q's dtype and the new states (`out_state` if given). `state` is not changed unless it is
+        `out_state`.
+
+    Raises:
+        TypeError: an argument is not of a floating dtype.
+        ValueError: shapes, dtypes or switches disagree, or `out_state` is given where gradients are needed.
+
+    Source: Kimi Linear, eq. 1.
+    """
+    check_tensors("kda_step", q, k, v, g, beta, ("N",))
+    check_switches(
+        "kda_step",
+        gate_in_kernel=gate_in_kernel,
+        A_log=A_log,
+        dt_bias=dt_bias,
+        lower_bound=lower_bound,
+        beta_sigmoid_in_kernel=beta_sigmoid_in_kernel,
+        allow_neg_eigval=allow_neg_eigval,
+    )
+    dtype = compute_dtype(q)
+    A_log, dt_bias = shaped_gate_parameters("kda_step", A_log, dt_bias, v.shape[1], q.shape[2], dtype)
+    shape, dims = _state_shape(q.shape[0], v.shape[1], q.shape[2], v.shape[2], state_v_first)
+    check_state("kda_step", "state", state, shape, dims)
+    inputs = KdaInputs(q, k, v, g, beta, A_log, dt_bias, state.to(dtype))
+    if out_state is not None:
+        check_state("kda_step", "out_state", out_state, shape, dims)
+        _check_writable(out_state, dtype, (*inputs[:7], state))
+    options = KdaOptions(
+        scale=q.shape[2] ** -0.5 if scale is None else float(scale),
+        lower_bound=lower_bound,
+        gate_in_kernel=gate_in_kernel,
+        qk_l2norm=qk_l2norm_in_kernel,
+        beta_sigmoid=beta_sigmoid_in_kernel,
+        allow_neg_eigval=allow_neg_eigval,
+        chunk_size=CHUNK_SIZES[0],
+        return_chunk_states=False,
+    )
+    with torch.autocast(q.device.type, enabled=False):
+        return advance_states(inputs, options, state_v_first, out_state)
+
+
+def _backend(backend: str) -> str:
+    if backend == "auto":
+        return "torch"
+    if backend == "triton":
+        raise BackendError("kda: backend 'triton' is not part of this version; 'torch' runs on every device")
+    if backend not in _BACKENDS:
+        raise BackendError(f"kda: backend must be 'auto', 'reference' or 'torch', got {backend!r}")
+    return backend
+
+
+def _layout(q: Tensor, cu_seqlens: Tensor | SequenceLayout | None) -> SequenceLayout:
+    """Return the layout of the tokens that belong to sequences."""
+    batch, length = q.shape[:2]
+    if cu_seqlens is None:
+        return SequenceLayout((length,) * batch, q.device)
+    if batch != 1:
+        raise ValueError(f"kda: cu_seqlens needs q of batch 1, got B={batch}")
+    if isinstance(cu_seqlens, SequenceLayout):
+        total = cu_seqlens.total
+    else:
+        total = int(cu_seqlens[-1]) if cu_seqlens.ndim == 1 and cu_seqlens.numel() else length
+        cu_seqlens = SequenceLayout.from_cu_seqlens(cu_seqlens, total)
+    if total > length:
+        raise ValueError(f"kda: cu_seqlens ends with {total}, past q's T={length} tokens")
+    return cu_seqlens
+
+
+def _state_shape(
+    count: int, heads: int, key_dim: int, value_dim: int, state_v_first: bool
+) -> tuple[tuple[int, ...], str]:
+    if state_v_first:
+        return (count, heads, value_dim, key_dim), "[N, HV, V, K]"
+    return (count, heads, key_dim, value_dim), "[N, HV, K, V]"
+
+
+def _initial_state(
+    state: Tensor | None, count: int, q: Tensor, v: Tensor, dtype: torch.dtype, state_v_first: bool
+) -> Tensor:
+    """Return `[N, HV, K, V]` in the compute dtype."""
+    heads, key_dim, value_dim = v.shape[2], q.shape[3], v.shape[3]
+    if state is None:
+        return q.new_zeros(count, heads, key_dim, value_dim, dtype=dtype)
+    shape, dims = _state_shape(count, heads, key_dim, value_dim, state_v_first)
+    check_state("kda", "initial_state", state, shape, dims)
+    state = state.to(dtype)
+    return state.transpose(2, 3) if state_v_first else state
+
+
+def _check_writable(out_state: Tensor, dtype: torch.dtype, tensors: tuple[Tensor | None, ...]) -> None:
+    if out_state.dtype != dtype or not out_state.is_contiguous():
+        raise ValueError(f"kda_step: out_state must be contiguous {dtype}, got {out_state.dtype}")
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        raise ValueError("kda_step: out_state cannot be used where gradients are needed; leave it None")
+
+
+def _public(
+    result: KdaOutputs, shape: torch.Size, output_final_state: bool, state_v_first: bool
+) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]:
+    """Restore `[B, T, HV, V]` and the caller's state layout."""
+    o, final_state, chunk_states = result
+    missing = shape[0] * shape[1] - o.shape[0]
+    o = (F.pad(o, (0, 0, 0, 0, 0, missing)) if missing else o).view(shape)
+    if state_v_first:
+        final_state = final_state.transpose(2, 3).contiguous()
+        chunk_states = None if chunk_states is None else chunk_states.transpose(2, 3).contiguous()
+    final = final_state if output_final_state else None
+    return (o, final) if chunk_states is None else (o, final, chunk_states)

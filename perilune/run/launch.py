@@ -1,0 +1,101 @@
+"""From a recipe's path to a finished run: what the command line calls, in one function each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from perilune.errors import RecipeError
+from perilune.report import Progress
+from perilune.run.config import Recipe, presets
+from perilune.run.directory import RunDirectory
+from perilune.run.pipeline import RunSummary, check_stages, run_pipeline
+from perilune.run.recipe import LoadedRecipe, load_recipe, recipe_tree
+from perilune.run.stages import STAGES
+from perilune.run.sweep import plan_sweep, run_sweep
+from perilune.run.tree import guess
+from perilune.train import SignalWatch
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe[Recipe]:
+    """Read and check a recipe, and every run of its sweep if it has one.
+
+    Raises:
+        RecipeError: anything is wrong; one line per fault.
+    """
+    loaded = load_recipe(path, overrides, Recipe, presets())
+    check_stages(loaded.recipe, STAGES)
+    for child in plan_sweep(loaded, loaded.recipe.sweep, Recipe, presets()):
+        check_stages(child.recipe, STAGES)
+    return loaded
+
+
+def run_recipe(
+    loaded: LoadedRecipe[Recipe],
+    run_directory: Path | None = None,
+    *,
+    progress: Progress | None = None,
+    stop: SignalWatch | None = None,
+) -> RunSummary:
+    """Run a recipe, or each run of its sweep, going on where an earlier start left off.
+
+    Args:
+        loaded: from `load`.
+        run_directory: None for `runs/<name>`.
+        progress: what a person sees.
+        stop: entered by the caller; asks the stages to save and stop.
+
+    Raises:
+        Interrupted: stopped on request, progress saved.
+        PeriluneError: a stage failed.
+    """
+    recipe = loaded.recipe
+    _set_threads(recipe.threads)
+    directory = RunDirectory(run_directory if run_directory is not None else Path("runs") / recipe.name)
+    children = plan_sweep(loaded, recipe.sweep, Recipe, presets())
+    if children:
+        return run_sweep(children, directory, STAGES, progress=progress, stop=stop)
+    return run_pipeline(recipe, recipe_tree(recipe), directory, STAGES, progress=progress, stop=stop)
+
+
+def preset_names() -> list[str]:
+    """Return the names of the model presets."""
+    return sorted(presets()["model"])
+
+
+def describe_preset(name: str, context: int) -> dict[str, int | str]:
+    """Return a preset's parameters and the bytes of its cache.
+
+    Args:
+        name: a model preset.
+        context: tokens in the cache, >= 0.
+
+    Raises:
+        RecipeError: there is no such preset, or the context is negative.
+    """
+    from perilune.models import PRESETS, cache_bytes, parameter_counts
+
+    if name not in PRESETS:
+        raise RecipeError(f"no preset {name!r}{guess(name, list(PRESETS))}; there are: {', '.join(sorted(PRESETS))}")
+    if context < 0:
+        raise RecipeError(f"context must be >= 0, got {context}")
+    config = PRESETS[name]
+    counts, cache = parameter_counts(config), cache_bytes(config)
+    return {
+        "preset": name,
+        "parameters": counts.total,
+        "active_parameters": counts.active,
+        "embedding_parameters": counts.embedding,
+        "cache_bytes_per_token": cache.per_token,
+        "cache_bytes_per_sequence": cache.per_sequence,
+        "context": context,
+        "cache_bytes_at_context": cache.per_sequence + context * cache.per_token,
+    }
+
+
+def _set_threads(threads: int | None) -> None:
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(min(threads, os.cpu_count() or 1))

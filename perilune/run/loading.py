@@ -1,0 +1,75 @@
+"""A run's models: building what the recipe describes, and reading what a stage saved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from perilune.data import Tokenizer
+from perilune.errors import DataError
+from perilune.models import Decoder, build_model
+from perilune.report import read_result
+from perilune.run.config import Recipe
+from perilune.run.directory import RunDirectory
+from perilune.run.recipe import build_recipe
+from perilune.train import CheckpointStore, restore_module
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A stage's model and what is needed to use it."""
+
+    model: Decoder
+    tokenizer: Tokenizer
+    recipe: Recipe
+    stage: str
+    """Stage whose model it is."""
+
+
+def read_recipe(directory: RunDirectory) -> Recipe:
+    """Return the recipe of a run.
+
+    Raises:
+        DataError: it is not a run directory.
+        RecipeError: its recipe is of another version of perilune.
+    """
+    return build_recipe(directory.read_tree(), Recipe, source=str(directory.recipe))
+
+
+def load_model(run_directory: Path, stage: str | None = None) -> LoadedModel:
+    """Read the model of a stage.
+
+    Args:
+        run_directory: a run.
+        stage: stage whose model; None for the last one that is complete and made a model.
+
+    Raises:
+        DataError: it is not a run directory, or there is no such model; the message lists those there are.
+        CheckpointError: the checkpoint is damaged.
+    """
+    directory = RunDirectory(run_directory)
+    recipe = read_recipe(directory)
+    made = {name: checkpoint for name in recipe.stages if (checkpoint := _checkpoint_of(directory, name))}
+    wanted = stage if stage is not None else next(reversed(made), None)
+    if wanted not in made:
+        there = ", ".join(made) or "none yet"
+        raise DataError(f"{run_directory} has no model of stage {stage!r}; stages with a model: {there}")
+    model = build_model(recipe.model, seed=recipe.seed)
+    restore_stage(model, run_directory / made[wanted])
+    model.eval()
+    return LoadedModel(model=model, tokenizer=Tokenizer.load(directory.tokenizer), recipe=recipe, stage=wanted)
+
+
+def restore_stage(model: Decoder, checkpoints: Path) -> None:
+    """Copy the newest weights under a stage's checkpoint directory into `model`.
+
+    Raises:
+        CheckpointError: there are none, or they are damaged or of another model.
+    """
+    restore_module(model, CheckpointStore(checkpoints).load(groups=["model"]))
+
+
+def _checkpoint_of(directory: RunDirectory, stage: str) -> str | None:
+    if not directory.is_complete(stage):
+        return None
+    return read_result(directory.result(stage)).checkpoint

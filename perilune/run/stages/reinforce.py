@@ -1,0 +1,228 @@
+"""Stages around reinforcement learning: curation of prompts, the iterations, and the long2short phase."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from hashlib import sha256
+
+import torch
+
+from perilune.data import Tokenizer, encode_prompt, encode_response
+from perilune.engine import Engine
+from perilune.errors import DataError
+from perilune.files import write_atomic
+from perilune.models import Decoder
+from perilune.optim import OptimizerConfig, build_optimizer
+from perilune.report import MetricValue, StageResult
+from perilune.rl import (
+    Candidate,
+    NativeRolloutEngine,
+    Prompt,
+    RLConfig,
+    RLHooks,
+    Score,
+    curate,
+    run_rl,
+    short_phase,
+)
+from perilune.run.config import CurateStage, Recipe, RLStage, ShortRLStage
+from perilune.run.directory import RunDirectory
+from perilune.run.pipeline import StageContext
+from perilune.run.prepared import PreparedData, prepare_data
+from perilune.run.stages.common import checkpoint_store, stage_result, starting_model
+from perilune.seeding import derive_seed
+from perilune.tasks import Problem, TaskMixture, render_answer
+from perilune.train import module_tensors
+
+_PROBLEMS = "problems.jsonl"
+_SHOWN = ("reward", "response_tokens", "tokens_per_s")
+Metrics = Mapping[str, MetricValue]
+
+
+class TaskScorer:
+    """The verifiers of a recipe's tasks as a `Scorer`."""
+
+    def __init__(self, data: PreparedData, tasks: TaskMixture) -> None:
+        """Keep what turns tokens into a judgment."""
+        self._tokenizer, self._tasks = data.tokenizer, tasks
+
+    def __call__(self, prompt: Prompt, token_ids: Sequence[int]) -> Score:
+        """Return the verifier's score of a response; an end token at its end is not part of the text."""
+        ended = bool(token_ids) and token_ids[-1] in stop_ids(self._tokenizer)
+        text = self._tokenizer.decode(token_ids[:-1] if ended else token_ids)
+        reward = self._tasks.verify(prompt.problem, text)
+        return Score(reward=reward.score, error=reward.error)
+
+
+def stop_ids(tokenizer: Tokenizer) -> tuple[int, int]:
+    """Return the tokens that end a response."""
+    return tokenizer.end_id, tokenizer.eos_id
+
+
+def run_curate(context: StageContext, settings: CurateStage) -> StageResult:
+    """Choose prompts by the model's own pass rate; makes no model."""
+    recipe: Recipe = context.recipe
+    started_s = time.monotonic()
+    data = prepare_data(recipe, context.directory, context.progress)
+    model, tasks = starting_model(context), TaskMixture(recipe.tasks)
+    problems = tasks.sample("train", settings.problems, derive_seed(recipe.seed, context.name, "problems"))
+    with context.progress.task("curating prompts", total=len(problems), unit="problem") as task:
+        curation = curate(
+            [_candidate(problem, other, data, tasks) for problem, other in _with_neighbor(problems)],
+            NativeRolloutEngine(Engine(model)),
+            TaskScorer(data, tasks),
+            settings.curation,
+            context.directory.data(context.name),
+            stop_ids=stop_ids(data.tokenizer),
+            model_name=_fingerprint(model),
+            progress=lambda done, _: task.update(done),
+        )
+    kept = {prompt.id: prompt.pass_rate for prompt in curation.prompts}
+    _write_problems(context.directory, context.name, [problem for problem in problems if problem.id in kept], kept)
+    rates = [rate for rate in kept.values() if rate is not None]
+    removed = {f"removed_{rule}": float(count) for rule, count in curation.manifest["removed"].items()}
+    return StageResult(
+        stage=context.name,
+        kind=settings.kind,
+        time_s=time.monotonic() - started_s,
+        numbers={
+            "candidates": float(len(problems)),
+            "kept": float(len(kept)),
+            "mean_pass_rate": sum(rates) / len(rates) if rates else 0.0,
+            **removed,
+        },
+    )
+
+
+def run_rl_stage(context: StageContext, settings: RLStage) -> StageResult:
+    """Improve the policy by the iterations of Kimi k1.5."""
+    return _reinforce(context, settings, settings.rl, settings.optimizer)
+
+
+def run_short_rl(context: StageContext, settings: ShortRLStage) -> StageResult:
+    """Shorten the policy's responses by a second phase: length reward from the start, a much smaller limit."""
+    config = short_phase(settings.rl, length_fraction=settings.length_fraction, length_weight=settings.length_weight)
+    return _reinforce(context, settings, config, settings.optimizer)
+
+
+def _reinforce(
+    context: StageContext, settings: RLStage | ShortRLStage, config: RLConfig, optimizer_config: OptimizerConfig
+) -> StageResult:
+    recipe: Recipe = context.recipe
+    data = prepare_data(recipe, context.directory, context.progress)
+    model, tasks = starting_model(context), TaskMixture(recipe.tasks)
+    prompts = read_prompts(context.directory, settings.prompts, data)
+    store = checkpoint_store(context)
+    newest = store.latest()
+    context.metrics.rewind(context.name, -1 if newest is None else newest)
+    with context.progress.task(context.name, total=1.0, unit="") as task:
+
+        def log(iteration: int, values: Metrics) -> None:
+            context.log(iteration, values)
+            task.update(_number(values, "progress"), {name: _number(values, name) for name in _SHOWN})
+
+        result = run_rl(
+            model,
+            build_optimizer(model, optimizer_config),
+            NativeRolloutEngine(Engine(model)),
+            prompts,
+            TaskScorer(data, tasks),
+            replace(config, seed=derive_seed(recipe.seed, context.name, config.seed)),
+            stop_ids=stop_ids(data.tokenizer),
+            store=store,
+            hooks=RLHooks(log=log, should_stop=context.should_stop),
+        )
+    if not result.is_complete:
+        raise context.stopped()
+    model.eval()
+    return stage_result(
+        context,
+        settings,
+        model,
+        data,
+        time_s=result.elapsed_s,
+        numbers={"iterations": float(result.iterations), "prompts": float(len(prompts))},
+    )
+
+
+def read_prompts(directory: RunDirectory, stage: str, data: PreparedData) -> list[Prompt]:
+    """Return the prompts that a curate stage kept.
+
+    Raises:
+        DataError: its file is missing or damaged.
+    """
+    path = directory.data(stage) / _PROBLEMS
+    try:
+        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        problems = [(Problem(**{**row["problem"], "tags": tuple(row["problem"]["tags"])}), row["rate"]) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} is missing or damaged ({error}); remove results/{stage}.json to make it again"
+        ) from error
+    return [_prompt(problem, data.tokenizer, rate) for problem, rate in problems]
+
+
+def _write_problems(
+    directory: RunDirectory, stage: str, problems: Sequence[Problem], rates: Mapping[str, float | None]
+) -> None:
+    rows = [{"problem": asdict(problem), "rate": rates[problem.id]} for problem in problems]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomic(directory.data(stage) / _PROBLEMS, text)
+
+
+def task_prompts(tasks: TaskMixture, count: int, seed: int, tokenizer: Tokenizer) -> list[Prompt]:
+    """Return prompts of training problems without curation."""
+    return [_prompt(problem, tokenizer) for problem in tasks.sample("train", count, seed)]
+
+
+def _prompt(problem: Problem, tokenizer: Tokenizer, pass_rate: float | None = None) -> Prompt:
+    tokens = tuple(encode_prompt(tokenizer, problem.prompt))
+    return Prompt(id=problem.id, token_ids=tokens, problem=problem, pass_rate=pass_rate)
+
+
+def _with_neighbor(problems: Sequence[Problem]) -> list[tuple[Problem, Problem | None]]:
+    """Pair each problem with the next one of its task whose answer differs, for the verifier to refuse."""
+    pairs: list[tuple[Problem, Problem | None]] = []
+    for place, problem in enumerate(problems):
+        rest = (*problems[place + 1 :], *problems[:place])
+        others = (other for other in rest if other.task == problem.task and other.answer != problem.answer)
+        pairs.append((problem, next(others, None)))
+    return pairs
+
+
+def _candidate(problem: Problem, other: Problem | None, data: PreparedData, tasks: TaskMixture) -> Candidate:
+    tokenizer = data.tokenizer
+    empty_thought = encode_response(tokenizer, "", thinking="")[:-1]
+    right = _answer_text(problem, tasks)
+    wrong = [""] if other is None else ["", _answer_text(other, tasks)]
+    return Candidate(
+        prompt=_prompt(problem, tokenizer),
+        question=problem.prompt,
+        answer=problem.answer,
+        guess_prefix=tuple(empty_thought),
+        must_accept=(tuple(encode_response(tokenizer, right)), tuple(encode_response(tokenizer, right, thinking="x"))),
+        must_refuse=tuple(tuple(encode_response(tokenizer, text)) for text in wrong),
+        tags=problem.tags,
+    )
+
+
+def _answer_text(problem: Problem, tasks: TaskMixture) -> str:
+    formats = {config.name: config.answer_format for config in tasks.configs}
+    return render_answer(problem.answer, formats[problem.task])
+
+
+def _fingerprint(model: Decoder) -> str:
+    """Hash of a model's weights."""
+    digest = sha256()
+    for name, tensor in sorted(module_tensors(model).items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _number(values: Metrics, name: str) -> float:
+    value = values.get(name, 0.0)
+    return float(value) if isinstance(value, int | float) else 0.0

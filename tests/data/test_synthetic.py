@@ -1,0 +1,115 @@
+import pytest
+import torch
+
+from perilune.data import (
+    IGNORE_INDEX,
+    PalindromeConfig,
+    RecallConfig,
+    StackConfig,
+    SyntheticSource,
+    synthetic_batch,
+    target_accuracy,
+)
+
+PALINDROME = PalindromeConfig(length=9, num_symbols=5)
+RECALL = RecallConfig(num_pairs=4, num_queries=6, num_keys=7, num_values=3)
+STACK = StackConfig(num_operations=40, num_stacks=3, num_elements=5, max_depth=2)
+ALL = [PALINDROME, RECALL, STACK]
+
+
+@pytest.mark.parametrize("config", ALL)
+def test_shapes_and_vocabulary(config) -> None:
+    batch = synthetic_batch(config, 16, seed=3)
+    assert batch.tokens.shape == batch.targets.shape == (16 * config.length,)
+    assert batch.cu_seqlens.tolist() == [i * config.length for i in range(17)]
+    assert batch.tokens.min() >= 0
+    assert batch.tokens.max() == config.vocab_size - 1
+    assert batch.targets.max() < config.vocab_size
+
+
+@pytest.mark.parametrize("config", ALL)
+def test_batches_depend_on_seed_and_step_alone(config) -> None:
+    make = lambda seed: SyntheticSource(config, sequences=4, seed=seed, micro_steps=2)  # noqa: E731
+    assert torch.equal(make(1).batch(3, 1).tokens, make(1).draw(7).tokens)
+    assert not torch.equal(make(1).batch(0, 0).tokens, make(2).batch(0, 0).tokens)
+    assert not torch.equal(make(1).batch(0, 0).tokens, make(1).batch(0, 1).tokens)
+    evaluation = make(1).evaluation_batch(4)
+    assert torch.equal(evaluation.tokens, make(1).evaluation_batch(4).tokens)
+    assert all(not torch.equal(evaluation.tokens, make(1).draw(i).tokens) for i in range(20))
+
+
+def test_palindrome_trains_the_mirrored_half_alone() -> None:
+    batch = synthetic_batch(PALINDROME, 5, seed=0)
+    for tokens, targets in zip(batch.tokens.view(5, 9).tolist(), batch.targets.view(5, 9).tolist(), strict=True):
+        half = tokens[:4]
+        assert tokens == [*half, 5, *half[::-1]]
+        assert targets == [IGNORE_INDEX] * 5 + [half[2], half[1], half[0]] + [IGNORE_INDEX]
+
+
+def test_recall_asks_for_values_of_known_keys() -> None:
+    batch = synthetic_batch(RECALL, 8, seed=0)
+    shape = (8, RECALL.length)
+    for tokens, targets in zip(batch.tokens.view(shape).tolist(), batch.targets.view(shape).tolist(), strict=True):
+        memory = dict(zip(tokens[0:8:2], tokens[1:8:2], strict=True))
+        assert len(memory) == 4
+        assert tokens[8] == RECALL.vocab_size - 1
+        assert targets[:9] == [IGNORE_INDEX] * 9
+        assert targets[9:] == [memory[key] for key in tokens[9:]]
+        assert all(7 <= value < 10 for value in memory.values())
+
+
+def test_stack_replays() -> None:
+    batch = synthetic_batch(STACK, 8, seed=0)
+    shape = (8, STACK.num_operations, 3)
+    pops = 0
+    for operations, targets in zip(batch.tokens.view(shape).tolist(), batch.targets.view(shape).tolist(), strict=True):
+        stacks: dict[int, list[int]] = {}
+        for (marker, stack, element), target in zip(operations, targets, strict=True):
+            held = stacks.setdefault(stack - 5, [])
+            if marker == 8:
+                held.append(element)
+                assert len(held) <= 2
+                assert target == [IGNORE_INDEX] * 3
+            else:
+                pops += 1
+                assert marker == 9
+                assert held.pop() == element
+                assert target == [IGNORE_INDEX, element, IGNORE_INDEX]
+        assert set(stacks) <= {0, 1, 2}
+    assert pops > 8 * 10
+
+
+def test_accuracy_counts_targets_alone() -> None:
+    batch = synthetic_batch(PALINDROME, 4, seed=0)
+    exact = torch.nn.functional.one_hot(batch.targets.clamp_min(0), 6).float()
+    assert target_accuracy(exact, batch) == 1.0
+    assert target_accuracy(-exact, batch) == 0.0
+    trained = (batch.targets != IGNORE_INDEX).nonzero().flatten()
+    exact[trained[0]] *= -1
+    assert target_accuracy(exact, batch) == pytest.approx(1 - 1 / len(trained))
+
+
+def test_accuracy_needs_targets() -> None:
+    batch = synthetic_batch(PALINDROME, 1, seed=0)
+    batch.targets.fill_(IGNORE_INDEX)
+    with pytest.raises(ValueError, match="at least one target"):
+        target_accuracy(torch.zeros(9, 6), batch)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "words"),
+    [
+        (PalindromeConfig, {"length": 8}, "length must be odd"),
+        (PalindromeConfig, {"num_symbols": 1}, "num_symbols must be at least 2, got 1"),
+        (RecallConfig, {"num_pairs": 65}, "num_keys must be at least 65, got 64"),
+        (StackConfig, {"max_depth": 0}, "max_depth must be at least 1"),
+    ],
+)
+def test_config_ranges_are_checked(config, options: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        config(**options)
+
+
+def test_source_sizes_are_checked() -> None:
+    with pytest.raises(ValueError, match="sequences must be at least 1"):
+        SyntheticSource(PALINDROME, sequences=0, seed=0)

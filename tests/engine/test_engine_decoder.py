@@ -1,0 +1,83 @@
+"""The engine on real hybrid models: what it samples is what the trainer's forward says, whatever the batching."""
+
+import pytest
+import torch
+
+from perilune.engine import Engine, Request, SamplingParams
+from perilune.models import PRESETS, build_model
+from perilune.ops import SequenceLayout
+
+NAMES = ["smoke", "tiny-kimi-linear", "tiny-mla", "tiny-gqa"]
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def decoder(request):
+    model = build_model(PRESETS[request.param], seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        # Initial logits are nearly flat; a real policy prefers some tokens, which makes errors visible.
+        model.output_weight.add_(torch.randn(model.output_weight.shape, generator=generator) * 0.3)
+    return model
+
+
+def make_requests(temperature=1.0):
+    generator = torch.Generator().manual_seed(2)
+    lengths, limits, samples = [3, 17, 1, 40, 5], [20, 5, 33, 12, 9], [2, 3, 1, 4, 2]
+    return [
+        Request(
+            prompt_ids=torch.randint(0, 500, (length,), generator=generator).tolist(),
+            params=SamplingParams(max_new_tokens=limit, temperature=temperature, seed=i, stop_ids=(7, 8, 9)),
+            num_samples=count,
+            id=str(i),
+        )
+        for i, (length, limit, count) in enumerate(zip(lengths, limits, samples, strict=True))
+    ]
+
+
+def trainer_logprobs(model, prompt, response, temperature):
+    tokens = torch.tensor([*prompt, *response])
+    with torch.no_grad():
+        hidden = model.train().hidden(tokens, SequenceLayout.from_lengths([len(tokens)]))
+        logprobs = (hidden @ model.output_weight.T / temperature).log_softmax(-1)
+    start = len(prompt) - 1
+    return logprobs[start:-1].gather(1, tokens[len(prompt) :, None])[:, 0]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_engine_and_trainer_agree_on_logprobs(decoder, temperature):
+    requests = make_requests(temperature)
+    completions = Engine(decoder, max_batch=5, max_tokens_prefill=16).generate(requests)
+    by_id = {request.id: request for request in requests}
+    for completion in completions:
+        expected = trainer_logprobs(decoder, by_id[completion.request_id].prompt_ids, completion.token_ids, temperature)
+        assert (expected - torch.tensor(completion.logprobs)).abs().max() < 1e-4
+    assert len({completion.token_ids for completion in completions}) > 8
+
+
+def test_batching_does_not_change_what_is_sampled(decoder):
+    one_by_one = Engine(decoder, max_batch=1).generate(make_requests())
+    for max_batch, max_tokens_prefill in ((4, 8), (64, 8192)):
+        together = Engine(decoder, max_batch=max_batch, max_tokens_prefill=max_tokens_prefill).generate(make_requests())
+        assert [c.token_ids for c in together] == [c.token_ids for c in one_by_one]
+        assert [c.finish_reason for c in together] == [c.finish_reason for c in one_by_one]
+
+
+def test_low_precision_stays_close(decoder):
+    request = make_requests()[3]
+    full = Engine(decoder).generate([request])
+    low = Engine(decoder, precision=torch.bfloat16).generate([request])
+    assert [c.logprobs[0] for c in low] != [c.logprobs[0] for c in full]
+    pairs = [(a, b) for a, b in zip(full, low, strict=True) if a.token_ids[0] == b.token_ids[0]]
+    assert pairs
+    assert all(abs(a.logprobs[0] - b.logprobs[0]) < 0.2 for a, b in pairs)
+
+
+def test_generation_leaves_weights_and_gradients_alone(decoder):
+    before = {name: value.clone() for name, value in decoder.state_dict().items()}
+    Engine(decoder).generate(make_requests())
+    assert all(torch.equal(value, before[name]) for name, value in decoder.state_dict().items())
+    assert all(parameter.grad is None for parameter in decoder.parameters())
+    hidden = decoder.hidden(torch.tensor([1, 2, 3]), torch.tensor([0, 3]))
+    hidden.square().sum().backward()
+    assert decoder.embed_tokens.weight.grad is not None
+    decoder.zero_grad(set_to_none=True)

@@ -1,0 +1,49 @@
+"""Rotary embedding."""
+
+import math
+
+import pytest
+import torch
+
+from perilune.nn import RopeConfig, Rotary
+from perilune.nn.rope import inverse_frequencies
+
+
+def test_products_depend_on_distance_only():
+    rotary = Rotary.build(8, RopeConfig())
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, 8, generator=generator, dtype=torch.float64)
+    positions = torch.arange(0, 5000, 17)
+
+    def turned(x, offset):
+        return rotary.turn(x.expand(len(positions), 1, 8), positions + offset)
+
+    products = (turned(q, 3) * turned(k, 0)).sum((1, 2))
+    torch.testing.assert_close(products, products[:1].expand_as(products))
+
+
+def test_pairs_are_adjacent_channels():
+    rotary = Rotary.build(4, RopeConfig(theta=4.0))
+    x = torch.tensor([[[1.0, 0.0, 1.0, 0.0]]], dtype=torch.float64)
+    y = rotary.turn(x, torch.tensor([2]))
+    expected = [math.cos(2), math.sin(2), math.cos(1), math.sin(1)]
+    torch.testing.assert_close(y.flatten(), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_angles_stay_exact_at_a_million_tokens():
+    cos, _ = Rotary.build(2, RopeConfig()).angles(torch.tensor([1_000_003]), torch.float32)
+    assert float(cos) == pytest.approx(math.cos(1_000_003), abs=1e-6)
+
+
+def test_yarn_ramp_lies_between_kept_and_divided():
+    config = RopeConfig(theta=10000.0, factor=8.0, original_max_positions=4096)
+    ratios = [p / e for p, e in zip(inverse_frequencies(64, RopeConfig()), inverse_frequencies(64, config), strict=True)]
+    assert ratios[0] == 1
+    assert ratios[-1] == pytest.approx(8)
+    assert ratios == sorted(ratios)
+    assert any(1.01 < ratio < 7.9 for ratio in ratios)
+
+
+def test_amplitude_is_the_ratio_of_temperatures():
+    config = RopeConfig(factor=10.0, mscale=1.0, mscale_all_dim=0.0)
+    assert Rotary.build(8, config).amplitude == pytest.approx(0.1 * math.log(10) + 1)

@@ -1,0 +1,60 @@
+import re
+
+import pytest
+
+from perilune.errors import DataError
+from perilune.report import write_any_report, write_comparison, write_sweep_index
+from perilune.report.compare import comparison_table, mean_and_spread
+from perilune.report.rundata import load_run
+from tests.report.synthetic import write_run
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    names = {variant: [f"{variant}-seed{seed}" for seed in range(2)] for variant in ("kda", "mla")}
+    for index, variant in enumerate(names):
+        for seed in range(2):
+            write_run(tmp_path / names[variant][seed], seed=seed, offset=index / 10, stages=("pretrain", "sft"))
+    write_sweep_index(tmp_path, names)
+    return tmp_path
+
+
+def test_a_sweep_is_compared_stage_by_stage(sweep):
+    text = write_any_report(sweep).read_text()
+    titles = re.findall(r"<h2>(.*?)</h2>", text)
+    assert titles == ["Stage pretrain", "Stage sft", "Accuracy and length", "Recipes"]
+    assert "bands: standard deviation over seeds" in text
+    assert "kda: sft" in text
+
+
+def test_the_table_gives_mean_and_spread(sweep):
+    runs = {"kda": [load_run(sweep / f"kda-seed{seed}") for seed in range(2)], "none": []}
+    table = comparison_table("pretrain", runs)
+    greedy = [100 * run.results[0].accuracy.greedy for run in runs["kda"]]
+    row = dict(zip(table.header, table.rows[0], strict=True))
+    assert row["accuracy, greedy, %"] == mean_and_spread(greedy)
+    assert row["seeds"] == "2"
+    assert set(table.rows[1][2:]) == {"-"}
+
+
+def test_children_that_do_not_exist_yet_are_left_out(tmp_path):
+    write_sweep_index(tmp_path, {"kda": ["kda-seed0", "kda-seed1"], "mla": ["mla-seed0"]})
+    write_run(tmp_path / "kda-seed0", stages=("pretrain",))
+    text = write_comparison(tmp_path).read_text()
+    assert "one seed" in text
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"variants": 3}', "[]"])
+def test_a_directory_that_is_no_sweep_is_refused(tmp_path, content):
+    if content is not None:
+        (tmp_path / "sweep.json").write_text(content)
+    with pytest.raises(DataError, match="sweep"):
+        write_comparison(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [([3.0, 3.0], "3 ± 0"), ([70.1, 71.9], "71.0 ± 1.3"), ([], "-"), ([100.0, 300.0], "200 ± 141")],
+)
+def test_spread_decides_the_digits(values, text):
+    assert mean_and_spread(values) == text
