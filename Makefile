@@ -27,7 +27,7 @@ lint: $(STAMP)
 	"$(BIN)/basedpyright"
 	"$(BIN)/lint-imports"
 	"$(BIN)/codespell"
-	"$(BIN)/deptry" perilune
+	"$(BIN)/deptry" .
 
 format: $(STAMP)
 	"$(BIN)/ruff" check --fix .

@@ -18,7 +18,7 @@ from harness import Timing, interleave, ratios, write_result
 
 from perilune.models import PRESETS, Decoder, build_model, parameter_counts
 from perilune.ops import kda, linear_cross_entropy
-from perilune.optim import MuonClip, parameter_groups
+from perilune.optim import MuonClip, parameter_groups, qk_clip_specs
 from perilune.seeding import make_generator
 
 SUBJECTS = ("tiny-kimi-linear", "tiny-mla", "tiny-gqa")
@@ -29,8 +29,8 @@ class Step:
 
     def __init__(self, preset: str, tokens: torch.Tensor, cu_seqlens: torch.Tensor, precision: str) -> None:
         self.model: Decoder = build_model(PRESETS[preset], seed=0).train()
-        specs = [spec for spec in self.model.qk_clip_specs() if spec is not None]
-        self.optimizer = MuonClip(parameter_groups(self.model, lr=1e-3, weight_decay=0.1), lr=1e-3, attention=specs)
+        specs = qk_clip_specs(self.model)
+        self.optimizer = MuonClip(parameter_groups(self.model, lr=1e-3, weight_decay=0.1), 1e-3, attention=specs)
         self.tokens, self.cu_seqlens, self.precision = tokens, cu_seqlens, precision
 
     def __call__(self) -> float:

@@ -12,7 +12,8 @@ MixerKind = Literal["kda", "mla", "gqa"]
 class ModelConfig:
     """A pre-norm decoder whose layers name their token mixers.
 
-    >>> config = ModelConfig(vocab_size=64, d_model=16, layers=("gqa",), gqa=GQAConfig(num_heads=2, head_dim=8), d_ff=32)
+    >>> attention = GQAConfig(num_heads=2, head_dim=8)
+    >>> config = ModelConfig(vocab_size=64, d_model=16, layers=("gqa",), gqa=attention, d_ff=32)
     >>> config.num_layers, config.is_moe(0)
     (1, False)
     """

@@ -25,8 +25,8 @@ class Block(nn.Module):
         self.mixer_norm = RMSNorm(config.d_model, config.norm_eps)
         self.mixer = MIXERS[config.layers[layer]](config.mixer(layer), config.d_model)
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
-        is_moe = config.moe is not None and config.is_moe(layer)
-        self.ffn = MoE(config.moe, config.d_model) if is_moe else MLP(config.d_model, config.d_ff)
+        moe = config.moe if config.is_moe(layer) else None
+        self.ffn = MLP(config.d_model, config.d_ff) if moe is None else MoE(moe, config.d_model)
 
     def forward(self, x: Tensor, layout: SequenceLayout, cache: CacheEntry | None) -> Tensor:
         """Map the residual stream `[T, d]` to the next."""
@@ -48,9 +48,7 @@ class Decoder(nn.Module):
         tied = config.tie_embeddings
         self.lm_head = None if tied else nn.Linear(config.d_model, config.vocab_size, bias=False)
 
-    def forward(
-        self, tokens: Tensor, cu_seqlens: Tensor | SequenceLayout, cache: HybridCache | None = None
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor | SequenceLayout, cache: HybridCache | None = None) -> Tensor:
         """Logits `[T, vocab_size]`; arguments as for `hidden`."""
         return F.linear(self.hidden(tokens, cu_seqlens, cache), self.output_weight)
 

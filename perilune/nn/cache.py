@@ -115,11 +115,15 @@ class HybridCache:
 
     def _check_index(self, index: Tensor) -> None:
         if index.ndim != 1 or index.dtype != torch.int64:
-            raise ValueError(f"cache: index must be a 1-D int64 tensor, got {index.dtype} of shape {tuple(index.shape)}")
+            raise ValueError(
+                f"cache: index must be a 1-D int64 tensor, got {index.dtype} of shape {tuple(index.shape)}"
+            )
         if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.num_sequences:
             raise ValueError(f"cache: index must name rows in [0, {self.num_sequences}), got {index.tolist()}")
 
     def _check_kinds(self, other: HybridCache) -> None:
         mine, theirs = ([entry.row_shapes for entry in cache.entries] for cache in (self, other))
         if mine != theirs:
-            raise ValueError(f"cache: layers hold {mine}, the other cache holds {theirs}; both must come from one model")
+            raise ValueError(
+                f"cache: layers hold {mine}, the other cache holds {theirs}; both must come from one model"
+            )

@@ -132,7 +132,9 @@ class KDAConfig:
         if self.gate_lower_bound is not None and not -5 <= self.gate_lower_bound < 0:
             raise ValueError(f"gate_lower_bound must be in [-5, 0), got {self.gate_lower_bound}")
         if self.allow_neg_eigval and not self.delta_rule:
-            raise ValueError("allow_neg_eigval must be False without the delta rule: additive writes have no transition")
+            raise ValueError(
+                "allow_neg_eigval must be False without the delta rule: additive writes have no transition"
+            )
         if self.chunk_size not in (16, 32, 64):
             raise ValueError(f"chunk_size must be 16, 32 or 64, got {self.chunk_size}")
 
@@ -325,7 +327,7 @@ class MoEConfig:
     renormalize: bool = True
     """Divide the chosen scores by their sum."""
     routed_scale: float = 1.0
-    """Factor on the combine weights; `perilune.ops.moe.routed_scaling_factor` gives the one that keeps the output RMS."""
+    """Factor on the combine weights; `perilune.ops.routed_scaling_factor` gives the one that keeps the output RMS."""
     weight_includes_bias: bool = False
     """Combine with the biased scores, as one released implementation seems to, instead of the unbiased ones."""
 

@@ -78,8 +78,8 @@ class GroupedQueryAttention(nn.Module):
         config = self.config
         return QKClipSpec(
             kind="mha" if config.kv_heads == config.num_heads else "gqa",
-            query=self.q_proj.weight,
-            key=self.k_proj.weight,
+            query=self.get_parameter("q_proj.weight"),
+            key=self.get_parameter("k_proj.weight"),
             num_heads=config.num_heads,
             num_kv_heads=config.kv_heads,
             nope_dim=config.head_dim,
@@ -95,19 +95,17 @@ class GroupedQueryAttention(nn.Module):
         apply_keeping_float32(self, ("max_logits",), lambda: super(GroupedQueryAttention, self)._apply(fn, recurse))
         return self
 
-    def _project(
-        self, x: Tensor, layout: SequenceLayout, cache: TokenEntry | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x: Tensor, layout: SequenceLayout, cache: TokenEntry | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[T, H, D]`, keys and values `[T, Hkv, D]`, rotated if so configured."""
-        q, k, v = (proj(x).unflatten(-1, (-1, self.config.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.config.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
         if self._rotary is None:
             return q, k, v
         positions = token_positions(layout, cache)
         return self._rotary.turn(q, positions), self._rotary.turn(k, positions), v
 
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, layout_q: SequenceLayout, layout_k: SequenceLayout
-    ) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, layout_q: SequenceLayout, layout_k: SequenceLayout) -> Tensor:
         """Attention of packed sequences `[T, H, D]`; records the maximum logits in training."""
         is_recording = self.training and torch.is_grad_enabled()
         o, maxima = varlen_attention(

@@ -113,7 +113,7 @@ class KimiDeltaAttention(nn.Module):
         return self
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Return q, k, v side by side `[T, D]`, the raw decay `[T, HV, K or 1]`, beta logits `[T, HV]` and gate logits."""
+        """Return q, k, v side by side, raw decays `[T, HV, K or 1]`, logits of beta `[T, HV]` and of the gate."""
         config = self.config
         qkv = F.linear(x, torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight]))
         raw: Tensor = self.f_b_proj(self.f_a_proj(x)) if config.gate == "channel" else self.f_proj(x)
@@ -204,7 +204,7 @@ class KimiDeltaAttention(nn.Module):
         return unit_length(q), unit_length(k), v, decay, torch.sigmoid(_at_least_float32(beta))
 
     def _output(self, o: Tensor, z: Tensor | None) -> Tensor:
-        """y = W_o (RMSNorm per head (o) * gate(z)) for o `[T, HV, K]`.
+        """Return W_o (RMSNorm per head (o) * gate(z)) for o `[T, HV, K]`.
 
         Source: Kimi Linear, eq. 10.
         """
@@ -225,7 +225,7 @@ class GateArguments(TypedDict):
 
 
 def unit_length(x: Tensor) -> Tensor:
-    """x / sqrt(sum x^2 + 1e-6) over the last axis, computed in float32 at least; a zero vector stays zero.
+    """Return x / sqrt(sum x^2 + 1e-6) over the last axis, computed in float32 at least; a zero vector stays zero.
 
     Source: Kimi Linear, eq. 10 (L2Norm).
     """

@@ -85,11 +85,10 @@ class MultiHeadLatentAttention(nn.Module):
     def qk_clip_spec(self) -> QKClipSpec:
         """Rows of the query projection and of the key-value expansion."""
         config = self.config
-        query = self.q_proj if config.q_rank is None else self.q_b_proj
         return QKClipSpec(
             kind="mla",
-            query=query.weight,
-            key=self.kv_b_proj.weight,
+            query=self.get_parameter("q_proj.weight" if config.q_rank is None else "q_b_proj.weight"),
+            key=self.get_parameter("kv_b_proj.weight"),
             num_heads=config.num_heads,
             num_kv_heads=config.num_heads,
             nope_dim=config.nope_dim,

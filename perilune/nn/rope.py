@@ -51,7 +51,7 @@ class Rotary:
         return cls(tuple(inverse_frequencies(dim, config)), amplitude)
 
     def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin `[T, 1, dim / 2]` in `dtype` at `positions` `[T]`.
+        """Return cos and sin `[T, 1, dim / 2]` in `dtype` at `positions` `[T]`.
 
         The angle is formed in float64: at position 10^6 float32 is off by 0.06 radians.
         """

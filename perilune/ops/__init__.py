@@ -4,6 +4,8 @@ Each op is a folder with an oracle and fast paths behind one front door.
 """
 
 from perilune.ops.attention import decode_attention, varlen_attention
+from perilune.ops.conv import short_conv, short_conv_step
+from perilune.ops.kda import dplr, kda, kda_step
 from perilune.ops.layout import SequenceLayout, as_layout
 from perilune.ops.loss import linear_cross_entropy, linear_logprobs
 from perilune.ops.moe import Routing, balance_bias_update, moe_experts, route, routed_scaling_factor
@@ -14,10 +16,15 @@ __all__ = [
     "as_layout",
     "balance_bias_update",
     "decode_attention",
+    "dplr",
+    "kda",
+    "kda_step",
     "linear_cross_entropy",
     "linear_logprobs",
     "moe_experts",
     "route",
     "routed_scaling_factor",
+    "short_conv",
+    "short_conv_step",
     "varlen_attention",
 ]

@@ -14,12 +14,10 @@ from perilune.nn.roles import MatrixLayout, MatrixSplit
 from perilune.ops.newton_schulz import Coefficients
 from perilune.optim.adamw import adamw_update_
 from perilune.optim.orthogonalize import Orthogonalizer, momentum_update, muon_update_
-from perilune.optim.state import import_state, restore_state
+from perilune.optim.state import LOW_PRECISION, import_state, restore_state
 
 Parameters = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 Kind = Literal["muon", "adamw"]
-
-_LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 class Muon(Optimizer):
@@ -29,8 +27,9 @@ class Muon(Optimizer):
     rate, because the scale gives Muon's update the RMS of AdamW's.
 
     State per parameter: `momentum_buffer` (the sum M), or `step`, `exp_avg` and `exp_avg_sq`; and, for bfloat16 and
-    float16 parameters, `master`, the float32 weight that is updated and then rounded to the parameter. A group may set
-    any keyword marked (group) below, and `lr_scale`, which `set_lr` multiplies into its learning rate.
+    float16 parameters, `master`, the float32 weight that is updated and then rounded to the parameter (so such a
+    parameter must not be overwritten from outside between steps). A group may set any keyword marked (group) below, and
+    `lr_scale`, which `set_lr` multiplies into its learning rate.
 
     A step with a NaN or infinite gradient anywhere changes nothing and is counted in `skipped_steps`. Parameters
     without a gradient are left alone.
@@ -177,7 +176,7 @@ class Muon(Optimizer):
 
     def master(self, parameter: Tensor) -> Tensor:
         """Return the tensor that steps update: the float32 master of a low-precision parameter, else itself."""
-        if parameter.dtype not in _LOW_PRECISION:
+        if parameter.dtype not in LOW_PRECISION:
             return parameter
         state = self.state[parameter]
         if "master" not in state:

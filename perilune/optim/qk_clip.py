@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from perilune.nn.qk_clip import QKClipSpec
 from perilune.nn.roles import DeclaresQKClip
+from perilune.optim.state import LOW_PRECISION
 
 GQAMode = Literal["balanced", "group_max", "q_only"]
-
-_LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,7 +202,7 @@ def scale_rows_(spec: QKClipSpec, factors: HeadFactors, master: Callable[[Tensor
     key = _per_row((factors.key, spec.nope_dim), (ones, spec.value_dim))
     for parameter, rows in ((spec.query, query), (spec.key, key)):
         weight = master(parameter)
-        if weight.dtype in _LOW_PRECISION:
+        if weight.dtype in LOW_PRECISION:
             raise ValueError(
                 f"QK-Clip needs float32 masters of {weight.dtype} weights, because rounding undoes factors near 1; "
                 "use MuonClip, or keep these parameters in float32"

@@ -7,6 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+"""Dtypes whose parameters are updated through a float32 master."""
+
 _RENAMED = {"eps": "adamw_eps"}
 
 
@@ -14,7 +17,7 @@ def import_state(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> di
     """Return `state_dict` with each group's options cut to ours and completed from the present groups.
 
     Raises:
-        ValueError: the numbers of groups or parameters, or the kinds of groups, differ.
+        ValueError: the numbers of groups or parameters, their names, or the kinds of groups differ.
     """
     saved_groups = state_dict["param_groups"]
     saved_sizes = [len(saved["params"]) for saved in saved_groups]
@@ -25,6 +28,7 @@ def import_state(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> di
     for index, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
         if saved.get("kind", group["kind"]) != group["kind"]:
             raise ValueError(f"group {index} was saved as kind {saved['kind']!r} but is {group['kind']!r}")
+        _check_names(saved, group)
         renamed = {key: saved[old] for old, key in _foreign_names(saved, group).items() if old in saved}
         options = {key: value for key, value in group.items() if key != "params"}
         options |= {key: saved[key] for key in options if key in saved} | renamed
@@ -54,6 +58,14 @@ def restore_state(
                     state["momentum_buffer"] *= factor
                 restored[parameter] = state
     return restored
+
+
+def _check_names(saved: dict[str, Any], group: dict[str, Any]) -> None:
+    """Refuse a state whose parameters are named otherwise, since they are matched by order."""
+    pairs = zip(saved.get("param_names", ()), group.get("param_names", ()), strict=False)
+    for saved_name, name in pairs:
+        if saved_name != name:
+            raise ValueError(f"the saved state has {saved_name!r} where this optimizer has {name!r}")
 
 
 def _foreign_names(saved: dict[str, Any], group: dict[str, Any]) -> dict[str, str]:

@@ -68,12 +68,15 @@ def line_plot(
         references: horizontal dashed lines `(value, label)`.
         log_y: logarithmic y axis.
     """
+    from matplotlib.ticker import MaxNLocator
+
     with plot_style(name):
         figure, axes = new_axes()
         for index, curve in enumerate(curves):
             _draw_curve(axes, thin(curve), PALETTE[index % len(PALETTE)], "-" if index < len(PALETTE) else "--")
         _draw_references(axes, references)
         axes.set(xlabel=x_label, ylabel=y_label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if log_y:
             _set_log_scale(axes)
         _label_curves(axes, curves)
@@ -105,9 +108,9 @@ def bar_plot(name: str, groups: Sequence[str], series: Sequence[BarSeries], y_la
         axes.set_xticks(range(len(groups)), [_wrap(group) for group in groups])
         axes.grid(visible=False, axis="x")
         axes.set(ylabel=y_label)
-        axes.margins(y=0.15)
+        axes.set_ylim(0, 1.15 * max([1.0, *(value for bars in series for value in bars.values if value is not None)]))
         if len(series) > 1:
-            figure.legend(loc="outside upper left", ncols=min(len(series), 4), fontsize=8)
+            figure.legend(loc="outside upper left", ncols=min(len(series), 6), fontsize=8)
         return to_svg(figure, f"{y_label} by {', '.join(groups)}")
 
 

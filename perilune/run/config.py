@@ -40,7 +40,7 @@ class TokenizerConfig:
     """The tokenizer, trained on the run's own text."""
 
     vocab_size: int = 512
-    """Token ids in all, special tokens included; the model's vocab_size must not be smaller."""
+    """Token ids in all, special tokens included; the model's vocab_size must be equal."""
     train_bytes: int = 4_000_000
     """Most bytes of the corpus that it is trained on."""
 
@@ -343,10 +343,10 @@ class Recipe:
         needs_tasks = [name for name, stage in self.stages.items() if not isinstance(stage, taskless)]
         if needs_tasks and not self.tasks:
             raise ValueError(f"tasks is empty, but stages {', '.join(needs_tasks)} need at least one")
-        if self.model.vocab_size < self.tokenizer.vocab_size:
+        if self.model.vocab_size != self.tokenizer.vocab_size:
             raise ValueError(
-                f"model.vocab_size is {self.model.vocab_size}, smaller than tokenizer.vocab_size "
-                f"{self.tokenizer.vocab_size}"
+                f"model.vocab_size is {self.model.vocab_size} but tokenizer.vocab_size is "
+                f"{self.tokenizer.vocab_size}; they must be equal"
             )
         _check_references(self.stages)
 

@@ -19,7 +19,7 @@ from perilune.report import Sample, StageResult, read_result, write_result, writ
 from perilune.run.lock import directory_lock
 from perilune.run.tree import Tree, differences, without_none
 
-MAY_DIFFER = ("threads", "stages.*.checkpoint_interval*", "stages.*.log_interval*", "stages.*.evaluate_interval*")
+MAY_DIFFER = ("threads", "stages.*.checkpoint_interval*", "stages.*.log_interval*", "stages.*.eval_interval*")
 """Keys of a recipe that may change when a run is resumed, as patterns: none of them changes what is computed."""
 
 _TEMPORARY_PATTERN = ".*.tmp"

@@ -70,7 +70,9 @@ def judge_problems(
     problems = [
         problem
         for task in tasks.configs
-        for problem in build_task(task).sample(config.split, config.problems, derive_seed(seed, "evaluation", task.name))
+        for problem in build_task(task).sample(
+            config.split, config.problems, derive_seed(seed, "evaluation", task.name)
+        )
     ]
     requests = [request for problem in problems for request in _requests(problem, tokenizer, config, seed)]
     wanted = len(problems) * (1 + config.samples)

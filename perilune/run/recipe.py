@@ -14,7 +14,6 @@ from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
 
 import tomli_w
 from pydantic import TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
 
 from perilune.errors import RecipeError
 from perilune.run.schema import children, dataclass_members, fields_of, known_keys, members, tag_of
@@ -69,7 +68,7 @@ def build_recipe(tree: Tree, kind: type[RecipeT], *, source: str, presets: Prese
     try:
         return TypeAdapter(kind).validate_json(text)
     except ValidationError as error:
-        lines = [describe_error(kind, details, expanded) for details in error.errors(include_url=False)]
+        lines = [describe_error(kind, dict(details), expanded) for details in error.errors(include_url=False)]
         raise RecipeError("\n".join(f"{source}: {line}" for line in dict.fromkeys(filter(None, lines)))) from error
 
 
@@ -83,7 +82,7 @@ def dump_recipe(recipe: Any) -> str:
     return tomli_w.dumps(recipe_tree(recipe))
 
 
-def describe_error(root: type, details: ErrorDetails, tree: Tree) -> str | None:
+def describe_error(root: type, details: Mapping[str, Any], tree: Tree) -> str | None:
     """Write one of pydantic's errors as a line: the key, what is wrong, what would be right.
 
     Returns:

@@ -80,7 +80,7 @@ def extract_answer(response: str, answer_format: AnswerFormat) -> Extraction:
 def repeats_question(answer: str, question: str) -> bool:
     """Say whether an answer is an expression copied from the question, as "4 + 3" for "Calculate 4 + 3."."""
     compact = "".join(answer.split())
-    return bool(re.search(r"[\d\w)][-+*/^%]", compact)) and compact in "".join(question.split())
+    return bool(re.search(r"[\d)][-+*/^%][-\d(]", compact)) and compact in "".join(question.split())
 
 
 def _boxed(text: str) -> list[str]:

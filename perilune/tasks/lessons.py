@@ -74,7 +74,7 @@ class ChainSum:
     def parse(cls, metadata: Mapping[str, object]) -> ChainSum:
         """Read reasoning-gym's `expression`, such as "4 - 1 + 7"."""
         parts = str(metadata["expression"]).split()
-        signs = [1, *(1 if operator == "+" else -1 for operator in parts[1::2])]
+        signs = [1, *({"+": 1, "-": -1}[operator] for operator in parts[1::2])]
         return cls(terms=tuple(sign * int(term) for sign, term in zip(signs, parts[::2], strict=True)))
 
     @property

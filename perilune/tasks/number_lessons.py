@@ -83,7 +83,7 @@ class CountBits:
     @property
     def plan(self) -> str:
         """The method."""
-        return "take powers of 2"
+        return "powers of 2"
 
     def solve(self, slip: Random | None = None) -> Attempt:
         """Take the largest power of two away until nothing is left, and count how often."""

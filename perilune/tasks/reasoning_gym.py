@@ -26,7 +26,7 @@ CORRECT_THRESHOLD = 0.99
 
 SMALL_PARAMS: dict[str, dict[str, Parameter]] = {
     "chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2},
-    "count_bits": {"min_n": 1, "max_n": 511},
+    "count_bits": {"min_n": 1, "max_n": 255},
     "gcd": {"min_value": 2, "max_value": 60},
     "letter_counting": {"min_words": 2, "max_words": 3},
     "prime_factorization": {"min_value": 4, "max_value": 300},

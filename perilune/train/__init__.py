@@ -2,8 +2,9 @@
 
 from perilune.train.checkpoint import Checkpoint, CheckpointStore
 from perilune.train.config import PrecisionName, TrainConfig
+from perilune.train.context import Evaluation, MetricsSink, TrainContext, TrainResult
 from perilune.train.evaluate import TargetScore, TextScore, score_targets, score_text
-from perilune.train.loop import Evaluation, MetricsSink, TrainContext, TrainResult, train
+from perilune.train.loop import train
 from perilune.train.losses import LanguageModel, Loss, LossStats, dpo_loss, lm_loss, sequence_logprobs
 from perilune.train.monitors import LayerMonitor
 from perilune.train.runtime import Interrupted, SignalWatch, choose_precision, matmul_rate

@@ -7,10 +7,8 @@ function of the step, the learning rate of the progress, and everything else is 
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -19,13 +17,14 @@ from perilune.data import Batch, BatchSource
 from perilune.errors import CheckpointError
 from perilune.models import Decoder, flops_per_token
 from perilune.optim import Muon, WSDSchedule, set_lr
-from perilune.report import MetricValue, NullProgress, Progress, ProgressTask
+from perilune.report import MetricValue, ProgressTask
 from perilune.train.checkpoint import CheckpointStore
 from perilune.train.clock import Interval, StageClock
 from perilune.train.config import TrainConfig
+from perilune.train.context import TrainContext, TrainResult
 from perilune.train.losses import Loss
 from perilune.train.monitors import LayerMonitor
-from perilune.train.runtime import Interrupted, choose_precision, matmul_rate
+from perilune.train.runtime import choose_precision, matmul_rate
 from perilune.train.snapshot import module_tensors, optimizer_state, restore_module, restore_optimizer
 from perilune.train.step import (
     BadStepGuard,
@@ -38,72 +37,6 @@ from perilune.train.step import (
 
 logger = logging.getLogger(__name__)
 
-Evaluation = Callable[[Decoder], Mapping[str, MetricValue]]
-"""Measures a model in evaluation mode without gradients; its numbers are logged under their names."""
-
-
-class MetricsSink(Protocol):
-    """Where metrics go; `report.MetricsLog` is one."""
-
-    def log(self, step: int, values: Mapping[str, MetricValue], stage: str = "") -> None:
-        """Keep one line."""
-        ...
-
-    def rewind(self, stage: str, step: int) -> int:
-        """Drop a stage's lines beyond a step."""
-        ...
-
-
-def _never() -> bool:
-    return False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainContext:
-    """What surrounds a training stage; the defaults train in silence and keep nothing."""
-
-    stage: str = "train"
-    """Name in metrics and progress."""
-    store: CheckpointStore | None = None
-    """Where checkpoints go and where to resume from; None: neither."""
-    metrics: MetricsSink | None = None
-    """Receives one line every `log_interval` steps."""
-    progress: Progress = field(default_factory=NullProgress)
-    """Shows the stage to whoever waits."""
-    evaluate: Evaluation | None = None
-    """Called every `eval_interval` and at the end."""
-    should_stop: Callable[[], bool] = _never
-    """Polled after every step; when true, the state is saved and `stopped()` raised."""
-    stopped: Callable[[], Exception] = Interrupted
-    """Makes the exception of an interruption."""
-    config_hash: str = ""
-    """Kept in checkpoints; one with another hash is not resumed."""
-    clock: Callable[[], float] = time.monotonic
-    """Seconds, never going back."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainResult:
-    """What a stage did, over all its starts."""
-
-    steps: int
-    """Optimizer steps, skipped ones included."""
-    tokens: int
-    """Input positions seen."""
-    elapsed_s: float
-    """Wall-clock seconds, evaluation and checkpoints included."""
-    skipped_steps: int
-    """Steps without an update, because a number was not finite or nothing was weighted."""
-    loss: float | None
-    """Loss of the last step that was taken."""
-    evaluation: Mapping[str, MetricValue]
-    """What the last evaluation returned."""
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Tokens over wall-clock seconds."""
-        return self.tokens / self.elapsed_s if self.elapsed_s > 0 else 0.0
-
 
 def train(
     model: Decoder,
@@ -114,6 +47,8 @@ def train(
     context: TrainContext | None = None,
 ) -> TrainResult:
     """Train until the steps or the budget are used up; resume if the store holds a checkpoint.
+
+    With a store, metrics of the stage beyond the step that it starts from are dropped, as they will come again.
 
     Args:
         model: a decoder; trained in place, left in evaluation mode.
@@ -204,8 +139,8 @@ class _Trainer:
         config, now_s = self.config, self.clock.elapsed_s()
         self.evaluations = Interval(config.eval_interval, config.eval_interval_s, now_s)
         self.checkpoints = Interval(config.checkpoint_interval, config.checkpoint_interval_s, now_s)
-        self.peak_flops = 0.0
-        if self.context.metrics is not None:
+        self.peak_flops = self.context.peak_flops
+        if self.context.metrics is not None and not self.peak_flops:
             self.peak_flops = matmul_rate(self.precision or torch.float32, self.device)
 
     def _take_step(self, task: ProgressTask) -> None:
@@ -221,11 +156,10 @@ class _Trainer:
         self._apply(totals, norm, batches)
         self.step += 1
         self.tokens += totals.num_tokens
-        metrics |= self._speed(totals, self.clock.elapsed_s() - started_s)
+        speed = self._speed(totals, self.clock.elapsed_s() - started_s)
         if should_log:
-            self._log(metrics | {"tokens": self.tokens, "skipped_steps": self.skipped})
-        shown = {"loss": totals.loss, "tok/s": float(metrics["tokens_per_s"])}  # type: ignore[arg-type]
-        task.update(self.clock.progress(self.step), shown)
+            self._log({**metrics, **speed, "tokens": self.tokens, "skipped_steps": self.skipped})
+        task.update(self.clock.progress(self.step), {"loss": totals.loss, "tok/s": speed["tokens_per_s"]})
 
     def _compute_gradients(self, batches: list[Batch]) -> tuple[StepTotals, float]:
         self.model.train()
@@ -256,7 +190,7 @@ class _Trainer:
             self.optimizer.skip_step()
         self.monitor.skip_step()
 
-    def _speed(self, totals: StepTotals, elapsed_s: float) -> dict[str, MetricValue]:
+    def _speed(self, totals: StepTotals, elapsed_s: float) -> dict[str, float]:
         rate = totals.num_tokens / elapsed_s if elapsed_s > 0 else 0.0
         if not self.peak_flops or not totals.num_tokens:
             return {"tokens_per_s": rate}
@@ -314,6 +248,7 @@ class _Trainer:
             "bad_steps_in_a_row": self.guard.in_a_row,
             "bad_steps": self.guard.total,
             "precision": str(self.precision).removeprefix("torch."),
+            "num_threads": torch.get_num_threads(),
             "loss": self.last_loss,
             "evaluation": _plain(self.evaluation),
             "evaluated_step": self.evaluated_step,
@@ -338,6 +273,7 @@ class _Trainer:
             # `auto` may choose differently on another day; a stage keeps what it began with.
             self.precision = {"float32": torch.float32, "bfloat16": torch.bfloat16}[state["precision"]]
             self.clock = StageClock(self.config, state["elapsed_s"], self.context.clock)
+            _warn_of_threads(state["num_threads"])
         except KeyError as error:
             raise CheckpointError(
                 f"{checkpoint.path}: state.json lacks {error}, it is not of a training stage"
@@ -359,6 +295,16 @@ class _Trainer:
         except OSError as error:
             return f"not written ({error.strerror})"
         return str(path)
+
+
+def _warn_of_threads(saved: int) -> None:
+    if saved != torch.get_num_threads():
+        # Sums are split among threads, and float addition is not associative.
+        logger.warning(
+            "resuming with %d threads what %d began: numbers may differ in their last bits",
+            torch.get_num_threads(),
+            saved,
+        )
 
 
 def _plain(values: Mapping[str, MetricValue]) -> dict[str, Any]:

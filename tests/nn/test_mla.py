@@ -72,9 +72,7 @@ def test_layer_equals_equations_in_values_and_gradients(name):
     torch.testing.assert_close(y, y_expected, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(mixer.max_logits.double(), largest, rtol=1e-6, atol=1e-6)
     inputs = [x, *mixer.parameters()]
-    for found, expected in zip(
-        *(torch.autograd.grad(out.sin().sum(), inputs) for out in (y, y_expected)), strict=True
-    ):
+    for found, expected in zip(*(torch.autograd.grad(out.sin().sum(), inputs) for out in (y, y_expected)), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
 
 

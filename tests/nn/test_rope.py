@@ -37,7 +37,9 @@ def test_angles_stay_exact_at_a_million_tokens():
 
 def test_yarn_ramp_lies_between_kept_and_divided():
     config = RopeConfig(theta=10000.0, factor=8.0, original_max_positions=4096)
-    ratios = [p / e for p, e in zip(inverse_frequencies(64, RopeConfig()), inverse_frequencies(64, config), strict=True)]
+    ratios = [
+        p / e for p, e in zip(inverse_frequencies(64, RopeConfig()), inverse_frequencies(64, config), strict=True)
+    ]
     assert ratios[0] == 1
     assert ratios[-1] == pytest.approx(8)
     assert ratios == sorted(ratios)

@@ -39,9 +39,7 @@ def test_chunkwise_equals_recurrence_in_values_and_gradients(lengths, groups, ga
     for backend in ("reference", "torch"):
         o, final = gla(*inputs, layout, scale=0.7, initial_state=state, chunk_size=16, backend=backend)
         generator = torch.Generator().manual_seed(0)
-        loss = sum(
-            (x * torch.randn(x.shape, generator=generator, dtype=x.dtype)).sum() for x in (o, final)
-        )
+        loss = sum((x * torch.randn(x.shape, generator=generator, dtype=x.dtype)).sum() for x in (o, final))
         results.append([o, final, *torch.autograd.grad(loss, [*inputs, state], materialize_grads=True)])
     for expected, found in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)

@@ -452,5 +452,8 @@ def test_states_that_do_not_fit_are_refused() -> None:
     foreign.step()
     with pytest.raises(ValueError, match="has exp_avg, but its group is of kind 'muon'"):
         Muon([parameter(6, 4)]).load_state_dict(foreign.state_dict())
+    named = Muon([("left", weight)])
+    with pytest.raises(ValueError, match="has 'left' where this optimizer has 'right'"):
+        Muon([("right", parameter(6, 4))]).load_state_dict(named.state_dict())
     with pytest.raises(ValueError, match="momentum_form must be"):
         optimizer.load_state_dict(saved, momentum_form="average")

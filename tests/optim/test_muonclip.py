@@ -260,11 +260,11 @@ def test_modes_of_grouped_queries(mode: str, expected: list[int], alpha: float) 
 
 
 def test_only_finite_logits_beyond_tau_give_a_factor() -> None:
-    maxima = torch.tensor([math.nan, math.inf, -math.inf, -500.0, 0.0, 100.0, 100.5, 200.0], dtype=torch.float64)
+    maxima = torch.tensor([math.nan, math.inf, -math.inf, -500.0, 0.0, 99.99, 100.0, 100.5, 200.0], dtype=torch.float64)
     gamma = clip_factors(maxima, 100.0)
-    assert gamma[:6].tolist() == [1.0] * 6
-    assert gamma[6:].tolist() == [100 / 100.5, 0.5]
-    factors = head_factors(gamma, 8, alpha=0.3)
+    assert gamma[:7].tolist() == [1.0] * 7
+    assert gamma[7:].tolist() == [100 / 100.5, 0.5]
+    factors = head_factors(gamma, 9, alpha=0.3)
     assert all(f.isfinite().all() for f in (factors.query, factors.rope, factors.key))
 
 

@@ -7,13 +7,13 @@ from perilune.tasks import TaskConfig, TaskMixture
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(["What is 12 + 34? The answer is 46. " * 20], 300)
+    return train_tokenizer(["What is 12 + 34? The answer is 46. " * 20], 275)
 
 
 @pytest.fixture(scope="module")
 def task():
     pytest.importorskip("reasoning_gym")
-    return TaskMixture([TaskConfig(name="basic_arithmetic"), TaskConfig(name="chain_sum")])
+    return TaskMixture([TaskConfig(name="gcd"), TaskConfig(name="chain_sum")])
 
 
 @pytest.fixture(scope="module")

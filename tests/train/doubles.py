@@ -1,4 +1,4 @@
-"""A causal language model of a hundred parameters, for what does not need a real one."""
+"""A causal language model of a hundred parameters and other small things, for what does not need real ones."""
 
 import torch
 from torch import Tensor, nn
@@ -38,3 +38,18 @@ def make_batch(lengths: list[int], seed: int = 0, masked: float = 0.3, *, weight
         targets=targets,
         weights=weights,
     )
+
+
+def some_tensors(step: int = 0) -> dict[str, dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(step)
+    return {
+        "model": {
+            "weight": torch.randn(5, 3, generator=generator),
+            "half": torch.randn(7, generator=generator).bfloat16(),
+            "scalar": torch.tensor(2.5, dtype=torch.float64),
+            "empty": torch.empty(0, 4),
+            "mask": torch.tensor([True, False, True]),
+            "strided": torch.randn(4, 6, generator=generator)[:, ::2].T,
+        },
+        "optimizer": {"state.0.step": torch.tensor(3), "state.0.exp_avg": torch.randn(5, 3, generator=generator)},
+    }

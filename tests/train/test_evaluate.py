@@ -13,6 +13,7 @@ from tests.train.doubles import VOCAB, TinyModel, make_batch
 TEXT = np.random.default_rng(0).integers(VOCAB, size=50)
 
 
+@torch.no_grad()
 def nats_by_definition(model: TinyModel, tokens: np.ndarray, context: int, stride: int) -> float:
     """Each target on its own, with the inputs that its window gives it."""
     total, scored, nats = len(tokens) - 1, 0, 0.0

@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 
 from perilune.data import IGNORE_INDEX, Example, PreferencePair, PreferenceSource
 from perilune.errors import CheckpointError, NumericsError
+from perilune.models import flops_per_token
 from perilune.report import NullProgress
 from perilune.train import CheckpointStore, TrainContext, dpo_loss, lm_loss, module_tensors, sequence_logprobs, train
 from perilune.train import checkpoint as checkpoint_module
-from tests.train.tiny import Faulty, Recorder, context_for, make_config, make_model, make_source, run
+from tests.train.tiny import MODEL, Faulty, Recorder, context_for, make_config, make_model, make_source, run
 
 
 def test_the_loss_falls() -> None:
@@ -31,7 +32,7 @@ def test_the_loss_falls() -> None:
 
 def test_metrics_tell_what_the_report_draws() -> None:
     recorder = Recorder()
-    model, _, _ = run(make_config(steps=3), context_for(metrics=recorder, stage="pretrain"))
+    model, _, _ = run(make_config(steps=3), context_for(metrics=recorder, stage="pretrain", peak_flops=0.0))
     stage, step, values = recorder.lines[-1]
     assert (stage, step) == ("pretrain", 3)
     assert len(values["max_logits"]) == 1
@@ -48,6 +49,13 @@ def test_metrics_tell_what_the_report_draws() -> None:
     assert not model.training
 
 
+def test_utilization_is_three_forward_passes_over_the_given_peak() -> None:
+    recorder = Recorder()
+    run(make_config(steps=2), context_for(metrics=recorder, peak_flops=1e12))
+    for (_, rate), (_, share) in zip(recorder.series("tokens_per_s"), recorder.series("flop_utilization"), strict=True):
+        assert share == pytest.approx(3 * flops_per_token(MODEL, 6.5) * rate / 1e12)
+
+
 def test_log_interval_thins_the_lines() -> None:
     recorder = Recorder()
     run(make_config(steps=6, log_interval=3), context_for(metrics=recorder))
@@ -56,7 +64,7 @@ def test_log_interval_thins_the_lines() -> None:
 
 def test_balancing_biases_move_only_at_a_rate_and_counters_restart() -> None:
     for rate in (0.0, 1e-2):
-        model, _, _ = run(make_config(steps=2, router_bias_rate=rate))
+        model, _, _ = run(make_config(steps=1, router_bias_rate=rate))
         assert bool(model.moe_layers()[0].router_bias.any()) == (rate > 0)
         assert not model.moe_layers()[0].expert_load.any()
 

@@ -60,7 +60,7 @@ def make_model(seed: int = 0) -> tuple[Decoder, MuonClip]:
 def make_config(**changes: Any) -> TrainConfig:
     settings: dict[str, Any] = {
         "steps": 6,
-        "optimizer": OptimizerConfig(lr=1e-2, tau=0.05),
+        "optimizer": OptimizerConfig(lr=1e-2, tau=0.01),
         "schedule": ScheduleConfig(warmup=0.1, decay=0.5),
         "checkpoint_interval_s": 0.0,
     }
@@ -74,7 +74,7 @@ def make_source(micro_batches: int = 1, windows: int = 2) -> WindowSource:
 
 def context_for(directory: Path | None = None, **changes: Any) -> TrainContext:
     store = None if directory is None else CheckpointStore(directory)
-    return TrainContext(store=store, **changes)
+    return TrainContext(**({"store": store, "peak_flops": 1e12} | changes))
 
 
 def run(

@@ -24,8 +24,10 @@ from perilune.ops.layout import SequenceLayout
 # Queries per block: fewer skip more of the masked half, more make larger products.
 BLOCK_ROWS = 64
 MIN_BLOCK_ROWS = 8
-# Scores of one block: a few MiB stay in cache, and the allocator reuses them.
-BLOCK_BYTES = 2 << 20
+# Scores of one block. Sequences are added to a group up to the first, which stays in cache; a single long sequence gets
+# fewer rows beyond the second.
+GROUP_BYTES = 2 << 20
+BLOCK_BYTES = 8 << 20
 # Probabilities that one call keeps for its backward; beyond this they are recomputed.
 KEPT_BYTES = 64 << 20
 
@@ -217,7 +219,7 @@ def varlen_attention_torch(
     with_max: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Same contract as `perilune.ops.varlen_attention`, on checked arguments."""
-    max_scores = BLOCK_BYTES // (q.shape[1] * _score_dtype(q.dtype).itemsize)
+    max_scores = GROUP_BYTES // (q.shape[1] * _score_dtype(q.dtype).itemsize)
     groups = plan_groups(layout_q, layout_k, max_scores, BLOCK_ROWS)
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     scores = sum(len(group.offsets) * group.queries.length * group.keys.length for group in groups) * q.shape[1]

@@ -33,7 +33,14 @@ def gla_step_equation(state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor,
 
 
 def gla_reference(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor, layout: SequenceLayout, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor,
+    layout: SequenceLayout,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as `perilune.ops.gla.gla`, in the dtype of the state, with plain autograd."""
     groups = v.shape[1] // q.shape[1]

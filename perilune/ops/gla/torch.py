@@ -60,7 +60,9 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
         total, states = ctx.saved_tensors
         dstates, dinitial = grads[0], grads[1].clone()
         heads, stop = dstates.shape[0] // sum(ctx.active), dstates.shape[0]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Size, Tensor, dtype
 
 from perilune.errors import BackendError
 from perilune.ops.kda.arguments import (
@@ -12,8 +11,10 @@ from perilune.ops.kda.arguments import (
     check_state,
     check_switches,
     check_tensors,
+    check_writable,
     compute_dtype,
     shaped_gate_parameters,
+    state_shape,
 )
 from perilune.ops.kda.options import KdaInputs, KdaOptions, KdaOutputs
 from perilune.ops.kda.reference import dplr, kda_reference
@@ -103,12 +104,12 @@ def kda(
     if chunk_size not in CHUNK_SIZES:
         raise ValueError(f"kda: chunk_size must be one of {CHUNK_SIZES}, got {chunk_size}")
     layout = _layout(q, cu_seqlens)
-    dtype = compute_dtype(q)
-    A_log, dt_bias = shaped_gate_parameters("kda", A_log, dt_bias, v.shape[2], q.shape[3], dtype)
+    compute = compute_dtype(q)
+    A_log, dt_bias = shaped_gate_parameters("kda", A_log, dt_bias, v.shape[2], q.shape[3], compute)
     packed = [x.flatten(0, 1) for x in (q, k, v, g, beta)]
     if layout.total < packed[0].shape[0]:
         packed = [x[: layout.total] for x in packed]
-    state = _initial_state(initial_state, layout.num_sequences, q, v, dtype, state_v_first)
+    state = _initial_state(initial_state, layout.num_sequences, q, v, compute, state_v_first)
     options = KdaOptions(
         scale=q.shape[3] ** -0.5 if scale is None else float(scale),
         lower_bound=lower_bound,
@@ -183,14 +184,14 @@ def kda_step(
         beta_sigmoid_in_kernel=beta_sigmoid_in_kernel,
         allow_neg_eigval=allow_neg_eigval,
     )
-    dtype = compute_dtype(q)
-    A_log, dt_bias = shaped_gate_parameters("kda_step", A_log, dt_bias, v.shape[1], q.shape[2], dtype)
-    shape, dims = _state_shape(q.shape[0], v.shape[1], q.shape[2], v.shape[2], state_v_first)
+    compute = compute_dtype(q)
+    A_log, dt_bias = shaped_gate_parameters("kda_step", A_log, dt_bias, v.shape[1], q.shape[2], compute)
+    shape, dims = state_shape((q.shape[0], v.shape[1], q.shape[2], v.shape[2]), state_v_first)
     check_state("kda_step", "state", state, shape, dims)
-    inputs = KdaInputs(q, k, v, g, beta, A_log, dt_bias, state.to(dtype))
+    inputs = KdaInputs(q, k, v, g, beta, A_log, dt_bias, state.to(compute))
     if out_state is not None:
         check_state("kda_step", "out_state", out_state, shape, dims)
-        _check_writable(out_state, dtype, (*inputs[:7], state))
+        check_writable("kda_step", "out_state", out_state, compute, (*inputs[:7], state))
     options = KdaOptions(
         scale=q.shape[2] ** -0.5 if scale is None else float(scale),
         lower_bound=lower_bound,
@@ -201,8 +202,7 @@ def kda_step(
         chunk_size=CHUNK_SIZES[0],
         return_chunk_states=False,
     )
-    with torch.autocast(q.device.type, enabled=False):
-        return advance_states(inputs, options, state_v_first, out_state)
+    return advance_states(inputs, options, state_v_first, out_state)
 
 
 def _backend(backend: str) -> str:
@@ -232,36 +232,20 @@ def _layout(q: Tensor, cu_seqlens: Tensor | SequenceLayout | None) -> SequenceLa
     return cu_seqlens
 
 
-def _state_shape(
-    count: int, heads: int, key_dim: int, value_dim: int, state_v_first: bool
-) -> tuple[tuple[int, ...], str]:
-    if state_v_first:
-        return (count, heads, value_dim, key_dim), "[N, HV, V, K]"
-    return (count, heads, key_dim, value_dim), "[N, HV, K, V]"
-
-
 def _initial_state(
-    state: Tensor | None, count: int, q: Tensor, v: Tensor, dtype: torch.dtype, state_v_first: bool
+    state: Tensor | None, count: int, q: Tensor, v: Tensor, compute: dtype, state_v_first: bool
 ) -> Tensor:
     """Return `[N, HV, K, V]` in the compute dtype."""
     heads, key_dim, value_dim = v.shape[2], q.shape[3], v.shape[3]
     if state is None:
-        return q.new_zeros(count, heads, key_dim, value_dim, dtype=dtype)
-    shape, dims = _state_shape(count, heads, key_dim, value_dim, state_v_first)
-    check_state("kda", "initial_state", state, shape, dims)
-    state = state.to(dtype)
-    return state.transpose(2, 3) if state_v_first else state
-
-
-def _check_writable(out_state: Tensor, dtype: torch.dtype, tensors: tuple[Tensor | None, ...]) -> None:
-    if out_state.dtype != dtype or not out_state.is_contiguous():
-        raise ValueError(f"kda_step: out_state must be contiguous {dtype}, got {out_state.dtype}")
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        raise ValueError("kda_step: out_state cannot be used where gradients are needed; leave it None")
+        return q.new_zeros(count, heads, key_dim, value_dim, dtype=compute)
+    check_state("kda", "initial_state", state, *state_shape((count, heads, key_dim, value_dim), state_v_first))
+    state = state.to(compute)
+    return (state.transpose(2, 3) if state_v_first else state).contiguous()
 
 
 def _public(
-    result: KdaOutputs, shape: torch.Size, output_final_state: bool, state_v_first: bool
+    result: KdaOutputs, shape: Size, output_final_state: bool, state_v_first: bool
 ) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]:
     """Restore `[B, T, HV, V]` and the caller's state layout."""
     o, final_state, chunk_states = result

@@ -108,6 +108,13 @@ def shaped_gate_parameters(
     )
 
 
+def state_shape(shape: tuple[int, int, int, int], state_v_first: bool) -> tuple[tuple[int, ...], str]:
+    """Return the shape of states (N, HV, K, V) as the caller lays them out, and the names of its dimensions."""
+    if not state_v_first:
+        return shape, "[N, HV, K, V]"
+    return (*shape[:2], shape[3], shape[2]), "[N, HV, V, K]"
+
+
 def check_state(name: str, label: str, state: Tensor, shape: tuple[int, ...], dims: str) -> None:
     """Check a recurrent state.
 
@@ -120,6 +127,18 @@ def check_state(name: str, label: str, state: Tensor, shape: tuple[int, ...], di
         raise ValueError(f"{name}: {label} holds {state.shape[0]} states for {shape[0]} sequences")
     if tuple(state.shape) != shape:
         raise ValueError(f"{name}: {label} must be {dims} = {list(shape)}, got {list(state.shape)}")
+
+
+def check_writable(name: str, label: str, out: Tensor, dtype: torch.dtype, inputs: tuple[Tensor | None, ...]) -> None:
+    """Check that `out` may receive results in place.
+
+    Raises:
+        ValueError: it has another dtype, is not contiguous, or gradients are needed.
+    """
+    if out.dtype != dtype or not out.is_contiguous():
+        raise ValueError(f"{name}: {label} must be contiguous {dtype}, got {out.dtype} with strides {out.stride()}")
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        raise ValueError(f"{name}: {label} cannot be used where gradients are needed; leave it None")
 
 
 def compute_dtype(q: Tensor) -> torch.dtype:

@@ -90,7 +90,8 @@ def _deep_chunks(index: Tensor, steps: Tensor, within: Tensor) -> DeepChunks:
     for number in range(1, int(segment.max()) + 1):
         rows = segment == number
         row_factor = torch.where(rows, torch.exp(running - anchor), 0)
-        start = torch.where(rows, anchor, running[:, -1:]).amax(dim=1, keepdim=True)
+        start = torch.where(rows, anchor, -torch.inf).amax(dim=1, keepdim=True)
+        start = torch.where(start.isinf(), running[:, -1:], start)  # channels without this segment
         column_factor = torch.exp((start - running).clamp_(max=SEGMENT_DECAY))
         passes.append((row_factor.to(steps.dtype).unsqueeze(1), column_factor.to(steps.dtype)))
     return DeepChunks(

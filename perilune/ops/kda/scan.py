@@ -85,7 +85,7 @@ def backward_scan(
     """
     heads = dz.shape[0] // sum(active)
     dnext = dz.new_empty(dz.shape[0], *dfinal.shape[1:])
-    dinitial = dfinal.clone()
+    dinitial = dfinal.clone(memory_format=torch.contiguous_format)
     row_t, readout_t = row.transpose(1, 2), readout.transpose(1, 2)
     slabs = list(_slabs(active, heads))
     for step in range(len(slabs) - 1, -1, -1):

@@ -27,6 +27,13 @@ def advance_states(
 
     Source: Kimi Linear, eq. 1.
     """
+    with torch.autocast(inputs.q.device.type, enabled=False):
+        return _advance(inputs, options, state_v_first, out_state)
+
+
+def _advance(
+    inputs: KdaInputs, options: KdaOptions, state_v_first: bool, out_state: Tensor | None
+) -> tuple[Tensor, Tensor]:
     q, k, v, g, beta = (x.flatten(0, 1) for x in raw_to_operands(inputs, options))
     state = inputs.initial_state.flatten(0, 1)
     decay = g.exp()

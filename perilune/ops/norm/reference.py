@@ -7,5 +7,5 @@ from torch import Tensor
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """y = x / sqrt(mean(x^2) + eps) * weight, over the last axis, in the dtype of `x`."""
+    """Return y = x / sqrt(mean(x^2) + eps) * weight, over the last axis, in the dtype of `x`."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight

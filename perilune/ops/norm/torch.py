@@ -20,7 +20,9 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: FunctionCtx, *grads: Tensor
+    ) -> tuple[Tensor, Tensor, None]:
         x, rstd, weight = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
         grad = grads[0].contiguous()
         size = x.shape[-1]

@@ -1,0 +1,23 @@
+"""Settings of the whole test suite; this file is loaded before any test imports torch."""
+
+from __future__ import annotations
+
+import os
+
+# Waiting OpenMP threads spin by default, which is ruinous when test workers share the cores.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+from hypothesis import settings
+
+settings.register_profile("perilune", derandomize=True, max_examples=25, deadline=None)
+settings.load_profile("perilune")
+
+
+def pytest_configure() -> None:
+    """Share the cores among the workers of pytest-xdist."""
+    workers = os.environ.get("PYTEST_XDIST_WORKER_COUNT")
+    if workers is None:
+        return
+    import torch
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(workers)))
