@@ -27,7 +27,7 @@ class Engine:
     end. Which tokens a request gets is decided by its own seed alone (up to rounding in the model's matrix products,
     which may differ with the batch size).
 
-    >>> import torch
+    >>> from perilune.engine import SamplingParams
     >>> from perilune.models import PRESETS, build_model
     >>> model = build_model(PRESETS["smoke"], seed=0)
     >>> params = SamplingParams(max_new_tokens=4, seed=1)

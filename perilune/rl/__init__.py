@@ -3,7 +3,6 @@
 from perilune.rl.config import (
     CurationConfig,
     LengthConfig,
-    Long2ShortConfig,
     ObjectiveConfig,
     RLConfig,
     RolloutConfig,
@@ -46,7 +45,6 @@ __all__ = [
     "CurationConfig",
     "Group",
     "LengthConfig",
-    "Long2ShortConfig",
     "NativeRolloutEngine",
     "ObjectiveConfig",
     "Prompt",

@@ -222,29 +222,3 @@ class CurationConfig:
         _require(self.guess_n >= 0, "guess_n", ">= 0", self.guess_n)
         _require(self.guess_tokens >= 1, "guess_tokens", ">= 1", self.guess_tokens)
         _require(self.file_problems >= 1, "file_problems", ">= 1", self.file_problems)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Long2ShortConfig:
-    """The four ways from long to short reasoning."""
-
-    merge_weight: float = 0.5
-    """Share of the long model in the average of weights."""
-    rejection_samples: int = 8
-    """n of shortest rejection sampling (the paper's number)."""
-    dpo_ratio: float = 1.5
-    """A right response at least this much longer than the shortest is a DPO negative (the paper's number)."""
-    dpo_max_negatives: int = 4
-    """Most negatives per prompt, half of them wrong and half long and right where both exist."""
-    rl_length_fraction: float = 0.3
-    """Longest response of the second phase as a share of the first phase's."""
-    rl_length_weight: float = 0.5
-    """Length weight of the second phase, on from its start."""
-
-    def __post_init__(self) -> None:
-        _require(0 <= self.merge_weight <= 1, "merge_weight", "in [0, 1]", self.merge_weight)
-        _require(self.rejection_samples >= 1, "rejection_samples", ">= 1", self.rejection_samples)
-        _require(self.dpo_ratio >= 1, "dpo_ratio", ">= 1", self.dpo_ratio)
-        _require(self.dpo_max_negatives >= 1, "dpo_max_negatives", ">= 1", self.dpo_max_negatives)
-        _require(0 < self.rl_length_fraction <= 1, "rl_length_fraction", "in (0, 1]", self.rl_length_fraction)
-        _require(0 <= self.rl_length_weight < 2, "rl_length_weight", "in [0, 2)", self.rl_length_weight)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from perilune.errors import CheckpointError
-from perilune.rl.config import Long2ShortConfig, RLConfig
+from perilune.rl.config import RLConfig
 
 
 def merge_weights(
@@ -109,16 +109,21 @@ def dpo_pairs(
     return [(positive, negative) for negative in sorted(wrong[:num_wrong] + right[:num_right])]
 
 
-def short_phase(config: RLConfig, settings: Long2ShortConfig) -> RLConfig:
+def short_phase(config: RLConfig, *, length_fraction: float, length_weight: float) -> RLConfig:
     """The second phase of RL: length reward on from the start and a much smaller longest response.
+
+    Args:
+        config: the first phase.
+        length_fraction: longest response as a share of the first phase's, in (0, 1].
+        length_weight: weight of the length reward.
 
     Source: Kimi k1.5, section 2.4 (long2short RL).
     """
-    longest = max(1, round(config.rollout.max_response_tokens * settings.rl_length_fraction))
+    longest = max(1, round(config.rollout.max_response_tokens * length_fraction))
     return replace(
         config,
         rollout=replace(config.rollout, max_response_tokens=longest),
-        length=replace(config.length, weight=settings.rl_length_weight, start=0.0),
+        length=replace(config.length, weight=length_weight, start=0.0),
     )
 
 

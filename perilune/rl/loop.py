@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from perilune.errors import CheckpointError, DataError
 from perilune.report import MetricValue
 from perilune.rl.config import RLConfig
-from perilune.rl.metrics import reward_metrics
+from perilune.rl.metrics import alarms, reward_metrics
 from perilune.rl.rollout import Prompt, RolloutEngine, collect_groups
 from perilune.rl.sampling import PromptSampler
 from perilune.rl.scoring import ScoredGroups, Scorer, check_verifier, score_groups, shape_rewards, shuffle_rewards
@@ -124,6 +124,8 @@ class RLLoop:
         self._sampler = PromptSampler([prompt.pass_rate for prompt in prompts], config.sampling, config.seed)
         self._trainer = PolicyTrainer(model, optimizer, config, precision=precision)
         self._iteration = 0
+        self._silent_iterations = 0
+        self._alarms: list[str] = []
         self._earlier_s = 0.0
         self._started_s = time.monotonic()
         for warning in config_warnings(config):
@@ -142,11 +144,12 @@ class RLLoop:
         metrics: Metrics = {}
         is_over, is_stopped = self._is_over(), False
         while not is_over and not is_stopped:
-            metrics = self._iterate()
+            values = self._iterate()
             # Asked once each: both may change from one moment to the next.
             is_over, is_stopped = self._is_over(), self._hooks.should_stop()
-            metrics = {**metrics, **self._evaluate(is_last=is_over)}
+            metrics = {**values, **self._evaluate(is_last=is_over)}
             self._hooks.log(self._iteration, metrics)
+            self._warn(values)
             if is_over or is_stopped or self._iteration % self._config.checkpoint_interval == 0:
                 self._save()
         return RLResult(
@@ -193,6 +196,15 @@ class RLLoop:
         self._iteration += 1
         rates = _rates(scored, statistics.trained_tokens, clock.laps)
         return {"progress": progress} | reward_metrics(scored) | statistics.metrics() | clock.laps | rates
+
+    def _warn(self, values: Mapping[str, float]) -> None:
+        """Log what has become alarming, once as long as it lasts."""
+        self._silent_iterations = self._silent_iterations + 1 if values["zero_signal_share"] == 1 else 0
+        present = alarms(values, self._silent_iterations)
+        for text in present:
+            if text not in self._alarms:
+                _LOG.warning("iteration %d: %s", self._iteration, text)
+        self._alarms = present
 
     def _evaluate(self, *, is_last: bool) -> Metrics:
         interval = self._config.eval_interval

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from perilune.rl.scoring import ScoredGroups
+
+_MAX_SILENT_ITERATIONS = 3
+_MAX_TRUNCATED_SHARE = 0.3
+_MAX_MISMATCH = 0.2
+_MIN_ENTROPY = 0.01
 
 
 def reward_metrics(scored: ScoredGroups) -> dict[str, float]:
@@ -40,6 +46,32 @@ def reward_metrics(scored: ScoredGroups) -> dict[str, float]:
         "response_tokens_wrong_p95": _quantile(lengths[valid & ~scored.is_correct], 0.95),
     }
     return {name: value for name, value in values.items() if not math.isnan(value)}
+
+
+def alarms(values: Mapping[str, float], silent_iterations: int) -> list[str]:
+    """What a person should look at, each with what to do about it.
+
+    Args:
+        values: an iteration's metrics.
+        silent_iterations: iterations in a row, this one included, in which no group had a signal.
+    """
+    found: list[str] = []
+    if silent_iterations >= _MAX_SILENT_ITERATIONS:
+        found.append(
+            f"no group had a signal for {_MAX_SILENT_ITERATIONS} iterations: all responses of a prompt earn the same; "
+            "use easier tasks, or more SFT first, if rewards are low, and harder tasks if they are high"
+        )
+    if values["truncated_share"] > _MAX_TRUNCATED_SHARE:
+        found.append(
+            f"more than {_MAX_TRUNCATED_SHARE:.0%} of the responses are cut at the limit: raise max_response_tokens"
+        )
+    if values.get("engine_mismatch", 0.0) > _MAX_MISMATCH:
+        found.append(
+            f"engine and trainer differ by more than {_MAX_MISMATCH} nats a token: sample in a higher precision"
+        )
+    if values.get("entropy", math.inf) < _MIN_ENTROPY:
+        found.append(f"the policy's entropy is below {_MIN_ENTROPY} nats a token: lower the learning rate or raise tau")
+    return found
 
 
 def kl_estimates(log_ratios: Tensor) -> tuple[float, float, float]:

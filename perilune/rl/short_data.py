@@ -6,7 +6,6 @@ Source: Kimi k1.5, section 2.4 (shortest rejection sampling; DPO).
 from __future__ import annotations
 
 from perilune.data import Example, PreferencePair
-from perilune.rl.config import Long2ShortConfig
 from perilune.rl.long2short import dpo_pairs, shortest_correct
 from perilune.rl.rollout import Trajectory
 from perilune.rl.scoring import ScoredGroups
@@ -31,7 +30,7 @@ def shortest_examples(scored: ScoredGroups) -> list[Example]:
     return [response_example(group.trajectories[index]) for group, index in chosen if index is not None]
 
 
-def preference_pairs(scored: ScoredGroups, config: Long2ShortConfig) -> list[PreferencePair]:
+def preference_pairs(scored: ScoredGroups, *, ratio: float = 1.5, max_negatives: int = 4) -> list[PreferencePair]:
     """The shortest right response of each group against its longer ones; see `dpo_pairs`.
 
     Responses that were cut at a limit count as wrong with the length they reached; failed samples are left out.
@@ -42,8 +41,8 @@ def preference_pairs(scored: ScoredGroups, config: Long2ShortConfig) -> list[Pre
         found = dpo_pairs(
             scored.is_correct[row, valid].tolist(),
             scored.lengths[row, valid].tolist(),
-            ratio=config.dpo_ratio,
-            max_negatives=config.dpo_max_negatives,
+            ratio=ratio,
+            max_negatives=max_negatives,
         )
         examples = [response_example(group.trajectories[member]) for member in valid]
         pairs += [PreferencePair(chosen=examples[good], rejected=examples[bad]) for good, bad in found]

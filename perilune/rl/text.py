@@ -30,8 +30,16 @@ def fit_prompts(prompts: Sequence[Prompt], context_limit: int) -> tuple[list[Pro
 
     Returns:
         Those of at most `context_limit` - 1 tokens, and how many were left out.
+
+    Raises:
+        DataError: none fits.
     """
     fitting = [prompt for prompt in prompts if len(prompt.token_ids) < context_limit]
+    if prompts and not fitting:
+        raise DataError(
+            f"all {len(prompts)} prompts have at least {context_limit} tokens, which leaves no room for a response in "
+            f"a context of {context_limit}"
+        )
     return fitting, len(prompts) - len(fitting)
 
 

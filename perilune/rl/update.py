@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from perilune.errors import NumericsError
-from perilune.optim import Muon, MuonClip
+from perilune.optim import Muon
 from perilune.rl.config import RLConfig, UpdateConfig
 from perilune.rl.metrics import UpdateStatistics
 from perilune.rl.objective import group_advantages, objective_loss
@@ -99,7 +99,7 @@ def reset_optimizer(optimizer: Optimizer) -> None:
 
     Source: Kimi k1.5, section 2.3.2 (the optimizer is reset at the start of each iteration).
     """
-    if isinstance(optimizer, Muon | MuonClip):
+    if isinstance(optimizer, Muon):
         optimizer.reset_state()
     else:
         optimizer.state.clear()
@@ -226,6 +226,8 @@ class PolicyTrainer:
     def _skip(self, loss: float, grad_norm: float, statistics: UpdateStatistics) -> None:
         self.bad_steps += 1
         statistics.skipped_steps += 1
+        if isinstance(self._optimizer, Muon):
+            self._optimizer.skip_step()
         _LOG.warning("step skipped: loss %g, gradient norm %g (%d in a row)", loss, grad_norm, self.bad_steps)
         if self.bad_steps >= self._config.update.max_bad_steps:
             raise NumericsError(

@@ -71,7 +71,7 @@ def judge_problems(
         problem
         for task in tasks.configs
         for problem in build_task(task).sample(
-            config.split, config.problems, derive_seed(seed, "evaluation", task.name)
+            config.split, config.problems, derive_seed(seed, "evaluation", task.name), allow_fewer=True
         )
     ]
     requests = [request for problem in problems for request in _requests(problem, tokenizer, config, seed)]

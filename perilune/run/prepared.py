@@ -20,7 +20,7 @@ from perilune.run.directory import RunDirectory
 from perilune.seeding import derive_seed
 from perilune.tasks import TaskMixture
 
-TEACHER_TEXTS = 400
+TEACHER_TEXTS = 4000
 """Problems with traces that the tokenizer sees besides the corpus, so that task text is not foreign to it."""
 
 
@@ -49,11 +49,13 @@ def prepare_data(recipe: Recipe, directory: RunDirectory, progress: Progress) ->
     if not directory.tokenizer.is_file():
         progress.note("preparing corpus and tokenizer")
         _prepare(recipe, directory)
+    held_out_bytes, compressors = _read_facts(directory.data("corpus.json"))
     return PreparedData(
         tokenizer=Tokenizer.load(directory.tokenizer),
         train_tokens=_read_array(directory.data("train-tokens.npy")),
         held_out_tokens=_read_array(directory.data("held-out-tokens.npy")),
-        **_read_facts(directory.data("corpus.json")),
+        held_out_bytes=held_out_bytes,
+        compressors=compressors,
     )
 
 
@@ -81,10 +83,8 @@ def _prepare(recipe: Recipe, directory: RunDirectory) -> None:
 def _tokenizer_texts(recipe: Recipe, corpus: Corpus) -> Iterator[str]:
     yield from _take(corpus.train, recipe.tokenizer.train_bytes)
     if recipe.tasks:
-        tasks = TaskMixture(recipe.tasks)
-        seed = derive_seed(recipe.seed, "tokenizer")
-        for problem in tasks.sample("train", TEACHER_TEXTS, seed):
-            trace = tasks.teach(problem, seed)
+        exercises = TaskMixture(recipe.tasks).exercises(TEACHER_TEXTS, derive_seed(recipe.seed, "tokenizer"))
+        for problem, trace in exercises:
             yield from (problem.prompt, trace.thinking or "", trace.answer)
 
 
@@ -113,9 +113,9 @@ def _read_array(path: Path) -> NDArray[np.int32]:
         ) from error
 
 
-def _read_facts(path: Path) -> dict[str, object]:
+def _read_facts(path: Path) -> tuple[int, dict[str, float]]:
     try:
         facts = json.loads(path.read_bytes())
-        return {"held_out_bytes": facts["held_out_bytes"], "compressors": facts["compressors"]}
+        return int(facts["held_out_bytes"]), {name: float(value) for name, value in facts["compressors"].items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is missing or damaged ({error}); remove tokenizer.json to make it again") from error

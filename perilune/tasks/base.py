@@ -79,8 +79,8 @@ class Trace:
 class Task(Protocol):
     """A source of problems that can be verified; everything is pure in its seed."""
 
-    def sample(self, split: Split, count: int, seed: int) -> list[Problem]:
-        """Return `count` distinct problems of a split; splits share no question."""
+    def sample(self, split: Split, count: int, seed: int, *, allow_fewer: bool = False) -> list[Problem]:
+        """Return `count` distinct problems of a split (with `allow_fewer`, at most); splits share no question."""
         ...
 
     def verify(self, problem: Problem, response: str) -> Reward:

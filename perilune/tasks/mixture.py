@@ -36,8 +36,10 @@ class TaskMixture:
         self.configs = tuple(configs)
         self._tasks = {config.name: build_task(config) for config in configs}
 
-    def sample(self, split: Split, count: int, seed: int) -> list[Problem]:
+    def sample(self, split: Split, count: int, seed: int, *, allow_fewer: bool = False) -> list[Problem]:
         """Return `count` different problems of a split, shared out by the weights, in a shuffled order.
+
+        With `allow_fewer` a task that has fewer different questions than its share gives those it has.
 
         Raises:
             DataError: a task has too few different questions.
@@ -46,10 +48,29 @@ class TaskMixture:
         problems = [
             problem
             for (name, task), share in zip(self._tasks.items(), counts, strict=True)
-            for problem in task.sample(split, share, derive_seed(seed, "mixture", name))
+            for problem in task.sample(split, share, derive_seed(seed, "mixture", name), allow_fewer=allow_fewer)
         ]
         Random(derive_seed(seed, "mixture", "order")).shuffle(problems)
         return problems
+
+    def exercises(self, count: int, seed: int, style: Style | None = None) -> list[tuple[Problem, Trace]]:
+        """Return `count` training problems with worked answers, shared out by the weights, in a shuffled order.
+
+        A task with fewer different questions than its share gives them again, each time with another trace.
+
+        Raises:
+            DataError: a task has no scripted teacher.
+        """
+        counts = apportion([config.weight for config in self.configs], count)
+        pairs: list[tuple[Problem, Trace]] = []
+        for (name, task), share in zip(self._tasks.items(), counts, strict=True):
+            own_seed = derive_seed(seed, "exercises", name)
+            problems = task.sample("train", share, own_seed, allow_fewer=True)
+            for number in range(share):
+                problem = problems[number % len(problems)]
+                pairs.append((problem, task.teach(problem, derive_seed(own_seed, "trace", number), style)))
+        Random(derive_seed(seed, "exercises", "order")).shuffle(pairs)
+        return pairs
 
     def verify(self, problem: Problem, response: str) -> Reward:
         """Judge a response by the problem's own task."""

@@ -66,8 +66,8 @@ class ReasoningGymTask:
         self.config = config
         self._verifier = self._dataset(seed=0)
 
-    def sample(self, split: Split, count: int, seed: int) -> list[Problem]:
-        """Return `count` problems of a split, all different.
+    def sample(self, split: Split, count: int, seed: int, *, allow_fewer: bool = False) -> list[Problem]:
+        """Return `count` problems of a split, all different; with `allow_fewer`, as many as there are.
 
         Raises:
             DataError: the split has fewer different questions, as far as drawing can tell.
@@ -84,7 +84,7 @@ class ReasoningGymTask:
             misses = 0 if is_new else misses + 1
             if is_new:
                 problems[problem.id] = problem
-        if len(problems) >= count:
+        if len(problems) >= count or (allow_fewer and problems):
             return list(problems.values())
         raise DataError(
             f"task {self.config.name!r} with {self._params()} has too few different questions: {count} of split "

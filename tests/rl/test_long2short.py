@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from perilune.errors import CheckpointError
-from perilune.rl.config import Long2ShortConfig, RLConfig
+from perilune.rl.config import RLConfig
 from perilune.rl.long2short import (
     TokenEfficiency,
     choose_checkpoint,
@@ -82,7 +82,7 @@ def test_a_group_without_a_right_response_gives_no_pairs():
 
 
 def test_short_phase_turns_the_length_reward_on_and_cuts_the_limit():
-    short = short_phase(RLConfig(), Long2ShortConfig(rl_length_fraction=0.25))
+    short = short_phase(RLConfig(), length_fraction=0.25, length_weight=0.5)
     assert (short.rollout.max_response_tokens, short.length.weight, short.length.start) == (64, 0.5, 0.0)
     assert short.rollout.group_size == RLConfig().rollout.group_size
 

@@ -13,10 +13,12 @@ from perilune.rl import (
     RLHooks,
     RolloutConfig,
     SamplingConfig,
+    Score,
     UpdateConfig,
     run_rl,
 )
 from perilune.rl.loop import RLLoop
+from perilune.rl.metrics import alarms
 from perilune.train import CheckpointStore
 
 STOP_IDS = (0, *range(10, 24))
@@ -61,8 +63,6 @@ def test_reward_does_not_rise_when_rewards_are_shuffled(make_model, native, prom
 
 
 def test_the_length_reward_shortens_right_answers(make_model, native, prompts):
-    from perilune.rl import Score
-
     def ends(prompt, token_ids):
         return Score(reward=float(token_ids[-1] == 0))
 
@@ -232,3 +232,25 @@ def test_bad_prompt_sets_are_refused(make_model, native, prompts, scorer):
         run(make_model(), native, [], scorer, CONFIG)
     with pytest.raises(DataError, match="unique"):
         run(make_model(), native, [prompts[0], prompts[0]], scorer, CONFIG)
+
+
+def test_a_policy_that_learns_nothing_is_said_once(make_model, native, prompts, caplog):
+    config = replace(CONFIG, iterations=5)
+    with caplog.at_level(logging.WARNING):
+        run(make_model(), native, prompts, lambda prompt, ids: Score(reward=0.0), config)
+    assert [r.getMessage()[:11] for r in caplog.records if "no group had a signal" in r.getMessage()] == ["iteration 3"]
+
+
+@pytest.mark.parametrize(
+    ("values", "silent", "expected"),
+    [
+        ({"truncated_share": 0.0, "entropy": 1.0, "engine_mismatch": 0.0}, 2, []),
+        ({"truncated_share": 0.31}, 0, ["raise max_response_tokens"]),
+        ({"truncated_share": 0.0, "engine_mismatch": 0.3}, 0, ["higher precision"]),
+        ({"truncated_share": 0.0, "entropy": 0.001}, 3, ["easier tasks", "raise tau"]),
+    ],
+)
+def test_alarms_say_what_to_do(values, silent, expected):
+    found = alarms(values, silent)
+    assert len(found) == len(expected)
+    assert all(words in text for words, text in zip(expected, found, strict=True))

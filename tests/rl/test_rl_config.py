@@ -8,7 +8,6 @@ from perilune.rl import config as module
 from perilune.rl.config import (
     CurationConfig,
     LengthConfig,
-    Long2ShortConfig,
     ObjectiveConfig,
     RLConfig,
     RolloutConfig,
@@ -48,9 +47,6 @@ from perilune.rl.config import (
         (CurationConfig, "passes", 0, "passes"),
         (CurationConfig, "guess_n", -1, "guess_n"),
         (CurationConfig, "file_problems", 0, "file_problems"),
-        (Long2ShortConfig, "merge_weight", 1.5, "merge_weight"),
-        (Long2ShortConfig, "dpo_ratio", 0.9, "dpo_ratio"),
-        (Long2ShortConfig, "rl_length_fraction", 0.0, "rl_length_fraction"),
     ],
 )
 def test_values_out_of_range_are_named(config, field, value, message):
@@ -66,7 +62,6 @@ def test_defaults_are_those_of_the_specification():
     assert (config.length.weight, config.length.start) == (0.2, 0.4)
     assert config.sampling.floor == 0.02
     assert (CurationConfig().passes, CurationConfig().guess_n) == (10, 8)
-    assert (Long2ShortConfig().rejection_samples, Long2ShortConfig().dpo_ratio) == (8, 1.5)
 
 
 def test_every_field_is_documented_and_read():
@@ -76,7 +71,7 @@ def test_every_field_is_documented_and_read():
         for value in vars(module).values()
         if dataclasses.is_dataclass(value) and value.__module__ == module.__name__
     ]
-    assert len(classes) == 8
+    assert len(classes) == 7
     for config in classes:
         for field in dataclasses.fields(config):
             _, _, after = source.partition(f"    {field.name}: ")

@@ -2,7 +2,6 @@ import pytest
 
 from perilune.rl import (
     Group,
-    Long2ShortConfig,
     Prompt,
     RolloutConfig,
     Score,
@@ -37,7 +36,7 @@ def test_the_shortest_right_response_becomes_an_example_with_its_response_as_tar
 
 
 def test_preference_pairs_follow_the_worked_example():
-    pairs = preference_pairs(scored([1, 1, 1, 0, 0, 1], [100, 149, 150, 90, 400, 1000]), Long2ShortConfig())
+    pairs = preference_pairs(scored([1, 1, 1, 0, 0, 1], [100, 149, 150, 90, 400, 1000]))
     assert [(len(p.chosen.tokens) - 2, len(p.rejected.tokens) - 2) for p in pairs] == [
         (100, 150),
         (100, 400),
@@ -47,11 +46,11 @@ def test_preference_pairs_follow_the_worked_example():
 
 def test_cut_responses_are_wrong_and_failed_ones_left_out():
     groups = scored([1, 1, 0], [4, 9, 0], ["eos", "length", "error"])
-    (pair,) = preference_pairs(groups, Long2ShortConfig())
+    (pair,) = preference_pairs(groups)
     assert (len(pair.chosen.tokens), len(pair.rejected.tokens)) == (6, 11)
 
 
 @pytest.mark.parametrize("limit", [1, 2])
 def test_the_number_of_negatives_is_limited(limit):
-    pairs = preference_pairs(scored([1, 0, 0, 1], [4, 9, 8, 20]), Long2ShortConfig(dpo_max_negatives=limit))
+    pairs = preference_pairs(scored([1, 0, 0, 1], [4, 9, 8, 20]), max_negatives=limit)
     assert len(pairs) == limit

@@ -1,6 +1,7 @@
 import pytest
 
 from perilune.data import encode_response, train_tokenizer
+from perilune.errors import DataError
 from perilune.rl import TaskScorer, fit_prompts, problem_prompt, response_text, task_candidates
 from perilune.tasks import TaskConfig, TaskMixture
 
@@ -35,6 +36,8 @@ def test_prompts_without_room_for_a_response_are_counted(tokenizer, problems):
     assert dropped == sum(len(prompt.token_ids) == longest for prompt in prompts)
     assert len(fitting) + dropped == len(prompts)
     assert fit_prompts(prompts, longest + 1) == (prompts, 0)
+    with pytest.raises(DataError, match="all 12 prompts have at least 2 tokens"):
+        fit_prompts(prompts, 2)
 
 
 def test_response_text_keeps_the_thought_and_drops_the_end(tokenizer):

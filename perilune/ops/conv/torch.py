@@ -1,11 +1,18 @@
-"""Short convolution by shifted multiply-adds on a buffer with a halo before every sequence, and its backward.
+"""Short convolution by shifted multiply-adds over blocks of rows, with a hand-written backward.
 
-Data movement. Each sequence is copied once behind its W - 1 remembered inputs; a tap is then one fused multiply-add
-over a shifted view of that buffer. The backward is the same taps run the other way.
+Data movement. Tokens stay where they are: a tap is one fused multiply-add over a shifted view of the packed input,
+block by block so that a block stays in cache from the first tap to the activation. Only the first W - 1 tokens of each
+sequence see something else than the rows before them; these few ("heads") are computed apart, from a small buffer that
+holds each sequence's state and its first tokens, and written over what the stream computed for them.
 """
+
+# T tokens (packed)  N sequences  D channels  W taps  M heads: tokens among the first W - 1 of their sequence
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,8 +20,44 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from perilune.ops.elementwise import steady_sigmoid
 from perilune.ops.layout import SequenceLayout
+
+_BLOCK_ELEMENTS = 65536
+"""Elements of a block: enough for two threads, and a handful of blocks fit a core's own cache."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Heads:
+    """Where sequences start and end."""
+
+    tokens: Tensor
+    """`[M]` int64, packed indices."""
+    sequences: Tensor
+    """`[M]` int64."""
+    rows: Tensor
+    """`[M]` int64, their place in the buffer of `_history`."""
+    last_tokens: Tensor
+    """`[N, W - 1]` int64, packed indices of each sequence's last inputs, clamped to valid ones."""
+    last_rows: Tensor
+    """`[N, W - 1]` int64, their place in the buffer where they precede the sequence."""
+    last_in_sequence: Tensor
+    """`[N, W - 1, 1]` bool, whether an input belongs to the sequence rather than to its state."""
+
+
+@lru_cache(maxsize=32)
+def _heads(layout: SequenceLayout, halo: int) -> _Heads:
+    tokens = (layout.positions < halo).nonzero().squeeze(-1)
+    starts = torch.tensor(layout.starts, dtype=torch.int64, device=layout.device).unsqueeze(-1)
+    lengths = torch.tensor(layout.lengths, dtype=torch.int64, device=layout.device).unsqueeze(-1)
+    last = lengths - halo + torch.arange(halo, device=layout.device)
+    return _Heads(
+        tokens=tokens,
+        sequences=layout.sequence_ids[tokens],
+        rows=halo + layout.positions[tokens],
+        last_tokens=(starts + last).clamp_(0, max(layout.total - 1, 0)),
+        last_rows=(halo + last).clamp_(max=2 * halo - 1) if halo else last,
+        last_in_sequence=(last >= 0).unsqueeze(-1),
+    )
 
 
 def short_conv_torch(
@@ -23,126 +66,155 @@ def short_conv_torch(
     """Convolve packed sequences; see `short_conv`."""
     if state is None:
         state = x.new_zeros(layout.num_sequences, x.shape[1], weight.shape[1] - 1)
-    outputs: tuple[Tensor, Tensor] = _ShortConv.apply(x, weight, state, layout, use_silu)
+    if layout.total == 0:
+        return x, state
+    with torch.autocast(x.device.type, enabled=False):
+        outputs: tuple[Tensor, Tensor] = _ShortConv.apply(x, weight, state, layout, use_silu)
     return outputs
 
 
-def _with_halo(x: Tensor, state: Tensor, layout: SequenceLayout) -> Tensor:
-    """Put each sequence behind its state: `[T + N (W - 1), D]`; a uniform layout gives `[N, W - 1 + T / N, D]`."""
-    before = state.transpose(1, 2).to(x.dtype)
-    if layout.is_uniform:
-        return torch.cat([before, x.view(layout.num_sequences, -1, x.shape[1])], dim=1)
-    parts = [part for pair in zip(before, x.split(layout.lengths), strict=True) for part in pair]
-    return torch.cat(parts) if parts else x.new_zeros(0, x.shape[1])
+def _blocks(x: Tensor) -> Iterator[tuple[int, int]]:
+    """Yield (first, last + 1) rows of blocks."""
+    rows = max(1, _BLOCK_ELEMENTS // max(x.shape[1], 1))
+    for first in range(0, x.shape[0], rows):
+        yield first, min(first + rows, x.shape[0])
 
 
-def _positions(layout: SequenceLayout, halo: int) -> Tensor:
-    """`[T]`, where in the ragged halo buffer the window of each token begins."""
-    return torch.arange(layout.total, device=layout.device) + layout.sequence_ids * halo
+def _history(x: Tensor, state: Tensor, heads: _Heads) -> Tensor:
+    """`[N, 2 (W - 1), D]`: each sequence's state, then its first W - 1 tokens (zero where it has fewer)."""
+    count, width, halo = state.shape
+    history = x.new_zeros(count, 2 * halo, width)
+    history[:, :halo] = state.transpose(1, 2)
+    history[heads.sequences, heads.rows] = x[heads.tokens]
+    return history
 
 
-def _convolve(padded: Tensor, weight: Tensor, layout: SequenceLayout) -> Tensor:
-    """Sum the taps: `[T, D]`."""
-    taps = weight.shape[1]
-    width = padded.shape[-1]
-    if layout.is_uniform:
-        length = layout.max_length
-        y = padded[:, :length] * weight[:, 0]
-        for tap in range(1, taps):
-            y.addcmul_(padded[:, tap : tap + length], weight[:, tap])
-        return y.view(-1, width)
-    # Every window of the buffer is computed, and those that cross a boundary are dropped.
-    count = max(padded.shape[0] - taps + 1, 0)
-    y = padded[:count] * weight[:, 0]
-    for tap in range(1, taps):
-        y.addcmul_(padded[tap : tap + count], weight[:, tap])
-    return y.index_select(0, _positions(layout, taps - 1))
+def _convolve_stream(x: Tensor, taps: Tensor, first: int, last: int, out: Tensor) -> Tensor:
+    """Convolve rows `first` to `last` of `x` as if it were one sequence that starts with zeros; `taps` is `[W, D]`."""
+    torch.mul(x[first:last], taps[-1], out=out)
+    for back in range(1, taps.shape[0]):
+        begin = max(first, back)
+        if begin < last:
+            out[begin - first :].addcmul_(x[begin - back : last - back], taps[-1 - back])
+    return out
 
 
-def _last_inputs(padded: Tensor, layout: SequenceLayout, halo: int) -> Tensor:
-    """`[N, D, W - 1]`, the last inputs of each sequence, older ones from its own halo."""
-    if layout.is_uniform:
-        return padded[:, layout.max_length :].transpose(1, 2).contiguous()
-    ends = layout.cu_seqlens[1:].to(torch.int64) + torch.arange(layout.num_sequences, device=padded.device) * halo
-    rows = ends[:, None] + torch.arange(halo, device=padded.device)
-    return padded[rows].transpose(1, 2).contiguous()
+def _convolve_heads(history: Tensor, taps: Tensor, heads: _Heads) -> Tensor:
+    """`[M, D]`, outputs of the first tokens; taps are added in the order of `_convolve_stream`, for equal rounding."""
+    halo = taps.shape[0] - 1
+    y = history[:, halo:] * taps[-1]
+    for back in range(1, halo + 1):
+        y.addcmul_(history[:, halo - back : 2 * halo - back], taps[-1 - back])
+    return y[heads.sequences, heads.rows - halo]
+
+
+def _last_inputs(x: Tensor, history: Tensor, heads: _Heads) -> Tensor:
+    """`[N, D, W - 1]`, the last inputs of each sequence; those it lacks come from its state."""
+    sequences = torch.arange(history.shape[0], device=x.device).unsqueeze(-1)
+    last = torch.where(heads.last_in_sequence, x[heads.last_tokens], history[sequences, heads.last_rows])
+    return last.transpose(1, 2).contiguous()
+
+
+def _silu(y: Tensor, out: Tensor) -> None:
+    """Write `y / (1 + exp(-y))` to `out`; `F.silu` rounds differently at the end of a thread's share."""
+    torch.div(y, torch.neg(y).exp_().add_(1), out=out)
 
 
 class _ShortConv(torch.autograd.Function):
+    """Convolution and activation; keeps the input and, for the activation, its argument."""
+
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(
         ctx: Any, x: Tensor, weight: Tensor, state: Tensor, layout: SequenceLayout, use_silu: bool
     ) -> tuple[Tensor, Tensor]:
         compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-        padded = _with_halo(x, state, layout).to(compute)
-        taps = weight.to(compute)
-        y = _convolve(padded, taps, layout)
-        new_state = _last_inputs(padded, layout, weight.shape[1] - 1).to(state.dtype)
-        ctx.save_for_backward(padded, weight, y if use_silu else None)
-        ctx.layout, ctx.use_silu, ctx.dtypes = layout, use_silu, (x.dtype, state.dtype)
-        out = y * steady_sigmoid(y) if use_silu else y
-        return out.to(x.dtype), new_state
+        wide, taps = x.to(compute), weight.t().to(compute).contiguous()
+        heads = _heads(layout, weight.shape[1] - 1)
+        history = _history(wide, state.to(compute), heads)
+        y = torch.empty(x.shape, dtype=compute, device=x.device)
+        out = torch.empty_like(y) if use_silu else y
+        for first, last in _blocks(x):
+            block = _convolve_stream(wide, taps, first, last, y[first:last])
+            if use_silu:
+                _silu(block, out[first:last])
+        at_heads = _convolve_heads(history, taps, heads)
+        y[heads.tokens] = at_heads
+        if use_silu:
+            _silu(at_heads, at_heads)
+            out[heads.tokens] = at_heads
+        ctx.save_for_backward(x, weight, state, y if use_silu else None)
+        ctx.layout = layout
+        ctx.set_materialize_grads(False)
+        return out.to(x.dtype), _last_inputs(wide, history, heads).to(state.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
-        grad_out, grad_state = grads
-        padded, weight, y = ctx.saved_tensors
-        layout: SequenceLayout = ctx.layout
-        dy = grad_out.to(padded.dtype)
-        if ctx.use_silu:
-            gate = steady_sigmoid(y)
-            dy = dy * gate.mul(1 + y * (1 - gate))
-        d_padded, d_weight = _convolve_backward(padded, weight.to(padded.dtype), dy, layout)
-        _add_last_inputs(d_padded, grad_state.to(padded.dtype), layout, weight.shape[1] - 1)
-        dx, d_state = _split_halo(d_padded, layout, weight.shape[1] - 1)
-        return dx.to(ctx.dtypes[0]), d_weight.to(weight.dtype), d_state.to(ctx.dtypes[1]), None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        dout, dlast = grads
+        x, weight, state, y = ctx.saved_tensors
+        compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+        heads = _heads(ctx.layout, weight.shape[1] - 1)
+        with torch.autocast(x.device.type, enabled=False):
+            dy = torch.zeros(x.shape, dtype=compute, device=x.device) if dout is None else dout.to(compute)
+            dy = dy.clone() if y is None else torch.ops.aten.silu_backward(dy, y)
+            wide, taps = x.to(compute), weight.t().to(compute).contiguous()
+            history = _history(wide, state.to(compute), heads)
+            dx, dtaps, dhistory = _convolve_backward(dy, wide, taps, history, heads)
+            if dlast is not None:
+                _add_last_inputs(dlast.to(compute), dx, dhistory, heads)
+        dx.index_add_(0, heads.tokens, dhistory[heads.sequences, heads.rows])
+        dstate = dhistory[:, : weight.shape[1] - 1].transpose(1, 2)
+        return dx.to(x.dtype), dtaps.t().to(weight.dtype), dstate.to(state.dtype), None, None
 
 
 def _convolve_backward(
-    padded: Tensor, weight: Tensor, dy: Tensor, layout: SequenceLayout
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the halo buffer and of the filters, tap by tap."""
-    taps = weight.shape[1]
-    if layout.is_uniform:
-        windows, axis = dy.view(layout.num_sequences, -1, dy.shape[1]), 1
-    else:
-        windows = dy.new_zeros(max(padded.shape[0] - taps + 1, 0), dy.shape[1])
-        windows[_positions(layout, taps - 1)] = dy
-        axis = 0
-    length = windows.shape[axis]
-    d_padded = torch.zeros_like(padded)
-    d_weight = weight.new_empty(weight.shape)
-    for tap in range(taps):
-        shifted = padded.narrow(axis, tap, length)
-        d_padded.narrow(axis, tap, length).addcmul_(windows, weight[:, tap])
-        d_weight[:, tap] = (windows * shifted).flatten(0, -2).sum(0)
-    return d_padded, d_weight
+    dy: Tensor, x: Tensor, taps: Tensor, history: Tensor, heads: _Heads
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the tokens (without what heads read), of the taps `[W, D]`, and of the history buffer.
+
+    Args:
+        dy: `[T, D]`, gradient of the sums over taps; overwritten.
+        x: `[T, D]`.
+        taps: `[W, D]`.
+        history: of `_history`.
+        heads: of the layout.
+    """
+    halo = taps.shape[0] - 1
+    at_heads = history.new_zeros(history.shape[0], halo, history.shape[2])
+    at_heads[heads.sequences, heads.rows - halo] = dy[heads.tokens]
+    dy[heads.tokens] = 0  # their windows reach over the sequence's start
+    dx = torch.empty_like(dy)
+    first_block = next(_blocks(dy))[1]
+    sums = dy.new_zeros(taps.shape[0], first_block, dy.shape[1])
+    for first, last in _blocks(dy):
+        torch.mul(dy[first:last], taps[-1], out=dx[first:last])
+        sums[0, : last - first].addcmul_(dy[first:last], x[first:last])
+        for back in range(1, halo + 1):
+            end, begin = min(last + back, dy.shape[0]), max(first, back)
+            if first + back < end:
+                dx[first : end - back].addcmul_(dy[first + back : end], taps[-1 - back])
+            if begin < last:
+                sums[back, : last - begin].addcmul_(dy[begin:last], x[begin - back : last - back])
+    dtaps = sums.sum(1).flip(0)
+    dhistory = torch.zeros_like(history)
+    for tap in range(halo + 1):
+        dhistory[:, tap : tap + halo].addcmul_(at_heads, taps[tap])
+        dtaps[tap] += (at_heads * history[:, tap : tap + halo]).sum((0, 1))
+    return dx, dtaps, dhistory
 
 
-def _add_last_inputs(d_padded: Tensor, grad_state: Tensor, layout: SequenceLayout, halo: int) -> None:
-    """Add the gradient of the new state to the inputs it holds."""
-    if layout.is_uniform:
-        d_padded[:, layout.max_length :] += grad_state.transpose(1, 2)
-        return
-    ends = layout.cu_seqlens[1:].to(torch.int64) + torch.arange(layout.num_sequences, device=d_padded.device) * halo
-    rows = ends[:, None] + torch.arange(halo, device=d_padded.device)
-    d_padded.index_add_(0, rows.flatten(), grad_state.transpose(1, 2).flatten(0, 1))
-
-
-def _split_halo(d_padded: Tensor, layout: SequenceLayout, halo: int) -> tuple[Tensor, Tensor]:
-    """Gradients of the inputs `[T, D]` and of the states `[N, D, W - 1]`."""
-    width = d_padded.shape[-1]
-    if layout.is_uniform:
-        return d_padded[:, halo:].reshape(-1, width), d_padded[:, :halo].transpose(1, 2)
-    starts = torch.tensor(layout.starts, device=d_padded.device, dtype=torch.int64)
-    starts += torch.arange(layout.num_sequences, device=d_padded.device) * halo
-    rows = starts[:, None] + torch.arange(halo, device=d_padded.device)
-    return d_padded[_positions(layout, halo) + halo], d_padded[rows].transpose(1, 2)
+def _add_last_inputs(dlast: Tensor, dx: Tensor, dhistory: Tensor, heads: _Heads) -> None:
+    """Add the gradient of the new state `[N, D, W - 1]` to the inputs it holds."""
+    dlast = dlast.transpose(1, 2)
+    inside = heads.last_in_sequence
+    dx.index_add_(0, heads.last_tokens.flatten(), torch.where(inside, dlast, 0).flatten(0, 1))
+    sequences = torch.arange(dlast.shape[0], device=dlast.device).unsqueeze(-1).expand_as(heads.last_rows)
+    dhistory.index_put_((sequences, heads.last_rows), torch.where(inside, 0, dlast), accumulate=True)
 
 
 def short_conv_step_torch(x: Tensor, weight: Tensor, state: Tensor, *, use_silu: bool) -> tuple[Tensor, Tensor]:
     """Filter one token per sequence; see `short_conv_step`."""
-    window = torch.cat([state.to(x.dtype), x[..., None]], dim=2)
-    y = (window * weight.to(x.dtype)).sum(2)
-    return (F.silu(y) if use_silu else y), window[..., 1:].to(state.dtype)
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    window = torch.cat([state.to(compute), x.to(compute).unsqueeze(-1)], dim=2)
+    y = (window * weight.to(compute)).sum(2)
+    return (F.silu(y) if use_silu else y).to(x.dtype), window[..., 1:].to(state.dtype)

@@ -10,7 +10,7 @@ from hashlib import sha256
 
 import torch
 
-from perilune.data import Tokenizer, encode_prompt, encode_response
+from perilune.data import Tokenizer
 from perilune.engine import Engine
 from perilune.errors import DataError
 from perilune.files import write_atomic
@@ -18,15 +18,16 @@ from perilune.models import Decoder
 from perilune.optim import OptimizerConfig, build_optimizer
 from perilune.report import MetricValue, StageResult
 from perilune.rl import (
-    Candidate,
     NativeRolloutEngine,
     Prompt,
     RLConfig,
     RLHooks,
-    Score,
+    TaskScorer,
     curate,
+    problem_prompt,
     run_rl,
     short_phase,
+    task_candidates,
 )
 from perilune.run.config import CurateStage, Recipe, RLStage, ShortRLStage
 from perilune.run.directory import RunDirectory
@@ -34,27 +35,12 @@ from perilune.run.pipeline import StageContext
 from perilune.run.prepared import PreparedData, prepare_data
 from perilune.run.stages.common import checkpoint_store, stage_result, starting_model
 from perilune.seeding import derive_seed
-from perilune.tasks import Problem, TaskMixture, render_answer
+from perilune.tasks import Problem, TaskMixture
 from perilune.train import module_tensors
 
 _PROBLEMS = "problems.jsonl"
 _SHOWN = ("reward", "response_tokens", "tokens_per_s")
 Metrics = Mapping[str, MetricValue]
-
-
-class TaskScorer:
-    """The verifiers of a recipe's tasks as a `Scorer`."""
-
-    def __init__(self, data: PreparedData, tasks: TaskMixture) -> None:
-        """Keep what turns tokens into a judgment."""
-        self._tokenizer, self._tasks = data.tokenizer, tasks
-
-    def __call__(self, prompt: Prompt, token_ids: Sequence[int]) -> Score:
-        """Return the verifier's score of a response; an end token at its end is not part of the text."""
-        ended = bool(token_ids) and token_ids[-1] in stop_ids(self._tokenizer)
-        text = self._tokenizer.decode(token_ids[:-1] if ended else token_ids)
-        reward = self._tasks.verify(prompt.problem, text)
-        return Score(reward=reward.score, error=reward.error)
 
 
 def stop_ids(tokenizer: Tokenizer) -> tuple[int, int]:
@@ -68,12 +54,13 @@ def run_curate(context: StageContext, settings: CurateStage) -> StageResult:
     started_s = time.monotonic()
     data = prepare_data(recipe, context.directory, context.progress)
     model, tasks = starting_model(context), TaskMixture(recipe.tasks)
-    problems = tasks.sample("train", settings.problems, derive_seed(recipe.seed, context.name, "problems"))
+    seed = derive_seed(recipe.seed, context.name, "problems")
+    problems = tasks.sample("train", settings.problems, seed, allow_fewer=True)
     with context.progress.task("curating prompts", total=len(problems), unit="problem") as task:
         curation = curate(
-            [_candidate(problem, other, data, tasks) for problem, other in _with_neighbor(problems)],
+            task_candidates(data.tokenizer, tasks, problems),
             NativeRolloutEngine(Engine(model)),
-            TaskScorer(data, tasks),
+            TaskScorer(data.tokenizer, tasks),
             settings.curation,
             context.directory.data(context.name),
             stop_ids=stop_ids(data.tokenizer),
@@ -129,7 +116,7 @@ def _reinforce(
             build_optimizer(model, optimizer_config),
             NativeRolloutEngine(Engine(model)),
             prompts,
-            TaskScorer(data, tasks),
+            TaskScorer(data.tokenizer, tasks),
             replace(config, seed=derive_seed(recipe.seed, context.name, config.seed)),
             stop_ids=stop_ids(data.tokenizer),
             store=store,
@@ -162,7 +149,7 @@ def read_prompts(directory: RunDirectory, stage: str, data: PreparedData) -> lis
         raise DataError(
             f"{path} is missing or damaged ({error}); remove results/{stage}.json to make it again"
         ) from error
-    return [_prompt(problem, data.tokenizer, rate) for problem, rate in problems]
+    return [problem_prompt(data.tokenizer, problem, rate) for problem, rate in problems]
 
 
 def _write_problems(
@@ -175,43 +162,7 @@ def _write_problems(
 
 def task_prompts(tasks: TaskMixture, count: int, seed: int, tokenizer: Tokenizer) -> list[Prompt]:
     """Return prompts of training problems without curation."""
-    return [_prompt(problem, tokenizer) for problem in tasks.sample("train", count, seed)]
-
-
-def _prompt(problem: Problem, tokenizer: Tokenizer, pass_rate: float | None = None) -> Prompt:
-    tokens = tuple(encode_prompt(tokenizer, problem.prompt))
-    return Prompt(id=problem.id, token_ids=tokens, problem=problem, pass_rate=pass_rate)
-
-
-def _with_neighbor(problems: Sequence[Problem]) -> list[tuple[Problem, Problem | None]]:
-    """Pair each problem with the next one of its task whose answer differs, for the verifier to refuse."""
-    pairs: list[tuple[Problem, Problem | None]] = []
-    for place, problem in enumerate(problems):
-        rest = (*problems[place + 1 :], *problems[:place])
-        others = (other for other in rest if other.task == problem.task and other.answer != problem.answer)
-        pairs.append((problem, next(others, None)))
-    return pairs
-
-
-def _candidate(problem: Problem, other: Problem | None, data: PreparedData, tasks: TaskMixture) -> Candidate:
-    tokenizer = data.tokenizer
-    empty_thought = encode_response(tokenizer, "", thinking="")[:-1]
-    right = _answer_text(problem, tasks)
-    wrong = [""] if other is None else ["", _answer_text(other, tasks)]
-    return Candidate(
-        prompt=_prompt(problem, tokenizer),
-        question=problem.prompt,
-        answer=problem.answer,
-        guess_prefix=tuple(empty_thought),
-        must_accept=(tuple(encode_response(tokenizer, right)), tuple(encode_response(tokenizer, right, thinking="x"))),
-        must_refuse=tuple(tuple(encode_response(tokenizer, text)) for text in wrong),
-        tags=problem.tags,
-    )
-
-
-def _answer_text(problem: Problem, tasks: TaskMixture) -> str:
-    formats = {config.name: config.answer_format for config in tasks.configs}
-    return render_answer(problem.answer, formats[problem.task])
+    return [problem_prompt(tokenizer, problem) for problem in tasks.sample("train", count, seed, allow_fewer=True)]
 
 
 def _fingerprint(model: Decoder) -> str:

@@ -18,6 +18,7 @@ from perilune.rl import (
     NativeRolloutEngine,
     RolloutConfig,
     ScoredGroups,
+    TaskScorer,
     collect_groups,
     merge_weights,
     preference_pairs,
@@ -28,7 +29,7 @@ from perilune.run.config import DPOStage, MergeStage, Recipe, RejectionStage
 from perilune.run.pipeline import StageContext
 from perilune.run.prepared import PreparedData, prepare_data
 from perilune.run.stages.common import checkpoint_store, settings_hash, stage_result, starting_model, train_model
-from perilune.run.stages.reinforce import TaskScorer, stop_ids, task_prompts
+from perilune.run.stages.reinforce import stop_ids, task_prompts
 from perilune.seeding import derive_seed
 from perilune.tasks import TaskMixture
 from perilune.train import dpo_loss, lm_loss, module_tensors, sequence_logprobs
@@ -126,7 +127,7 @@ def _sample(
         seed=seed,
         version=0,
     )
-    return score_groups(groups, TaskScorer(data, tasks), rollout)
+    return score_groups(groups, TaskScorer(data.tokenizer, tasks), rollout)
 
 
 @torch.no_grad()

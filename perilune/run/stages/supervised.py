@@ -94,9 +94,8 @@ def run_sft(context: StageContext, settings: SFTStage) -> StageResult:
 
 def teacher_examples(recipe: Recipe, data: PreparedData, settings: SFTStage, seed: int) -> list[Example]:
     """Return training traces, each verified by its task."""
-    tasks = TaskMixture(recipe.tasks)
-    problems = tasks.sample("train", settings.examples, seed)
-    return [encode_trace(data.tokenizer, problem, tasks.teach(problem, seed, settings.style)) for problem in problems]
+    exercises = TaskMixture(recipe.tasks).exercises(settings.examples, seed, settings.style)
+    return [encode_trace(data.tokenizer, problem, trace) for problem, trace in exercises]
 
 
 def _sft_source(
