@@ -113,13 +113,18 @@ class KimiDeltaAttention(nn.Module):
         return self
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Return q, k, v side by side, raw decays `[T, HV, K or 1]`, logits of beta `[T, HV]` and of the gate."""
+        """Return q, k, v side by side, raw decays `[T, HV, K or 1]`, logits of beta `[T, HV]` and of the gate.
+
+        Projections of `x` share two matrix products: narrow ones alone would waste most of the machine.
+        """
         config = self.config
-        qkv = F.linear(x, torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight]))
-        raw: Tensor = self.f_b_proj(self.f_a_proj(x)) if config.gate == "channel" else self.f_proj(x)
-        beta: Tensor = self.b_proj(x)
-        z: Tensor | None = None if config.output_gate == "none" else self.g_b_proj(self.g_a_proj(x))
-        return qkv, raw.unflatten(-1, (config.value_heads, -1)), beta, z
+        (qkv,) = _joint(x, [self.q_proj, self.k_proj, self.v_proj], [2 * config.key_width + config.value_width])
+        is_channel, is_gated = config.gate == "channel", config.output_gate != "none"
+        narrow = [self.f_a_proj if is_channel else self.f_proj, self.b_proj, *([self.g_a_proj] if is_gated else [])]
+        raw, beta, *gate = _joint(x, narrow, [proj.out_features for proj in narrow])
+        if is_channel:
+            raw = self.f_b_proj(raw)
+        return qkv, raw.unflatten(-1, (config.value_heads, -1)), beta, self.g_b_proj(gate[0]) if gate else None
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Split `[T, D]` into q, k `[T, H, K]` and v `[T, HV, K]`, as views."""
@@ -222,6 +227,11 @@ class GateArguments(TypedDict):
     A_log: Tensor | None
     dt_bias: Tensor | None
     lower_bound: float | None
+
+
+def _joint(x: Tensor, projections: list[nn.Linear], sizes: list[int]) -> tuple[Tensor, ...]:
+    """Apply several projections as one product and split the result into `sizes`."""
+    return F.linear(x, torch.cat([proj.weight for proj in projections])).split(sizes, dim=-1)
 
 
 def unit_length(x: Tensor) -> Tensor:

@@ -50,34 +50,33 @@ class Rotary:
         amplitude = config.temperature(config.mscale) / config.temperature(config.mscale_all_dim)
         return cls(tuple(inverse_frequencies(dim, config)), amplitude)
 
-    def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return cos and sin `[T, 1, dim / 2]` in `dtype` at `positions` `[T]`.
+    def turns(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return amplitude * exp(i angle), complex `[T, 1, dim / 2]` with parts of `dtype`, at `positions` `[T]`.
 
         The angle is formed in float64: at position 10^6 float32 is off by 0.06 radians.
         """
         frequencies = torch.tensor(self.frequencies, dtype=torch.float64, device=positions.device)
         angles = (positions.to(torch.float64)[:, None] * frequencies)[:, None]
-        return (angles.cos() * self.amplitude).to(dtype), (angles.sin() * self.amplitude).to(dtype)
+        return torch.polar(torch.full_like(angles, self.amplitude), angles).to(dtype.to_complex())
 
     def turn(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotate `x` `[T, H, D]` by `positions` `[T]`; the result has its dtype."""
-        cos, sin = self.angles(positions, torch.promote_types(x.dtype, torch.float32))
-        return rotate(x, cos, sin)
+        return rotate(x, self.turns(positions, torch.promote_types(x.dtype, torch.float32)))
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
     """Turn each adjacent channel pair (x0, x1) to (x0 cos - x1 sin, x0 sin + x1 cos).
+
+    As a product of complex numbers that is one pass over memory.
 
     Args:
         x: `[T, H, D]`, any float dtype.
-        cos: `[T, 1, D / 2]`, float32 at least: the dtype of the computation.
-        sin: like `cos`.
+        turns: complex `[T, 1, D / 2]`, whose dtype is that of the computation.
 
     Returns:
         `[T, H, D]` in the dtype of `x`.
 
     Source: RoFormer (2104.09864), eq. 34; interleaved pairs as the released checkpoints store them.
     """
-    first, second = x.unflatten(-1, (-1, 2)).to(cos.dtype).unbind(-1)
-    turned = torch.stack([first * cos - second * sin, first * sin + second * cos], -1)
-    return turned.flatten(-2).to(x.dtype)
+    pairs = torch.view_as_complex(x.to(turns.dtype.to_real()).contiguous().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)

@@ -5,10 +5,12 @@ Each op is a folder with an oracle and fast paths behind one front door.
 
 from perilune.ops.attention import decode_attention, varlen_attention
 from perilune.ops.conv import short_conv, short_conv_step
+from perilune.ops.gla import gla, gla_step
 from perilune.ops.kda import dplr, kda, kda_step
 from perilune.ops.layout import SequenceLayout, as_layout
 from perilune.ops.loss import linear_cross_entropy, linear_logprobs
 from perilune.ops.moe import Routing, balance_bias_update, moe_experts, route, routed_scaling_factor
+from perilune.ops.norm import rms_norm
 
 __all__ = [
     "Routing",
@@ -17,11 +19,14 @@ __all__ = [
     "balance_bias_update",
     "decode_attention",
     "dplr",
+    "gla",
+    "gla_step",
     "kda",
     "kda_step",
     "linear_cross_entropy",
     "linear_logprobs",
     "moe_experts",
+    "rms_norm",
     "route",
     "routed_scaling_factor",
     "short_conv",

@@ -294,6 +294,8 @@ class SweepConfig:
 
     seeds: tuple[int, ...] = (0,)
     """Seeds of each variant."""
+    shared: tuple[str, ...] = ()
+    """First stages, run once with the recipe's own seed; every child starts from them and may not change them."""
     variants: dict[str, dict[str, Any]]
     """Name of a variant to what it changes: a table laid over the recipe."""
 
@@ -304,6 +306,7 @@ class SweepConfig:
             _require_name("variants", name)
             if forbidden := {"sweep", "name", "seed"} & set(changes):
                 raise ValueError(f"variants.{name} may not change {', '.join(sorted(forbidden))}")
+        _require("shared" not in self.variants, "variants", "named otherwise than shared", "shared")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -349,6 +352,8 @@ class Recipe:
                 f"{self.tokenizer.vocab_size}; they must be equal"
             )
         _check_references(self.stages)
+        shared = () if self.sweep is None else self.sweep.shared
+        _require(tuple(self.stages)[: len(shared)] == shared, "sweep.shared", "the first stages in order", list(shared))
 
 
 def _check_references(stages: Mapping[str, StageConfig]) -> None:

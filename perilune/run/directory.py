@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -124,6 +125,27 @@ class RunDirectory:
             write_atomic(self.recipe, tomli_w.dumps(without_none(tree)))
         except OSError as error:
             raise PeriluneError(f"cannot use {self.path} as a run directory: {error.strerror}") from error
+
+    def adopt(self, other: RunDirectory, stages: Sequence[str]) -> None:
+        """Copy what finished stages of another run left here, so that they count as complete.
+
+        A stage's result is copied last: one whose copy was broken off is copied again.
+
+        Raises:
+            PeriluneError: a file cannot be copied.
+        """
+        if all(self.is_complete(stage) for stage in stages):
+            return
+        try:
+            (self.path / "results").mkdir(parents=True, exist_ok=True)
+            shutil.copytree(other.path / "data", self.path / "data", dirs_exist_ok=True)
+            write_atomic(self.tokenizer, other.tokenizer.read_bytes())
+            for stage in stages:
+                if other.checkpoints(stage).is_dir():
+                    shutil.copytree(other.checkpoints(stage), self.checkpoints(stage), dirs_exist_ok=True)
+                write_atomic(self.result(stage), other.result(stage).read_bytes())
+        except OSError as error:
+            raise PeriluneError(f"cannot copy stages {', '.join(stages)} to {self.path}: {error}") from error
 
     def write_machine(self, machine: Mapping[str, Any]) -> None:
         """Write `machine.json`."""

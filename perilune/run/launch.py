@@ -13,7 +13,7 @@ from perilune.run.directory import RunDirectory
 from perilune.run.pipeline import RunSummary, check_stages, run_pipeline
 from perilune.run.recipe import LoadedRecipe, load_recipe, recipe_tree
 from perilune.run.stages import STAGES
-from perilune.run.sweep import plan_sweep, run_sweep
+from perilune.run.sweep import plan_shared, plan_sweep, run_sweep
 from perilune.run.tree import guess
 from perilune.train import SignalWatch
 
@@ -55,7 +55,8 @@ def run_recipe(
     directory = RunDirectory(run_directory if run_directory is not None else Path("runs") / recipe.name)
     children = plan_sweep(loaded, recipe.sweep, Recipe, presets())
     if children:
-        return run_sweep(children, directory, STAGES, progress=progress, stop=stop)
+        shared = plan_shared(loaded, recipe.sweep, Recipe, presets())
+        return run_sweep(children, directory, STAGES, shared=shared, progress=progress, stop=stop)
     return run_pipeline(recipe, recipe_tree(recipe), directory, STAGES, progress=progress, stop=stop)
 
 

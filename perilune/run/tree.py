@@ -40,17 +40,23 @@ def read_tree(path: Path) -> Tree:
 def merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> Tree:
     """Return `lower` overlaid with `upper`: tables merge key by key, anything else is replaced.
 
+    A table of another `kind` replaces the one below it, since their keys have nothing to do with each other.
+
     >>> merge({"a": {"x": 1, "y": 2}, "b": [1]}, {"a": {"y": 3}, "b": [2]})
     {'a': {'x': 1, 'y': 3}, 'b': [2]}
     """
     merged = dict(lower)
     for key, value in upper.items():
         below = merged.get(key)
-        if isinstance(below, Mapping) and isinstance(value, Mapping):
+        if isinstance(below, Mapping) and isinstance(value, Mapping) and _is_same_kind(below, value):
             merged[key] = merge(below, value)
         else:
             merged[key] = value
     return merged
+
+
+def _is_same_kind(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> bool:
+    return "kind" not in upper or "kind" not in lower or lower["kind"] == upper["kind"]
 
 
 def parse_overrides(overrides: Sequence[str]) -> Tree:

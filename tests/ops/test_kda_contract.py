@@ -77,7 +77,7 @@ def test_the_final_state_is_returned_only_on_request() -> None:
 def test_chunk_states_are_the_states_of_truncated_runs(backend: str) -> None:
     case = Case(lengths=(35, 0, 16, 40), chunk_size=16)
     made = tensors(case, torch.float64)
-    o, final, states = kda(**made, **case.options(), return_chunk_states=True, backend=backend)
+    states = kda(**made, **case.options(), return_chunk_states=True, backend=backend)[2]
     assert states.shape == (3 + 1 + 3, 2, 16, 8)
     assert not states.requires_grad
     one = {name: x[:, :35] if name != "initial_state" else x[:1] for name, x in made.items()}
@@ -162,9 +162,9 @@ def test_wrong_shapes_are_named(name: str) -> None:
 
 
 def test_wrong_dtypes_are_named() -> None:
-    with pytest.raises(ValueError, match="k is torch.float64 but q is torch.float32"):
+    with pytest.raises(ValueError, match=r"k is torch\.float64 but q is torch\.float32"):
         kda(**{**tensors(), "k": tensors()["k"].double()})
-    with pytest.raises(TypeError, match="v must be of a floating dtype, got torch.int64"):
+    with pytest.raises(TypeError, match=r"v must be of a floating dtype, got torch\.int64"):
         kda(**{**tensors(), "v": tensors()["v"].long()})
     with pytest.raises(ValueError, match="initial_state must be of a floating dtype"):
         kda(**{**tensors(), "initial_state": tensors()["initial_state"].long()})

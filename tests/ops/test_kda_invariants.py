@@ -1,4 +1,4 @@
-"""What KDA promises beyond being close to the recurrence: bitwise causality, independence of sequences, exact recall."""
+"""What KDA promises beyond closeness to the recurrence: bitwise causality, independent sequences, exact recall."""
 
 from __future__ import annotations
 

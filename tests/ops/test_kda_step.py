@@ -107,7 +107,7 @@ def test_bad_states_are_refused() -> None:
         kda_step(**tokens[0], state=state[:2], **switches)
     with pytest.raises(ValueError, match=r"state must be \[N, HV, V, K\]"):
         kda_step(**tokens[0], state=state, **switches, state_v_first=True)
-    with pytest.raises(ValueError, match="out_state must be contiguous torch.float32, got torch.float64"):
+    with pytest.raises(ValueError, match=r"out_state must be contiguous torch\.float32, got torch\.float64"):
         kda_step(**tokens[0], state=state, **switches, out_state=state.double())
     with pytest.raises(ValueError, match="out_state must be contiguous"):
         kda_step(**tokens[0], state=state, **switches, out_state=state.transpose(2, 3).contiguous().transpose(2, 3))

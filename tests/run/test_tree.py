@@ -125,3 +125,9 @@ def test_none_is_left_out_and_tuples_become_lists(tmp_path):
         "c": {},
         "e": str(tmp_path),
     }
+
+
+def test_a_table_of_another_kind_replaces_the_one_below() -> None:
+    lower = {"task": {"kind": "palindrome", "length": 9}}
+    assert merge(lower, {"task": {"kind": "mqar", "num_pairs": 2}}) == {"task": {"kind": "mqar", "num_pairs": 2}}
+    assert merge(lower, {"task": {"kind": "palindrome", "num_symbols": 4}})["task"]["length"] == 9

@@ -106,10 +106,8 @@ def kda(
     layout = _layout(q, cu_seqlens)
     compute = compute_dtype(q)
     A_log, dt_bias = shaped_gate_parameters("kda", A_log, dt_bias, v.shape[2], q.shape[3], compute)
-    packed = [x.flatten(0, 1) for x in (q, k, v, g, beta)]
-    if layout.total < packed[0].shape[0]:
-        packed = [x[: layout.total] for x in packed]
     state = _initial_state(initial_state, layout.num_sequences, q, v, compute, state_v_first)
+    inputs = KdaInputs(*_packed(q, k, v, g, beta, layout.total), A_log, dt_bias, state)
     options = KdaOptions(
         scale=q.shape[3] ** -0.5 if scale is None else float(scale),
         lower_bound=lower_bound,
@@ -120,7 +118,7 @@ def kda(
         chunk_size=chunk_size,
         return_chunk_states=return_chunk_states,
     )
-    result = _BACKENDS[_backend(backend)](KdaInputs(*packed, A_log, dt_bias, state), layout, options)
+    result = _BACKENDS[_backend(backend)](inputs, layout, options)
     return _public(result, v.shape, output_final_state, state_v_first)
 
 
@@ -230,6 +228,16 @@ def _layout(q: Tensor, cu_seqlens: Tensor | SequenceLayout | None) -> SequenceLa
     if total > length:
         raise ValueError(f"kda: cu_seqlens ends with {total}, past q's T={length} tokens")
     return cu_seqlens
+
+
+def _packed(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, total: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Drop the batch dimension and tokens past `total` (a slice that drops nothing would still cost its backward)."""
+    q, k, v, g, beta = (x.flatten(0, 1) for x in (q, k, v, g, beta))
+    if total < q.shape[0]:
+        q, k, v, g, beta = (x[:total] for x in (q, k, v, g, beta))
+    return q, k, v, g, beta
 
 
 def _initial_state(

@@ -14,8 +14,8 @@ from perilune.ops.elementwise import steady_sigmoid
 def log_decay(f: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None) -> Tensor:
     """Turn the raw gate into a natural-log decay <= 0, differentiably.
 
-    Softplus gate: `-exp(A_log) * softplus(f + dt_bias)`. Bounded gate: `lower_bound * sigmoid(exp(A_log) * (f + dt_bias))`,
-    another activation and not a clamp of the first.
+    Softplus gate: `-exp(A_log) * softplus(f + dt_bias)`.
+    Bounded gate: `lower_bound * sigmoid(exp(A_log) * (f + dt_bias))`, another activation and not a clamp of the first.
 
     Args:
         f: `[..., H, K]`, float32 or float64.
@@ -75,7 +75,7 @@ def unit_length_gain(x: Tensor, eps: float) -> Tensor:
 
     Source: Kimi Linear, eq. 10 (L2Norm).
     """
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().add_(eps).rsqrt_()
+    return x.square().sum(dim=-1, keepdim=True).add_(eps).rsqrt_()
 
 
 def beta_forward(logits: Tensor, allow_neg_eigval: bool) -> Tensor:

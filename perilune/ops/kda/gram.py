@@ -70,8 +70,8 @@ def decay_factors(log_decay: Tensor, chunks: ChunkMap) -> DecayFactors:
     ones = log_decay.new_ones(size, size).tril_()
     running = torch.matmul(ones, log_decay.reshape(-1, size, heads * width)).view(log_decay.shape)
     within = log_decay.new_empty(chunks.num_chunks * heads, size, width)
-    step_major = chunks.chunked(running)
-    torch.exp(step_major, out=within.view(step_major.shape))
+    step_major = chunks.chunked(running.exp_())  # exponentiating while permuting would take twice as long
+    within.view(step_major.shape).copy_(step_major)
     floor = math.exp(-SEGMENT_DECAY)
     index = (within[:, -1] < floor).any(dim=-1).nonzero().squeeze(-1)
     if index.numel() == 0:
@@ -171,7 +171,7 @@ def decayed_gram(reads: Tensor, write_keys: Tensor, row: Tensor, column: Tensor,
         deep_column = column[factors.deep.index]
         gram[factors.deep.index] = _deep_gram(reads, write_keys, deep_column, factors.deep)
     gram = gram.view(*reads.shape[:3], -1)
-    gram[:, 0].masked_fill_(_above(gram, 1), 0)
+    gram[:, 0].tril_()
     return gram
 
 
@@ -181,12 +181,6 @@ def _deep_gram(reads: Tensor, write_keys: Tensor, column: Tensor, deep: DeepChun
     for row_factor, column_factor in deep.passes:
         gram.baddbmm_((reads * row_factor).flatten(1, 2), (write_keys * column_factor).transpose(1, 2))
     return gram
-
-
-def _above(like: Tensor, diagonal: int) -> Tensor:
-    """Return `[C, C]` bool, true on and above `diagonal`."""
-    size = like.shape[-1]
-    return torch.ones(size, size, dtype=torch.bool, device=like.device).triu_(diagonal)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,14 +211,14 @@ def decayed_gram_backward(
     Args:
         dgram: `[n, 2, C, C]`, gradient of the product; overwritten.
         drow: `[n, 2, C, K]`, gradient of `row` from its other use, the state; overwritten.
-        saved: `reads`, `row`, `column` of the forward, and `[n, C, 1]`, what turned keys into write keys.
+        saved: `reads`, `write_keys`, `row`, `column` of the forward.
         factors: of the forward.
 
     Source: Kimi Linear has no backward; derived in this project from eq. 6 to 9.
     """
-    reads, row, column, write_gain = saved
+    reads, write_keys, row, column = saved
     diagonal = dgram[:, 0].diagonal(dim1=1, dim2=2).unsqueeze(-1).clone()
-    dgram = dgram.masked_fill_(_above(dgram, 0), 0).flatten(1, 2)
+    dgram = dgram.tril_(-1).flatten(1, 2)
     deep, deep_dgram = factors.deep, None
     if deep is not None:
         deep_dgram = dgram[deep.index]
@@ -234,7 +228,7 @@ def decayed_gram_backward(
     product = row * drow
     dreads = drow.mul_(factors.within.unsqueeze(1))
     if deep is not None and deep_dgram is not None:
-        chosen = reads[deep.index], column[deep.index], factors.divisor[deep.index], write_gain[deep.index]
+        chosen = reads[deep.index], write_keys[deep.index], column[deep.index], factors.divisor[deep.index]
         deep_dreads, dwrite[deep.index] = _deep_gram_backward(deep_dgram, chosen, deep)
         dreads.index_add_(0, deep.index, deep_dreads)
         product.index_add_(0, deep.index, chosen[0] * deep_dreads)
@@ -245,8 +239,7 @@ def _deep_gram_backward(
     dgram: Tensor, chosen: tuple[Tensor, Tensor, Tensor, Tensor], deep: DeepChunks
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of reads and write keys of the deep chunks through their products."""
-    reads, column, divisor, write_gain = chosen
-    write_keys = reads[:, 1] * write_gain
+    reads, write_keys, column, divisor = chosen
     dgram_t = dgram.transpose(1, 2)
     dreads = torch.bmm(dgram, column).view(reads.shape).mul_(deep.first)
     dwrite = torch.bmm(dgram_t, (reads * deep.first).flatten(1, 2)).div_(divisor)

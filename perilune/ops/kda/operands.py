@@ -1,6 +1,6 @@
-"""From packed inputs to chunked operands, and gradients back: every copy between the two layouts is an elementwise step."""
+"""From packed inputs to chunked operands, and gradients back; changes of layout ride on elementwise steps."""
 
-# T tokens  S slots  n chunks * HV  C chunk length  H query/key heads  HV value heads  G = HV / H  K key dim  V value dim
+# T tokens  S slots  n chunks * HV  C chunk length  H query/key heads  HV value heads  G = HV / H  K, V widths
 
 from __future__ import annotations
 
@@ -93,3 +93,15 @@ def pack_rows(rows: Tensor, chunks: ChunkMap, heads: int, dtype: torch.dtype) ->
     view = chunks.chunked(slots)
     view.copy_(rows.view(view.shape))
     return chunks.gather(slots)
+
+
+def chunk_output_gradient(do: Tensor | None, like: Tensor, chunks: ChunkMap) -> Tensor:
+    """Return `[n, 2, C, V]`, first the packed gradient `[T, HV, V]` (None for zero), then an unset half."""
+    count, size, width = like.shape
+    stacked = like.new_empty(count, 2, size, width)
+    if do is None:
+        stacked[:, 0] = 0
+        return stacked
+    view = chunks.chunked(chunks.scatter(do, like.dtype))
+    _grouped(stacked, chunks, do.shape[1])[:, :, :, 0, 0].copy_(view)
+    return stacked

@@ -1,4 +1,4 @@
-"""Recurrences as the paper writes them, token by token, differentiated by autograd. They are what fast paths are tested against."""
+"""Recurrences as the paper writes them, token by token, under autograd: what fast paths are tested against."""
 
 # T tokens (packed)  N sequences  H query/key heads  HV value heads  K key dim  V value dim
 

@@ -8,20 +8,13 @@ products and one multiplication into preallocated slabs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 
-def _slabs(active: tuple[int, ...], heads: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Yield per step: rows of this step's chunks, rows of the next step's, and final states of sequences that end."""
-    start = 0
-    for step, count in enumerate(active):
-        following = active[step + 1] if step + 1 < len(active) else 0
-        stop = start + count * heads
-        yield slice(start, stop), slice(stop, stop + following * heads), slice(following * heads, count * heads)
-        start = stop
+def _sizes(active: tuple[int, ...], heads: int) -> list[int]:
+    """Return the number of chunks of each step; `split` with them is far cheaper than slicing in the loop."""
+    return [count * heads for count in active]
 
 
 def forward_scan(
@@ -42,19 +35,19 @@ def forward_scan(
 
     Source: Kimi Linear, eq. 8 and 9.
     """
-    heads = correction.shape[0] // sum(active)
+    sizes = _sizes(active, correction.shape[0] // sum(active))
     states = initial.new_empty(correction.shape[0], *initial.shape[1:])
-    final = initial.clone()
-    states[: active[0] * heads] = initial[: active[0] * heads]
-    carried_t = carried.transpose(1, 2)
-    for rows, next_rows, ending in _slabs(active, heads):
-        state = states[rows]
-        correction[rows].baddbmm_(readout[rows], state)
-        going = next_rows.stop - next_rows.start
-        for target, part in ((states[next_rows], slice(0, going)), (final[ending], slice(going, None))):
-            if target.shape[0]:
-                torch.mul(state[part], total[rows][part], out=target)
-                target.baddbmm_(carried_t[rows][part], correction[rows][part])
+    final = initial.clone(memory_format=torch.contiguous_format)
+    states[: sizes[0]] = initial[: sizes[0]]
+    slabs = [x.split(sizes) for x in (states, correction, readout, carried.transpose(1, 2), total)]
+    for step, (state, z, read, write, decay) in enumerate(zip(*slabs, strict=True)):
+        z.baddbmm_(read, state)
+        going = sizes[step + 1] if step + 1 < len(sizes) else 0
+        if going:
+            torch.mul(state[:going], decay[:going], out=slabs[0][step + 1]).baddbmm_(write[:going], z[:going])
+        if going < sizes[step]:
+            ending = final[going : sizes[step]]
+            torch.mul(state[going:], decay[going:], out=ending).baddbmm_(write[going:], z[going:])
     return states, final
 
 
@@ -83,18 +76,18 @@ def backward_scan(
     Returns:
         The gradient of the state that leaves each chunk `[n, K, V]`, and of the initial states `[N * H, K, V]`.
     """
-    heads = dz.shape[0] // sum(active)
+    sizes = _sizes(active, dz.shape[0] // sum(active))
     dnext = dz.new_empty(dz.shape[0], *dfinal.shape[1:])
     dinitial = dfinal.clone(memory_format=torch.contiguous_format)
-    row_t, readout_t = row.transpose(1, 2), readout.transpose(1, 2)
-    slabs = list(_slabs(active, heads))
-    for step in range(len(slabs) - 1, -1, -1):
-        rows, _, ending = slabs[step]
-        leaving = dnext[rows]
-        if ending.start < ending.stop:
-            leaving[ending.start :] = dfinal[ending]
-        dz[rows].baddbmm_(carried[rows], leaving)
-        entering = dnext[slabs[step - 1][0]][: leaving.shape[0]] if step else dinitial[: leaving.shape[0]]
-        torch.mul(leaving, total[rows], out=entering)
-        entering.baddbmm_(row_t[rows], do[rows]).baddbmm_(readout_t[rows], dz[rows])
+    tensors = (dnext, dz, do, row.transpose(1, 2), readout.transpose(1, 2), carried, total)
+    slabs = list(zip(*(x.split(sizes) for x in tensors), strict=True))
+    for step in range(len(sizes) - 1, -1, -1):
+        leaving, dcorrection, doutput, row_t, readout_t, write, decay = slabs[step]
+        going = sizes[step + 1] if step + 1 < len(sizes) else 0
+        if going < sizes[step]:
+            leaving[going:] = dfinal[going : sizes[step]]
+        dcorrection.baddbmm_(write, leaving)
+        entering = slabs[step - 1][0][: sizes[step]] if step else dinitial[: sizes[0]]
+        torch.mul(leaving, decay, out=entering)
+        entering.baddbmm_(row_t, doutput).baddbmm_(readout_t, dcorrection)
     return dnext, dinitial

@@ -37,7 +37,7 @@ from perilune.ops.kda.gram import (
     log_decay_backward,
 )
 from perilune.ops.kda.inverse import unit_lower_inverse
-from perilune.ops.kda.operands import chunk_reads, chunk_rows, pack_rows, reads_backward
+from perilune.ops.kda.operands import chunk_output_gradient, chunk_reads, chunk_rows, pack_rows, reads_backward
 from perilune.ops.kda.options import KdaInputs, KdaOptions, KdaOutputs
 from perilune.ops.kda.scan import backward_scan, forward_scan
 from perilune.ops.layout import SequenceLayout
@@ -56,6 +56,8 @@ class _Intermediates(NamedTuple):
     """`[2, S, H, 1]`, None without normalization."""
     reads: Tensor
     """`[n, 2, C, K]`, scaled queries and negated keys."""
+    write_keys: Tensor
+    """`[n, C, K]`, beta times keys."""
     row: Tensor
     """`[n, 2, C, K]`, decayed reads: R."""
     column: Tensor
@@ -103,7 +105,20 @@ def _forward(
     states, final = forward_scan(z, readout, carried, factors.total.transpose(1, 2), initial, chunks.active)
     o = torch.bmm(row[:, 0], states).baddbmm_(gram[:, 0], z)
     saved = _Intermediates(
-        log_decay, beta, write_gain, gains, reads, row, column, carried, gram[:, 0], inverse, readout, z, states
+        log_decay,
+        beta,
+        write_gain,
+        gains,
+        reads,
+        write_keys,
+        row,
+        column,
+        carried,
+        gram[:, 0],
+        inverse,
+        readout,
+        z,
+        states,
     )
     return o, final, saved, factors
 
@@ -128,12 +143,12 @@ class _ChunkGradients(NamedTuple):
 
 
 def _backward(
-    do: Tensor, dfinal: Tensor, saved: _Intermediates, factors: DecayFactors, active: tuple[int, ...]
+    dread: Tensor, dfinal: Tensor, saved: _Intermediates, factors: DecayFactors, active: tuple[int, ...]
 ) -> _ChunkGradients:
     """Differentiate `_forward` from its operands on.
 
     Args:
-        do: `[n, C, V]`.
+        dread: `[n, 2, C, V]`, gradient of the outputs in the first half; the second is overwritten.
         dfinal: `[N * HV, K, V]`, in scan order.
         saved: of the forward.
         factors: of the forward.
@@ -142,27 +157,27 @@ def _backward(
     Source: derived in this project; Kimi Linear gives no backward.
     """
     total = factors.total.transpose(1, 2)
+    do = dread[:, 0]
     dz = torch.bmm(saved.query_gram.transpose(1, 2), do)
     dnext, dinitial = backward_scan(dz, do, saved.row[:, 0], saved.readout, saved.carried, total, dfinal, active)
     dv = torch.bmm(saved.inverse.transpose(1, 2), dz)
-    dread = torch.stack((do, dv), dim=1)
+    dread[:, 1] = dv
     dgram = torch.bmm(dread.flatten(1, 2), saved.z.transpose(1, 2)).view(*dread.shape[:3], -1)
     drow = torch.bmm(dread.flatten(1, 2), saved.states.transpose(1, 2)).view(saved.reads.shape)
     dcarried = torch.bmm(saved.z, dnext.transpose(1, 2))
-    grads = decayed_gram_backward(dgram, drow, (saved.reads, saved.row, saved.column, saved.write_gain), factors)
+    grads = decayed_gram_backward(dgram, drow, (saved.reads, saved.write_keys, saved.row, saved.column), factors)
     q, negated_k = saved.reads.unbind(1)
     own = saved.query_gram.diagonal(dim1=1, dim2=2).unsqueeze(-1)
     along = grads.reads_product.sum(-1, keepdim=True)
     along[:, 0].addcmul_(grads.diagonal, own)
     running = grads.reads_product[:, 0].add_(grads.reads_product[:, 1])
-    write_product = negated_k * grads.write_keys
-    running.addcmul_(write_product, saved.write_gain, value=-1)
+    running.addcmul_(saved.write_keys, grads.write_keys, value=-1)
     running[:, -1].addcmul_(dnext.mul_(saved.states).sum(-1), total.squeeze(-1))
     dwrite = grads.write_keys.addcmul_(q, grads.diagonal)
     carried_product = carried_keys_backward(dcarried, saved.carried, dwrite, factors)
-    dwrite_gain = torch.mul(negated_k, dwrite, out=write_product).sum(-1, keepdim=True)
+    dwrite_gain = (negated_k * dwrite).sum(-1, keepdim=True)
     along[:, 1].addcmul_(dwrite_gain, saved.write_gain)
-    grads.reads[:, 0].addcmul_(negated_k, grads.diagonal.mul_(saved.write_gain))
+    grads.reads[:, 0].addcmul_(saved.write_keys, grads.diagonal)
     grads.reads[:, 1].addcmul_(dwrite, saved.write_gain)
     return _ChunkGradients(grads.reads, along, dv, dwrite_gain.neg_(), running, carried_product, dinitial)
 
@@ -186,7 +201,9 @@ class _ChunkwiseKda(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         do, dfinal, _ = grads
         chunks, options = ctx.chunks, ctx.options
         tensors = ctx.saved_tensors
@@ -210,9 +227,9 @@ def _input_gradients(
     """Gradients of `KdaInputs`, each in its input's dtype."""
     dtype = inputs.initial_state.dtype
     heads = inputs.v.shape[1]
-    do = torch.zeros_like(saved.z) if do is None else chunk_rows(do, chunks, dtype)
+    dread = chunk_output_gradient(do, saved.z, chunks)
     dfinal = torch.zeros_like(inputs.initial_state) if dfinal is None else dfinal
-    grads = _backward(do, chunks.rank_states(dfinal).flatten(0, 1), saved, factors, chunks.active)
+    grads = _backward(dread, chunks.rank_states(dfinal).flatten(0, 1), saved, factors, chunks.active)
     num_heads = inputs.q.shape[1]
     dq, dk = reads_backward(grads.reads, grads.along, saved.reads, saved.gains, chunks, num_heads, options.scale)
     dg = chunks.gather(log_decay_backward(grads.running, grads.carried_product, chunks, heads))

@@ -19,6 +19,7 @@ from perilune.run.evaluation import evaluate_model
 from perilune.run.loading import restore_stage
 from perilune.run.pipeline import StageContext
 from perilune.run.prepared import PreparedData
+from perilune.run.tree import flatten
 from perilune.train import CheckpointStore, Loss, TrainConfig, TrainContext, TrainResult, score_text, train
 
 
@@ -38,8 +39,9 @@ def checkpoint_store(context: StageContext) -> CheckpointStore:
 
 
 def settings_hash(settings: StageConfig) -> str:
-    """Return what identifies a stage's settings in its checkpoints."""
-    return sha256(repr(sorted(asdict(settings).items())).encode()).hexdigest()
+    """Return what identifies a stage's settings in its checkpoints; how often it logs or saves may change."""
+    deciding = sorted((key, repr(value)) for key, value in flatten(asdict(settings)) if "interval" not in key)
+    return sha256(repr(deciding).encode()).hexdigest()
 
 
 def train_model(
