@@ -1,7 +1,7 @@
 """Claim: on a CPU the tiny Kimi Linear hybrid trains at >= 0.7x the tokens/s of an all-softmax model of the same size.
 
-Peers are `torch`'s scaled_dot_product_attention inside our own decoder (`tiny-gqa`: multi-head attention with RoPE) and
-NoPE MLA in every layer (`tiny-mla`). Before timing, the chunkwise KDA is checked against the float64 recurrence.
+Peers are our own decoder with multi-head softmax attention (`tiny-gqa`) or latent attention (`tiny-mla`) in every
+layer, both with rotary positions. Before timing, the chunkwise KDA is checked against the float64 recurrence.
 
     python benchmarks/cpu_train.py [--sequences 16] [--context 256] [--rounds 7] [--precision float32]
 """

@@ -43,14 +43,28 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 def main() -> None:
     """Run the command line; the user's errors become one line and an exit code."""
     is_debugging = "--debug" in sys.argv[1:]
+    # `--debug` may stand anywhere; typer would take it before the command only.
+    sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         app()
-    except PeriluneError as error:
+    except Exception as error:
         if is_debugging:
             raise
-        for line in str(error).splitlines():
+        for line in _explain_error(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(2 if isinstance(error, RecipeError) else 1)
+
+
+def _explain_error(error: Exception) -> str:
+    """Return what went wrong in the user's terms."""
+    if isinstance(error, PeriluneError):
+        return str(error)
+    if isinstance(error, OSError):
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror or error}"
+    if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error):
+        return "out of memory; lower windows, batch_tokens, micro_batch_tokens or prompts_per_iteration"
+    return f"{type(error).__name__}: {error} (--debug shows where)"
 
 
 def _print_version(is_asked: bool) -> None:
@@ -70,7 +84,7 @@ def options(
     del debug, version  # `main` and `_print_version` act on them
 
 
-@app.command(epilog="Example: perilune run recipes/demo.toml stages.rl.iterations=20 --run-dir runs/short")
+@app.command(epilog="Example: perilune run recipes/demo.toml stages.rl.rl.iterations=20 --run-dir runs/short")
 def run(
     recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE", help="A recipe, e.g. recipes/demo.toml.")] = None,
     overrides: Annotated[
@@ -105,7 +119,7 @@ def run(
     _print_summary(summary, as_json)
 
 
-@app.command(epilog="Example: perilune chat runs/demo --prompt 'What is 17 + 25?'")
+@app.command(epilog="Example: perilune chat runs/demo --prompt 'Calculate 7+5-3.'")
 def chat(
     run_path: RunPath,
     stage: StageName = None,
@@ -133,7 +147,7 @@ def chat(
 def evaluate(
     run_path: RunPath,
     stage: StageName = None,
-    count: Annotated[int | None, typer.Option(help="Problems per task; the recipe's number by default.")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="Problems per task; the recipe's number by default.")] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:

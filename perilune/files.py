@@ -25,8 +25,15 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
     Raises:
         OSError: the disk is full or the directory is not writable; `path` is then untouched and nothing is left behind.
+            Its `filename` is `path`.
     """
-    data = content.encode() if isinstance(content, str) else content
+    try:
+        _replace(path, content.encode() if isinstance(content, str) else content)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _replace(path: Path, data: bytes) -> None:
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(descriptor, "wb") as file:

@@ -19,7 +19,7 @@ from perilune.data.docstrings import prose_paragraphs, read_docstrings, read_top
 from perilune.errors import DataError
 
 SHINGLE_WORDS = 13
-"""Words in a row that make a held-out document a near-duplicate (Source: Kimi k1.5 specification, 2.5: 13-grams)."""
+"""Words in a row that make a held-out document a near-duplicate (the usual 13-grams of decontamination)."""
 
 DOCUMENT_SEPARATOR = "\n\n"
 """What stands between documents when a corpus is looked at as one text."""

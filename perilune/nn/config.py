@@ -99,7 +99,7 @@ class KDAConfig:
     num_value_heads: int | None = None
     """HV, a multiple of H; value head j reads query and key head j // (HV / H). None: H."""
     conv_size: int = 4
-    """Taps of the short convolutions on q, k and v; 0 leaves them out."""
+    """Taps of the short convolutions on q, k and v; 0 leaves them out, and keeps the SiLU that follows them."""
     gate: DecayGranularity = "channel"
     """Decay per channel (KDA), or one per head (Gated DeltaNet; Mamba2 without the delta rule)."""
     delta_rule: bool = True

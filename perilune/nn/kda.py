@@ -74,6 +74,8 @@ class KimiDeltaAttention(nn.Module):
             qkv, tail = self.conv(qkv, layout, None if cache is None else cache["conv"])
             if cache is not None:
                 cache["conv"] = tail
+        else:
+            qkv = F.silu(qkv)
         o, state = self._mix(qkv, decay, beta, layout, None if cache is None else cache["state"])
         if cache is not None and state is not None:
             cache["state"] = state
@@ -164,6 +166,8 @@ class KimiDeltaAttention(nn.Module):
         qkv, raw, beta, z = self._project(x)
         if self.conv is not None:
             qkv, cache["conv"] = self.conv.step(qkv, cache["conv"])
+        else:
+            qkv = F.silu(qkv)
         q, k, v = self._heads(qkv)
         if self.config.delta_rule:
             o, cache["state"] = kda_step(

@@ -10,6 +10,7 @@ from perilune.ops.kda import dplr, kda, kda_step
 from perilune.ops.layout import SequenceLayout, as_layout
 from perilune.ops.loss import linear_cross_entropy, linear_logprobs
 from perilune.ops.moe import Routing, balance_bias_update, moe_experts, route, routed_scaling_factor
+from perilune.ops.newton_schulz import newton_schulz
 from perilune.ops.norm import rms_norm
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_logprobs",
     "moe_experts",
+    "newton_schulz",
     "rms_norm",
     "route",
     "routed_scaling_factor",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ class SequenceLayout:
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0:
             raise ValueError(f"cu_seqlens must start with 0, got {bounds[0]}")
-        lengths = tuple(end - start for start, end in zip(bounds, bounds[1:], strict=False))
+        lengths = tuple(end - start for start, end in pairwise(bounds))
         if any(length < 0 for length in lengths):
             raise ValueError(f"cu_seqlens must not decrease, got {bounds}")
         if bounds[-1] != total:

@@ -83,6 +83,8 @@ class OptimizerConfig:
         for name, values in {"momentum": (self.momentum,), "betas": self.betas}.items():
             if not all(0 <= value < 1 for value in values):
                 raise ValueError(f"{name} must be in [0, 1), got {values}")
+        if self.kind == "adamw" and self.adamw_lr not in (None, self.lr):
+            raise ValueError(f"adamw_lr must be absent or equal to lr={self.lr} for kind adamw, got {self.adamw_lr}")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha must be in [0, 1], got {self.alpha}")
 

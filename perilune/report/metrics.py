@@ -6,6 +6,7 @@ every line stays standard JSON.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -62,6 +63,9 @@ class MetricsLog:
             step: step inside the stage.
             values: name to number, or (nested) list of numbers; NaN and infinity are read back as they were.
             stage: the stage's name.
+
+        Raises:
+            OSError: the disk is full; what is half-written is dropped when the log is next opened.
         """
         markers: dict[str, str] = {}
         cleaned = {name: _clean(value, name, markers) for name, value in values.items()}
@@ -99,8 +103,14 @@ class MetricsLog:
         self.close()
 
     def _append(self, record: Mapping[str, Any]) -> None:
-        line = json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n"
-        self._file.write(line.encode())
+        line = (json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n").encode()
+        try:
+            written = self._file.write(line)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+        if written < len(line):
+            # An almost full disk takes a part; the next opening of the log drops it.
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
 
 def read_metrics(path: Path, stage: str | None = None) -> list[MetricRecord]:

@@ -24,7 +24,15 @@ from perilune.rl.config import RLConfig
 from perilune.rl.metrics import alarms, reward_metrics
 from perilune.rl.rollout import Prompt, RolloutEngine, collect_groups
 from perilune.rl.sampling import PromptSampler
-from perilune.rl.scoring import ScoredGroups, Scorer, check_verifier, score_groups, shape_rewards, shuffle_rewards
+from perilune.rl.scoring import (
+    ScoredGroups,
+    Scorer,
+    check_policy,
+    check_verifier,
+    score_groups,
+    shape_rewards,
+    shuffle_rewards,
+)
 from perilune.rl.update import PolicyTrainer
 from perilune.train import CheckpointStore, module_tensors, optimizer_state, restore_module, restore_optimizer
 
@@ -135,7 +143,7 @@ class RLLoop:
         """Resume from the store's newest checkpoint, if any, and iterate to the end.
 
         Raises:
-            NumericsError: too many non-finite steps in a row.
+            NumericsError: too many non-finite steps in a row, or logits that are not finite.
             DataError: the verifier fails too often.
             CheckpointError: a checkpoint does not fit, or cannot be written.
         """
@@ -184,6 +192,7 @@ class RLLoop:
         )
         clock.lap("time_rollout_s")
         scored = score_groups(groups, self._scorer, self._config.rollout)
+        check_policy(scored, iteration)
         check_verifier(scored, self._config)
         if self._config.shuffle_rewards:
             scored = shuffle_rewards(scored, self._config.seed, iteration)

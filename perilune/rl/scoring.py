@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from perilune.engine import FinishReason
-from perilune.errors import DataError
+from perilune.errors import DataError, NumericsError
 from perilune.rl.config import RLConfig, RolloutConfig
 from perilune.rl.length import length_reward, length_weight
 from perilune.rl.rollout import Group, Prompt, Trajectory
@@ -138,6 +138,20 @@ def check_verifier(scored: ScoredGroups, config: RLConfig) -> None:
         raise DataError(
             f"the verifier failed on {rate:.0%} of the responses, more than max_verifier_error_rate = "
             f"{config.max_verifier_error_rate:.0%}; its errors are in the log"
+        )
+
+
+def check_policy(scored: ScoredGroups, iteration: int) -> None:
+    """Stop when the policy itself is broken.
+
+    Raises:
+        NumericsError: no response could be sampled, as its logits are NaN or infinite.
+    """
+    reasons = {trajectory.finish_reason for group in scored.groups for trajectory in group.trajectories}
+    if reasons == {"error"}:
+        raise NumericsError(
+            f"iteration {iteration}: the policy's logits are not finite in any response, so earlier steps have ruined "
+            "its weights; lower the learning rate and start the stage anew"
         )
 
 

@@ -45,7 +45,7 @@ def fit_prompts(prompts: Sequence[Prompt], context_limit: int) -> tuple[list[Pro
 
 def response_text(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
     """Text of a response with its thought tags and without the token that ended it."""
-    ended = bool(token_ids) and token_ids[-1] == tokenizer.end_id
+    ended = bool(token_ids) and token_ids[-1] in (tokenizer.end_id, tokenizer.eos_id)
     return tokenizer.decode(token_ids[:-1] if ended else token_ids)
 
 

@@ -59,12 +59,17 @@ class ChatSession:
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for token in self._engine.stream(request):
             if token.token_id not in request.params.stop_ids:
-                text = decoder.decode(self._tokenizer.decode_bytes([token.token_id]))
+                text = _printable(decoder.decode(self._tokenizer.decode_bytes([token.token_id])))
                 if text:
                     yield text
-        rest = decoder.decode(b"", final=True)
+        rest = _printable(decoder.decode(b"", final=True))
         if rest:
             yield rest
+
+
+def _printable(text: str) -> str:
+    """Leave out control characters: a terminal would act on what the model wrote."""
+    return "".join(letter for letter in text if letter.isprintable() or letter in "\n\t")
 
 
 def open_chat(

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from perilune.data import CorpusConfig, EmbeddedCorpusConfig, SyntheticConfig
+from perilune.data import MIN_VOCAB_SIZE, CorpusConfig, EmbeddedCorpusConfig, SyntheticConfig
 from perilune.models import PRESETS, ModelConfig
 from perilune.optim import OptimizerConfig
 from perilune.rl import CurationConfig, RLConfig
@@ -263,7 +263,7 @@ class DPOStage:
     """Most negatives per problem."""
     beta: float = 0.1
     """Strength of DPO's tie to the reference."""
-    sft_weight: float = 0.1
+    sft_weight: float = 0.05
     """Weight of the likelihood of the chosen responses in the loss."""
 
     def __post_init__(self) -> None:
@@ -351,9 +351,17 @@ class Recipe:
                 f"model.vocab_size is {self.model.vocab_size} but tokenizer.vocab_size is "
                 f"{self.tokenizer.vocab_size}; they must be equal"
             )
+        _check_vocabulary(self.stages, self.model.vocab_size)
         _check_references(self.stages)
         shared = () if self.sweep is None else self.sweep.shared
         _require(tuple(self.stages)[: len(shared)] == shared, "sweep.shared", "the first stages in order", list(shared))
+
+
+def _check_vocabulary(stages: Mapping[str, StageConfig], vocab_size: int) -> None:
+    """Check that there are ids for what each stage reads: the symbols of a synthetic task, or every byte of text."""
+    for name, stage in stages.items():
+        needed = stage.task.vocab_size if isinstance(stage, SyntheticStage) else MIN_VOCAB_SIZE
+        _require(vocab_size >= needed, "model.vocab_size", f">= {needed} for stages.{name}", vocab_size)
 
 
 def _check_references(stages: Mapping[str, StageConfig]) -> None:

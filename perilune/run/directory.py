@@ -118,8 +118,9 @@ class RunDirectory:
         try:
             for name in ("results", "samples", "checkpoints", "data"):
                 (self.path / name).mkdir(parents=True, exist_ok=True)
-            for leftover in [*self.path.glob(_TEMPORARY_PATTERN), *self.path.glob(f"*/{_TEMPORARY_PATTERN}")]:
-                leftover.unlink()
+            for folder in ("", "*/", "data/*/"):
+                for leftover in self.path.glob(f"{folder}{_TEMPORARY_PATTERN}"):
+                    leftover.unlink()
             if self.recipe.is_file():
                 self._check_same(tree)
             write_atomic(self.recipe, tomli_w.dumps(without_none(tree)))
@@ -137,12 +138,15 @@ class RunDirectory:
         if all(self.is_complete(stage) for stage in stages):
             return
         try:
-            (self.path / "results").mkdir(parents=True, exist_ok=True)
+            for name in ("results", "samples"):
+                (self.path / name).mkdir(parents=True, exist_ok=True)
             shutil.copytree(other.path / "data", self.path / "data", dirs_exist_ok=True)
             write_atomic(self.tokenizer, other.tokenizer.read_bytes())
             for stage in stages:
                 if other.checkpoints(stage).is_dir():
                     shutil.copytree(other.checkpoints(stage), self.checkpoints(stage), dirs_exist_ok=True)
+                if other.samples(stage).is_file():
+                    write_atomic(self.samples(stage), other.samples(stage).read_bytes())
                 write_atomic(self.result(stage), other.result(stage).read_bytes())
         except OSError as error:
             raise PeriluneError(f"cannot copy stages {', '.join(stages)} to {self.path}: {error}") from error

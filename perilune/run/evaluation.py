@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 
 from perilune.data import Tokenizer, encode_prompt
 from perilune.engine import Completion, Engine, Request, SamplingParams
+from perilune.errors import NumericsError
 from perilune.models import Decoder
 from perilune.report import NullProgress, Progress, Sample, StageResult, TaskScore
 from perilune.run.config import EvaluationConfig, Recipe
@@ -32,12 +34,21 @@ class Scores:
 
 
 def evaluate_model(model: Decoder, data: PreparedData, recipe: Recipe, progress: Progress | None = None) -> Scores:
-    """Measure a model on the run's held-out text and problems; every stage sees the same ones."""
+    """Measure a model on the run's held-out text and problems; every stage sees the same ones.
+
+    Raises:
+        NumericsError: the model gives no finite probability to the text.
+    """
     progress = progress or NullProgress()
     was_training = model.training
     model.eval()
     config = recipe.evaluation
     text = score_text(model, data.held_out_tokens, data.held_out_bytes, context=config.context)
+    if not isfinite(text.bits_per_byte):
+        raise NumericsError(
+            f"held-out text costs {text.bits_per_byte} bits per byte: the last steps have ruined the weights; lower "
+            "the learning rate and start the stage anew"
+        )
     scores: dict[str, TaskScore] = {}
     samples: list[Sample] = []
     if recipe.tasks:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from perilune.data import Tokenizer
-from perilune.errors import DataError
+from perilune.errors import CheckpointError, DataError
 from perilune.models import Decoder, build_model
 from perilune.report import read_result
 from perilune.run.config import Recipe
@@ -53,7 +53,8 @@ def load_model(run_directory: Path, stage: str | None = None) -> LoadedModel:
     wanted = stage if stage is not None else next(reversed(made), None)
     if wanted not in made:
         there = ", ".join(made) or "none yet"
-        raise DataError(f"{run_directory} has no model of stage {stage!r}; stages with a model: {there}")
+        of_stage = "" if stage is None else f" of stage {stage!r}"
+        raise DataError(f"{run_directory} has no model{of_stage}; stages with a model: {there}")
     model = build_model(recipe.model, seed=recipe.seed)
     restore_stage(model, run_directory / made[wanted])
     model.eval()
@@ -61,12 +62,20 @@ def load_model(run_directory: Path, stage: str | None = None) -> LoadedModel:
 
 
 def restore_stage(model: Decoder, checkpoints: Path) -> None:
-    """Copy the newest weights under a stage's checkpoint directory into `model`.
+    """Copy the last weights under a finished stage's checkpoint directory into `model`.
+
+    An older checkpoint does not stand in for a damaged last one: it is another model than the one that was measured.
 
     Raises:
         CheckpointError: there are none, or they are damaged or of another model.
     """
-    restore_module(model, CheckpointStore(checkpoints).load(groups=["model"]))
+    store = CheckpointStore(checkpoints)
+    try:
+        saved = store.load(max(store.steps(), default=None), groups=["model"])
+    except CheckpointError as error:
+        advice = f"restore it from a copy, or remove results/{checkpoints.name}.json and run the recipe again"
+        raise CheckpointError(f"{error}; {advice}") from error
+    restore_module(model, saved)
 
 
 def _checkpoint_of(directory: RunDirectory, stage: str) -> str | None:

@@ -40,8 +40,10 @@ def directory_lock(directory: Path) -> Iterator[str | None]:
         left_behind = _acquire(descriptor, directory)
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
         _write(descriptor, json.dumps(holder))
-        yield left_behind
-        _write(descriptor, "")
+        try:
+            yield left_behind
+        finally:
+            _write(descriptor, "")
     finally:
         os.close(descriptor)
 

@@ -149,7 +149,7 @@ def report_on_failure(path: Path, write: Callable[[Path], Path], progress: Progr
     except Exception:
         try:
             progress.note(f"report so far: {write(path)}")
-        except PeriluneError as error:
+        except (PeriluneError, OSError) as error:
             progress.note(f"no report: {error}")
         raise
 

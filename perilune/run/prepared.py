@@ -18,7 +18,7 @@ from perilune.report import Progress
 from perilune.run.config import Recipe
 from perilune.run.directory import RunDirectory
 from perilune.seeding import derive_seed
-from perilune.tasks import TaskMixture
+from perilune.tasks import TASKS, TaskMixture
 
 TEACHER_TEXTS = 4000
 """Problems with traces that the tokenizer sees besides the corpus, so that task text is not foreign to it."""
@@ -82,8 +82,9 @@ def _prepare(recipe: Recipe, directory: RunDirectory) -> None:
 
 def _tokenizer_texts(recipe: Recipe, corpus: Corpus) -> Iterator[str]:
     yield from _take(corpus.train, recipe.tokenizer.train_bytes)
-    if recipe.tasks:
-        exercises = TaskMixture(recipe.tasks).exercises(TEACHER_TEXTS, derive_seed(recipe.seed, "tokenizer"))
+    taught = [task for task in recipe.tasks if task.name in TASKS]
+    if taught:
+        exercises = TaskMixture(taught).exercises(TEACHER_TEXTS, derive_seed(recipe.seed, "tokenizer"))
         for problem, trace in exercises:
             yield from (problem.prompt, trace.thinking or "", trace.answer)
 
@@ -107,7 +108,7 @@ def _write_array(path: Path, array: NDArray[np.int32]) -> None:
 def _read_array(path: Path) -> NDArray[np.int32]:
     try:
         return np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise DataError(
             f"{path} is missing or damaged ({error}); remove tokenizer.json beside it to make it again"
         ) from error

@@ -17,7 +17,7 @@ from perilune.train import SignalWatch
 SHARED = "shared"
 """Directory of the stages that all children start from."""
 
-_SHARED_TABLES = ("tokenizer", "corpus", "model", "tasks")
+_SHARED_TABLES = ("tokenizer", "corpus", "model", "tasks", "evaluation")
 
 
 class SweepSettings(Protocol):

@@ -1,7 +1,9 @@
 """Finding the answer in a response, and refusing what is not one.
 
-Source: Kimi k1.5 specification, 7.2: only the text after the thought is searched; the last box counts; long answers and
-answers that repeat the question are wrong.
+Only the text after the thought is searched; the last box counts; long answers and answers that repeat the question are
+wrong.
+
+Source: Kimi k1.5, section 2.3.5 (rewards for mathematics); the rules are this project's.
 """
 
 from __future__ import annotations

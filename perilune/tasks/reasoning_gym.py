@@ -22,7 +22,7 @@ from perilune.tasks.config import Parameter, TaskConfig
 from perilune.tasks.teacher import LESSONS, read_lesson, write_trace
 
 CORRECT_THRESHOLD = 0.99
-"""Graded scores from here on are right; some generators give 0.01 for any answer (k1.5 specification, 14.1)."""
+"""Graded scores from here on are right; some generators give 0.01 for any answer."""
 
 SMALL_PARAMS: dict[str, dict[str, Parameter]] = {
     "chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2},

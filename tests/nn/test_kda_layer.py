@@ -24,13 +24,15 @@ def convolve(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def oracle(mixer: nn.Module, config: KDAConfig, x: Tensor) -> Tensor:
-    """One sequence `[T, d]`; every line is a line of the specification."""
+    """One sequence `[T, d]`, line by line from the equations."""
     p = dict(mixer.named_parameters())
     heads, groups, size = config.num_heads, config.value_heads // config.num_heads, config.head_dim
     q, k, v = (x @ p[f"{name}_proj.weight"].T for name in "qkv")
     if config.conv_size:
         filters = p["conv.weight"].split([q.shape[1], k.shape[1], v.shape[1]])
         q, k, v = (convolve(part, weight) for part, weight in zip((q, k, v), filters, strict=True))
+    else:
+        q, k, v = (part / (1 + torch.exp(-part)) for part in (q, k, v))
     beta = torch.sigmoid(x @ p["b_proj.weight"].T) * (2 if config.allow_neg_eigval else 1)
     to_decay = p["f_b_proj.weight"] @ p["f_a_proj.weight"] if config.gate == "channel" else p["f_proj.weight"]
     f = (x @ to_decay.T).view(x.shape[0], config.value_heads, -1) + p["dt_bias"]
@@ -105,7 +107,7 @@ def test_head_gate_with_delta_rule_is_gated_delta_net():
     mixer = initialize(KimiDeltaAttention(config, D_MODEL), seed=1, init_range=0.4).double()
     x, layout = packed_input((33,))
     p = dict(mixer.named_parameters())
-    q, k, v = ((x @ p[f"{n}_proj.weight"].T).view(33, 2, 6) for n in "qkv")
+    q, k, v = (F.silu(x @ p[f"{n}_proj.weight"].T).view(33, 2, 6) for n in "qkv")
     q, k = (t / (t.square().sum(-1, keepdim=True) + 1e-6).sqrt() for t in (q, k))
     alpha = torch.exp(-p["A_log"].exp() * F.softplus(x @ p["f_proj.weight"].T + p["dt_bias"][:, 0]))
     beta = torch.sigmoid(x @ p["b_proj.weight"].T)

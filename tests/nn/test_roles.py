@@ -57,7 +57,7 @@ def test_wrong_layouts_are_refused():
 
 
 def scale_rows(spec: QKClipSpec, gamma: torch.Tensor, alpha: float) -> None:
-    """QK-Clip of kimi-k2.md 2.2 with the addresses the spec gives."""
+    """QK-Clip of Kimi K2, algorithm 1, with the released layout's row addresses."""
     with torch.no_grad():
         query = spec.query.view(spec.num_heads, spec.query_rows, -1)
         key = spec.key.view(spec.num_kv_heads, spec.key_rows, -1)

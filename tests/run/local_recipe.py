@@ -94,6 +94,8 @@ class Sweep:
 
     seeds: tuple[int, ...] = (0,)
     """Seeds."""
+    shared: tuple[str, ...] = ()
+    """First stages."""
     variants: dict[str, dict[str, Any]]
     """Changes."""
 

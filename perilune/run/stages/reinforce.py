@@ -16,7 +16,7 @@ from perilune.errors import DataError
 from perilune.files import write_atomic
 from perilune.models import Decoder
 from perilune.optim import OptimizerConfig, build_optimizer
-from perilune.report import MetricValue, StageResult
+from perilune.report import MetricValue, NullProgress, ProgressTask, StageResult
 from perilune.rl import (
     NativeRolloutEngine,
     Prompt,
@@ -31,6 +31,7 @@ from perilune.rl import (
 )
 from perilune.run.config import CurateStage, Recipe, RLStage, ShortRLStage
 from perilune.run.directory import RunDirectory
+from perilune.run.evaluation import judge_problems
 from perilune.run.pipeline import StageContext
 from perilune.run.prepared import PreparedData, prepare_data
 from perilune.run.stages.common import checkpoint_store, stage_result, starting_model
@@ -61,11 +62,11 @@ def run_curate(context: StageContext, settings: CurateStage) -> StageResult:
             task_candidates(data.tokenizer, tasks, problems),
             NativeRolloutEngine(Engine(model)),
             TaskScorer(data.tokenizer, tasks),
-            settings.curation,
+            replace(settings.curation, seed=derive_seed(recipe.seed, context.name, settings.curation.seed)),
             context.directory.data(context.name),
             stop_ids=stop_ids(data.tokenizer),
             model_name=_fingerprint(model),
-            progress=lambda done, _: task.update(done),
+            progress=lambda done, _: _advance(context, task, done),
         )
     kept = {prompt.id: prompt.pass_rate for prompt in curation.prompts}
     _write_problems(context.directory, context.name, [problem for problem in problems if problem.id in kept], kept)
@@ -120,7 +121,7 @@ def _reinforce(
             replace(config, seed=derive_seed(recipe.seed, context.name, config.seed)),
             stop_ids=stop_ids(data.tokenizer),
             store=store,
-            hooks=RLHooks(log=log, should_stop=context.should_stop),
+            hooks=RLHooks(log=log, evaluate=lambda: _validate(context, model, data), should_stop=context.should_stop),
         )
     if not result.is_complete:
         raise context.stopped()
@@ -163,6 +164,22 @@ def _write_problems(
 def task_prompts(tasks: TaskMixture, count: int, seed: int, tokenizer: Tokenizer) -> list[Prompt]:
     """Return prompts of training problems without curation."""
     return [problem_prompt(tokenizer, problem) for problem in tasks.sample("train", count, seed, allow_fewer=True)]
+
+
+def _advance(context: StageContext, task: ProgressTask, done: int) -> None:
+    """Show progress, and stop where that loses little."""
+    task.update(done)
+    if context.should_stop():
+        raise context.stopped()
+
+
+def _validate(context: StageContext, model: Decoder, data: PreparedData) -> Metrics:
+    """Greedy accuracy on validation problems, which are neither trained on nor reported after the stage."""
+    recipe: Recipe = context.recipe
+    config = replace(recipe.evaluation, split="validation", samples=0)
+    judged = judge_problems(model, data.tokenizer, TaskMixture(recipe.tasks), config, recipe.seed, NullProgress())
+    rows = [row for task_rows in judged.values() for row in task_rows]
+    return {"accuracy": sum(row.is_correct for row in rows) / len(rows)}
 
 
 def _fingerprint(model: Decoder) -> str:
