@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
+
+import pytest
 
 # Waiting OpenMP threads spin by default, which is ruinous when test workers share the cores.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -21,3 +24,18 @@ def pytest_configure() -> None:
     import torch
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(workers)))
+
+
+@pytest.fixture
+def cli(monkeypatch, capfd):
+    """Call the command line in this process; returns exit code, stdout, stderr."""
+    from perilune.cli import main
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["perilune", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capfd.readouterr()
+        return ended.value.code or 0, captured.out, captured.err
+
+    return call

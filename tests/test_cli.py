@@ -35,18 +35,6 @@ train.steps = 3
 
 
 @pytest.fixture
-def cli(monkeypatch, capfd):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["perilune", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        captured = capfd.readouterr()
-        return ended.value.code or 0, captured.out, captured.err
-
-    return call
-
-
-@pytest.fixture
 def recipe(tmp_path):
     path = tmp_path / "small.toml"
     path.write_text(RECIPE)

@@ -134,9 +134,13 @@ class SFTStage:
     """Share of a batch's tokens that is corpus text, in [0, 1), so that prose is not forgotten."""
     style: Style | None = None
     """How the teacher writes; without it each task's own style."""
+    short_share: float = 0.0
+    """Share of the worked answers that show steps alone, in [0, 1): a policy that never writes a short answer gives a
+    length reward nothing to choose."""
 
     def __post_init__(self) -> None:
         _require_at_least(1, examples=self.examples, batch_tokens=self.batch_tokens)
+        _require(0 <= self.short_share < 1, "short_share", "in [0, 1)", self.short_share)
         _require(0 <= self.text_share < 1, "text_share", "in [0, 1)", self.text_share)
 
 

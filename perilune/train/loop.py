@@ -204,9 +204,7 @@ class _Trainer:
         if self.context.evaluate is not None and self.evaluations.is_due(self.step, now_s):
             self._evaluate()
         stop = self.context.should_stop()
-        # Checkpoints of a streak of bad steps would push out the good ones.
-        is_due = self.checkpoints.is_due(self.step, now_s) and not self.guard.in_a_row
-        if stop or is_due:
+        if stop or self.checkpoints.is_due(self.step, now_s):
             self._save(is_last=stop)
         if stop:
             raise self.context.stopped()

@@ -94,7 +94,11 @@ def run_sft(context: StageContext, settings: SFTStage) -> StageResult:
 
 def teacher_examples(recipe: Recipe, data: PreparedData, settings: SFTStage, seed: int) -> list[Example]:
     """Return training traces, each verified by its task."""
-    exercises = TaskMixture(recipe.tasks).exercises(settings.examples, seed, settings.style)
+    tasks = TaskMixture(recipe.tasks)
+    short = round(settings.examples * settings.short_share)
+    exercises = tasks.exercises(settings.examples - short, seed, settings.style)
+    if short:
+        exercises += tasks.exercises(short, derive_seed(seed, "short"), "short")
     return [encode_trace(data.tokenizer, problem, trace) for problem, trace in exercises]
 
 

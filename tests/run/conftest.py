@@ -1,0 +1,30 @@
+"""A finished run of every kind of stage, made once."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from tests.run.tiny_run import write_recipe
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """Directory of a finished run, not to be changed; its recipe lies beside it as `tiny.toml`."""
+    import torch
+
+    from perilune.run import load, run_recipe
+
+    pytest.importorskip("reasoning_gym", reason="the tasks extra is not installed")
+    folder = tmp_path_factory.mktemp("finished")
+    num_threads = torch.get_num_threads()
+    run_recipe(load(write_recipe(folder / "tiny.toml")), folder / "run")
+    torch.set_num_threads(num_threads)
+    return folder / "run"
+
+
+@pytest.fixture
+def finished_copy(finished, tmp_path):
+    """A copy of the finished run that a test may damage."""
+    return shutil.copytree(finished, tmp_path / "run")
