@@ -62,7 +62,10 @@ def prepare_data(recipe: Recipe, directory: RunDirectory, progress: Progress) ->
 def _prepare(recipe: Recipe, directory: RunDirectory) -> None:
     """Write the token streams, and the tokenizer last: its presence says that everything is there."""
     corpus = load_corpus(recipe.corpus)
-    tokenizer = train_tokenizer(_tokenizer_texts(recipe, corpus), recipe.tokenizer.vocab_size)
+    try:
+        tokenizer = train_tokenizer(_tokenizer_texts(recipe, corpus), recipe.tokenizer.vocab_size)
+    except ValueError as error:
+        raise DataError(f"tokenizer.{error}; lower it and model.vocab_size, or raise train_bytes") from error
     held_out = list(_take(corpus.held_out, recipe.evaluation.text_bytes))
     if not held_out:
         raise DataError("the corpus has no held-out document; raise corpus.held_out_fraction")
@@ -118,5 +121,5 @@ def _read_facts(path: Path) -> tuple[int, dict[str, float]]:
     try:
         facts = json.loads(path.read_bytes())
         return int(facts["held_out_bytes"]), {name: float(value) for name, value in facts["compressors"].items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is missing or damaged ({error}); remove tokenizer.json to make it again") from error

@@ -12,6 +12,12 @@ import signal
 import sys
 from pathlib import Path
 
+# Not used here, but by every child: a fork is faster than an import.
+import matplotlib.figure  # noqa: F401
+import reasoning_gym  # noqa: F401
+import torch._dynamo  # noqa: F401
+
+import perilune.report.sections  # noqa: F401
 import perilune.rl.curation as curation
 from perilune.cli import main as command_line
 from perilune.report import MetricsLog

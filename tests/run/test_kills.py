@@ -10,6 +10,8 @@ import pytest
 
 from tests.run.tiny_run import computed_files, computed_metrics, computed_results
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
 ROOT = Path(__file__).parents[2]
 
 MOMENTS = {
@@ -17,10 +19,9 @@ MOMENTS = {
     "log:pretrain:3:SIGKILL": -9,
     "samples:pretrain:0:SIGKILL": -9,
     "log:sft:11:SIGKILL": -9,
-    "log:sft:15:SIGTERM": 143,
     "part:curate:1:SIGKILL": -9,
     "log:rl:2:SIGKILL": -9,
-    "log:rl:3:SIGINT": 130,
+    "log:rl:3:SIGTERM": 143,
     "log:shorter:2:SIGKILL": -9,
     "samples:merge:0:SIGKILL": -9,
     "log:reject:3:SIGKILL": -9,
@@ -38,24 +39,21 @@ def disturbed(finished, tmp_path_factory):
     arguments = [*MOMENTS, "--", "run", recipe, "--run-dir", directory, "--quiet"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, script, *arguments], capture_output=True, text=True, env=environment, timeout=110, check=False
+        [sys.executable, script, *arguments], capture_output=True, text=True, env=environment, timeout=280, check=False
     )
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"moment"')]
     return directory, [json.loads(line) for line in lines], done.stderr
 
 
-@pytest.mark.slow
 def test_each_process_ends_as_its_signal_asks_and_leaves_whole_lines(disturbed):
     _, children, errors = disturbed
     assert {child["moment"]: child["status"] for child in children} == {**MOMENTS, None: 0}
     assert all(child["is_whole"] for child in children)
     assert errors.count("stopped by SIGTERM; the same command resumes") == 1
-    assert errors.count("stopped by SIGINT; the same command resumes") == 1
     assert "Traceback" not in errors
 
 
-@pytest.mark.slow
 def test_weights_data_and_transcripts_are_those_of_the_undisturbed_run(disturbed, finished):
     expected = computed_files(finished)
     assert computed_files(disturbed[0]) == expected
@@ -67,14 +65,12 @@ def test_weights_data_and_transcripts_are_those_of_the_undisturbed_run(disturbed
     assert len(set(last.values())) == len(last), "a stage that changes nothing would resume to anything"
 
 
-@pytest.mark.slow
 def test_metrics_and_results_are_those_of_the_undisturbed_run(disturbed, finished):
     assert computed_metrics(disturbed[0]) == computed_metrics(finished)
     assert computed_results(disturbed[0]) == computed_results(finished)
     assert (disturbed[0] / "recipe.toml").read_bytes() == (finished / "recipe.toml").read_bytes()
 
 
-@pytest.mark.slow
 def test_nothing_half_written_is_left(disturbed):
     directory = disturbed[0]
     assert not [path for path in directory.rglob("*") if path.suffix in (".tmp", ".replaced")]
