@@ -27,6 +27,19 @@ def test_packed_equals_one_sequence_at_a_time(name):
 
 
 @every_mixer
+def test_training_may_follow_generation_with_the_same_lengths(name):
+    mixer = make_mixer(name)
+    lengths = (7, 31, 2, 13)  # of no other test: whatever is remembered by layout is made here first
+    x, layout = packed_input(lengths)
+    with torch.inference_mode():
+        mixer(x, layout)
+    x = x.clone().requires_grad_()
+    mixer(x, SequenceLayout.from_lengths(lengths)).square().sum().backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+
+
+@every_mixer
 def test_permuting_sequences_permutes_results(name):
     mixer = make_mixer(name)
     x, layout = packed_input(LENGTHS)

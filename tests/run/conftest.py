@@ -9,6 +9,16 @@ import pytest
 from tests.run.tiny_run import write_recipe
 
 
+@pytest.fixture(autouse=True)
+def same_threads():
+    """Undo what a recipe's `threads` does to this process."""
+    import torch
+
+    num_threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(num_threads)
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """Directory of a finished run, not to be changed; its recipe lies beside it as `tiny.toml`."""

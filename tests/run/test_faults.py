@@ -177,6 +177,7 @@ def test_a_damaged_model_is_named_and_refused_though_an_older_one_is_whole(cli, 
     assert "results/sft.json" in message
 
 
+@pytest.mark.slow
 def test_a_stage_does_not_start_from_a_damaged_model_and_the_advice_mends_it(cli, finished_copy, recipe):
     weights = last_weights(finished_copy, "sft")
     whole = weights.read_bytes()

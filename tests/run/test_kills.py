@@ -19,6 +19,7 @@ MOMENTS = {
     "log:pretrain:3:SIGKILL": -9,
     "samples:pretrain:0:SIGKILL": -9,
     "log:sft:11:SIGKILL": -9,
+    "part:curate:0:SIGTERM": 143,
     "part:curate:1:SIGKILL": -9,
     "log:rl:2:SIGKILL": -9,
     "log:rl:3:SIGTERM": 143,
@@ -50,7 +51,7 @@ def test_each_process_ends_as_its_signal_asks_and_leaves_whole_lines(disturbed):
     _, children, errors = disturbed
     assert {child["moment"]: child["status"] for child in children} == {**MOMENTS, None: 0}
     assert all(child["is_whole"] for child in children)
-    assert errors.count("stopped by SIGTERM; the same command resumes") == 1
+    assert errors.count("stopped by SIGTERM; the same command resumes") == 2
     assert "Traceback" not in errors
 
 

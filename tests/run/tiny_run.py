@@ -32,7 +32,7 @@ STAGES = {
             "file_problems": 4,
         },
     },
-    "rl": {"kind": "rl", "prompts": "curate", "rl": _RL},
+    "rl": {"kind": "rl", "prompts": "curate", "rl": {**_RL, "eval_interval": 2}},
     "shorter": {"kind": "l2s_rl", "prompts": "curate", "length_fraction": 0.5, "rl": _RL},
     "merge": {"kind": "l2s_merge", "start_from": "rl", "short": "sft", "long_share": 0.25},
     "reject": {"kind": "l2s_rejection", "start_from": "sft", **_RESPONSES, "batch_tokens": 64, "train": _FIVE_STEPS},

@@ -44,7 +44,9 @@ class _Heads:
     """`[N, W - 1, 1]` bool, whether an input belongs to the sequence rather than to its state."""
 
 
+# Remembered tensors must outlive the mode they were first asked for in: training may follow generation.
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)
 def _heads(layout: SequenceLayout, halo: int) -> _Heads:
     tokens = (layout.positions < halo).nonzero().squeeze(-1)
     starts = torch.tensor(layout.starts, dtype=torch.int64, device=layout.device).unsqueeze(-1)

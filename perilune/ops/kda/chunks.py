@@ -66,7 +66,9 @@ class ChunkMap:
         return states if self.order is None else torch.empty_like(states).index_copy_(0, self.order, states)
 
 
+# Remembered tensors must outlive the mode they were first asked for in: training may follow generation.
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)
 def chunk_map(layout: SequenceLayout, chunk_size: int) -> ChunkMap:
     """Return the chunks of `layout`; remembered, because every layer of a forward asks for the same one."""
     counts = [-(-length // chunk_size) for length in layout.lengths]

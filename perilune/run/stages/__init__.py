@@ -11,10 +11,10 @@ STAGES: Registry = {
     "sft": run_sft,
     "curate": run_curate,
     "rl": run_rl_stage,
+    "l2s_rl": run_short_rl,
     "l2s_merge": run_merge,
     "l2s_rejection": run_rejection,
     "l2s_dpo": run_dpo,
-    "l2s_rl": run_short_rl,
 }
 
 __all__ = ["STAGES"]
