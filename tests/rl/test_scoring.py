@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from perilune.engine import Completion
-from perilune.errors import DataError, EngineError
+from perilune.errors import DataError, EngineError, NumericsError
 from perilune.rl import (
     Group,
     LengthConfig,
@@ -18,7 +18,7 @@ from perilune.rl import (
     score_groups,
     shape_rewards,
 )
-from perilune.rl.scoring import check_verifier, shuffle_rewards
+from perilune.rl.scoring import check_policy, check_verifier, shuffle_rewards
 
 PROMPT = Prompt(id="p", token_ids=(1,), problem=None)
 
@@ -170,3 +170,12 @@ def test_groups_carry_what_the_engine_sampled(make_model, native, prompts):
     assert [len(g.trajectories) for g in groups] == [3, 3]
     assert groups[0].trajectories != groups[1].trajectories
     assert all(t.prompt_ids == prompts[0].token_ids for g in groups for t in g.trajectories)
+
+
+def test_a_policy_without_a_single_finite_response_stops_the_run():
+    broken = score_groups([group((0, 0, "error"), (0, 0, "error"))] * 2, score, RolloutConfig())
+    with pytest.raises(
+        NumericsError, match=r"iteration 3: the policy's logits are not finite.*lower the learning rate"
+    ):
+        check_policy(broken, 3)
+    check_policy(score_groups([group((0, 0, "error"), (1, 1, "eos"))], score, RolloutConfig()), 3)
