@@ -102,7 +102,7 @@ def run(
         return
     if recipe is None:
         raise typer.BadParameter("name a recipe file, e.g. recipes/demo.toml", param_hint="RECIPE")
-    from perilune.report import make_progress
+    from perilune.report import logs_as_notes, make_progress
     from perilune.run import dump_recipe, load, run_recipe
     from perilune.train import Interrupted, SignalWatch
 
@@ -111,8 +111,9 @@ def run(
         print(dump_recipe(loaded.recipe), end="")
         return
     try:
-        with SignalWatch() as stop:
-            summary = run_recipe(loaded, run_dir, progress=make_progress(quiet=quiet), stop=stop)
+        progress = make_progress(quiet=quiet)
+        with SignalWatch() as stop, logs_as_notes(progress):
+            summary = run_recipe(loaded, run_dir, progress=progress, stop=stop)
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         raise typer.Exit(stopped.exit_code) from None

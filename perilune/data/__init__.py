@@ -8,7 +8,6 @@ from perilune.data.batches import (
     PreferenceSource,
     WindowSource,
     encode_documents,
-    evaluation_batches,
     pack_pairs,
 )
 from perilune.data.chat import Message, encode_conversation, encode_prompt, encode_response, split_response
@@ -18,7 +17,6 @@ from perilune.data.packing import (
     Batch,
     Example,
     concat_batches,
-    pack_documents,
     pack_examples,
     plan_bins,
 )
@@ -27,6 +25,7 @@ from perilune.data.sources import (
     CorpusConfig,
     EmbeddedCorpusConfig,
     FilesCorpusConfig,
+    check_corpus,
     compression_baselines,
     load_corpus,
 )
@@ -37,7 +36,6 @@ from perilune.data.synthetic import (
     SyntheticConfig,
     SyntheticSource,
     synthetic_batch,
-    target_accuracy,
 )
 from perilune.data.tokenizer import MIN_VOCAB_SIZE, SPECIAL_TOKENS, Tokenizer, bits_per_byte, train_tokenizer
 
@@ -67,20 +65,18 @@ __all__ = [
     "WindowSource",
     "apportion",
     "bits_per_byte",
+    "check_corpus",
     "compression_baselines",
     "concat_batches",
     "encode_conversation",
     "encode_documents",
     "encode_prompt",
     "encode_response",
-    "evaluation_batches",
     "load_corpus",
-    "pack_documents",
     "pack_examples",
     "pack_pairs",
     "plan_bins",
     "split_response",
     "synthetic_batch",
-    "target_accuracy",
     "train_tokenizer",
 ]

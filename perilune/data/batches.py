@@ -264,38 +264,6 @@ def encode_documents(tokenizer: Tokenizer, documents: Sequence[str]) -> NDArray[
     return np.array(stream, dtype=np.int32)
 
 
-def evaluation_batches(tokens: NDArray[np.integer], *, context: int, windows: int) -> list[Batch]:
-    """Cut a stream into batches in which every token but the first is a target exactly once.
-
-    The summed loss over these batches, through `bits_per_byte` and `Tokenizer.count_bytes(tokens)`, is the stream's
-    bits per byte. Each window starts without memory of the one before.
-
-    Args:
-        tokens: `[S]` integers.
-        context: positions of a window; the last one may be shorter.
-        windows: windows in a batch.
-
-    Raises:
-        DataError: the stream has fewer than 2 tokens.
-    """
-    _check_positive(context=context, windows=windows)
-    if len(tokens) < 2:
-        raise DataError(f"evaluation needs at least 2 tokens of text, got {len(tokens)}")
-    batches = []
-    total = len(tokens) - 1
-    for start in range(0, total, context * windows):
-        end = min(total, start + context * windows)
-        lengths = [min(context, end - begin) for begin in range(start, end, context)]
-        batches.append(
-            Batch(
-                tokens=_flat_tensor(tokens[start:end]),
-                cu_seqlens=cumulative_lengths(lengths),
-                targets=_flat_tensor(tokens[start + 1 : end + 1]),
-            )
-        )
-    return batches
-
-
 def _flat_tensor(array: NDArray[np.integer]) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64).reshape(-1))
 

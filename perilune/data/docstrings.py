@@ -45,7 +45,7 @@ def read_docstrings(package: str) -> Iterator[str]:
     Raises:
         DataError: the package is not installed.
     """
-    root = _package_root(package)
+    root = package_root(package)
     for path in sorted(root.rglob("*.py")):
         folders = path.relative_to(root).parts
         if any(folder in _SKIPPED_FOLDERS or folder.startswith("test_") for folder in folders):
@@ -81,7 +81,12 @@ def _is_prose(paragraph: str) -> bool:
     return letters >= _MIN_LETTER_SHARE * len(paragraph)
 
 
-def _package_root(package: str) -> Path:
+def package_root(package: str) -> Path:
+    """Return the folder of an installed package's sources; "stdlib" is the standard library.
+
+    Raises:
+        DataError: the package is not installed, or is a single module.
+    """
     if package == "stdlib":
         return Path(sysconfig.get_path("stdlib"))
     spec = importlib.util.find_spec(package) if package.isidentifier() else None

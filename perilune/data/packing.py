@@ -110,15 +110,6 @@ def pack_examples(examples: Sequence[Example]) -> Batch:
     )
 
 
-def pack_documents(documents: Sequence[Sequence[int]]) -> Batch:
-    """Pack token documents; every token but each document's first is a target.
-
-    Raises:
-        ValueError: a document has fewer than 2 tokens.
-    """
-    return pack_examples([Example.document(document) for document in documents])
-
-
 def concat_batches(batches: Sequence[Batch]) -> Batch:
     """Join batches into one; sequence indices of preference pairs are moved along.
 

@@ -15,14 +15,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from perilune.data.docstrings import prose_paragraphs, read_docstrings, read_topics
+from perilune.data.docstrings import package_root, prose_paragraphs, read_docstrings, read_topics
 from perilune.errors import DataError
 
 SHINGLE_WORDS = 13
 """Words in a row that make a held-out document a near-duplicate (the usual 13-grams of decontamination)."""
-
-DOCUMENT_SEPARATOR = "\n\n"
-"""What stands between documents when a corpus is looked at as one text."""
 
 _MAX_DOCUMENT_CHARS = 100_000
 _WORDS = re.compile(r"\w+")
@@ -105,11 +102,6 @@ class Corpus:
         """UTF-8 bytes of the held-out documents, separators apart."""
         return sum(len(document.encode()) for document in self.held_out)
 
-    @property
-    def held_out_text(self) -> bytes:
-        """The held-out documents as one text, for the compressors."""
-        return DOCUMENT_SEPARATOR.join(self.held_out).encode()
-
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of all documents in order: equal fingerprints mean equal corpora."""
@@ -119,6 +111,19 @@ class Corpus:
                 digest.update(document.encode() + b"\0")
             digest.update(b"\1")
         return digest.hexdigest()
+
+
+def check_corpus(config: CorpusConfig) -> None:
+    """Check, in a moment, that the sources of a corpus exist.
+
+    Raises:
+        DataError: a package is not installed, or no file matches.
+    """
+    if isinstance(config, EmbeddedCorpusConfig):
+        for package in config.packages:
+            package_root(package)
+    else:
+        _file_paths(config)
 
 
 def load_corpus(config: CorpusConfig) -> Corpus:
@@ -184,14 +189,18 @@ def _embedded_texts(config: EmbeddedCorpusConfig) -> Iterator[str]:
 
 
 def _file_documents(config: FilesCorpusConfig) -> Iterator[str]:
-    paths = sorted({path for pattern in config.patterns for path in config.root.glob(pattern) if path.is_file()})
-    if not paths:
-        raise DataError(f"{config.root}: no file matches {', '.join(config.patterns)}")
-    for path in paths:
+    for path in _file_paths(config):
         text = _read_text(path, config.invalid_text)
         whole = _BLANK_LINE.split(text) if config.split_documents == "paragraph" else [text]
         for document in whole:
             yield from _cut(document.strip())
+
+
+def _file_paths(config: FilesCorpusConfig) -> list[Path]:
+    paths = sorted({path for pattern in config.patterns for path in config.root.glob(pattern) if path.is_file()})
+    if not paths:
+        raise DataError(f"{config.root}: no file matches {', '.join(config.patterns)}")
+    return paths
 
 
 def _read_text(path: Path, invalid_text: str) -> str:

@@ -14,7 +14,6 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from perilune.data.packing import IGNORE_INDEX, Batch, cumulative_lengths
 from perilune.seeding import derive_seed
@@ -156,22 +155,6 @@ def synthetic_batch(config: SyntheticConfig, sequences: int, seed: int) -> Batch
         cu_seqlens=cumulative_lengths([config.length] * sequences),
         targets=torch.from_numpy(targets.reshape(-1)),
     )
-
-
-def target_accuracy(logits: Tensor, batch: Batch) -> float:
-    """Return the share of trained positions whose most likely token is the target.
-
-    Args:
-        logits: `[T, vocab]`.
-        batch: the batch they were computed for.
-
-    Raises:
-        ValueError: the batch trains no position.
-    """
-    wanted = batch.targets != IGNORE_INDEX
-    if not wanted.any():
-        raise ValueError("target_accuracy needs a batch with at least one target, got none")
-    return float((logits[wanted].argmax(-1) == batch.targets[wanted]).float().mean())
 
 
 def _palindrome(

@@ -159,11 +159,6 @@ class Tokenizer:
         """Return the number of text bytes the tokens stand for; special tokens count none."""
         return int(self.token_bytes[np.asarray(tokens, dtype=np.int64)].sum())
 
-    def bytes_per_token(self, text: str) -> float:
-        """Return how many bytes of `text` one token holds on average, 0.0 for empty text."""
-        tokens = self.encode(text)
-        return self.count_bytes(tokens) / len(tokens) if tokens else 0.0
-
     def to_json(self) -> str:
         """Return the `tokenizer.json` text, readable by the `tokenizers` library."""
         return self._backend.to_str(pretty=True)

@@ -111,11 +111,6 @@ class Decoder(nn.Module):
         specs = [mixer.qk_clip_spec() for mixer in self.mixers()]
         return [spec for spec in specs if spec is not None]
 
-    def update_router_bias(self, rate: float) -> None:
-        """Step every router's balancing bias by the loads since the last call, which restarts their count."""
-        for layer in self.moe_layers():
-            layer.update_router_bias(rate)
-
     def adamw_parameters(self) -> set[str]:
         """Embedding and output matrix."""
         return {"embed_tokens.weight"} | ({"lm_head.weight"} if self.lm_head is not None else set())

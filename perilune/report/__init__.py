@@ -2,7 +2,15 @@
 
 from perilune.report.compare import write_any_report, write_comparison, write_sweep_index
 from perilune.report.metrics import MetricRecord, MetricsLog, MetricValue, read_metrics, series
-from perilune.report.progress import LineProgress, NullProgress, Progress, ProgressTask, TerminalProgress, make_progress
+from perilune.report.progress import (
+    LineProgress,
+    NullProgress,
+    Progress,
+    ProgressTask,
+    TerminalProgress,
+    logs_as_notes,
+    make_progress,
+)
 from perilune.report.report import write_report
 from perilune.report.results import (
     Sample,
@@ -27,6 +35,7 @@ __all__ = [
     "StageResult",
     "TaskScore",
     "TerminalProgress",
+    "logs_as_notes",
     "make_progress",
     "read_metrics",
     "read_result",

@@ -169,6 +169,7 @@ def _band(name: str, runs: Sequence[RunData], stage: str, metric: str) -> list:
 
 def _length_section(variants: Variants, stages: Sequence[str]) -> Section:
     from perilune.report.plots import scatter_plot
+    from perilune.report.sections import read_front
 
     points = []
     for name, runs in variants.items():
@@ -177,10 +178,7 @@ def _length_section(variants: Variants, stages: Sequence[str]) -> Section:
     if len(points) < 2:
         return Section(title="Accuracy and length")
     drawn = scatter_plot("pareto", points, "mean response length, tokens", "accuracy, %")
-    caption = (
-        "Up and to the left is better; bars are standard deviations over seeds; the gray line joins the points that "
-        "none beats in both respects."
-    )
+    caption = f"Bars are standard deviations over seeds. {read_front(points)}"
     return Section(title="Accuracy and length", blocks=[Plot(svg=drawn, caption=caption)])
 
 

@@ -177,6 +177,20 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
     return front
 
 
+def best_balance(points: Sequence[Point], price: float = 10.0) -> Point:
+    """Return the point of the front with the largest y - price * x / (largest x).
+
+    Args:
+        points: at least one; y is accuracy in percent, x is response length.
+        price: percentage points that the whole of the longest response's length is worth.
+
+    Source: Kimi k1.5, section 2.4 (the best balance of performance and token efficiency); the formula is this
+    project's.
+    """
+    most = max(point.x for point in points) or 1.0
+    return max(pareto_front(points), key=lambda point: point.y - price * point.x / most)
+
+
 def thin(curve: Curve, limit: int = MAX_POINTS) -> Curve:
     """Average neighbors until at most `limit` points are left; points that are not finite are left out."""
     x, y = np.asarray(curve.x, float), np.asarray(curve.y, float)

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Protocol, Self
 
 if TYPE_CHECKING:
@@ -180,23 +182,56 @@ def _make_bars(console: object) -> RichProgress:
 
 
 class _Clock:
-    """Rate and remaining time from the share done since the task began (a resumed task begins in the middle)."""
+    """Rate and remaining time, counted from the first report: a resumed task begins in the middle."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
-        self._first: float | None = None
+        self._first: tuple[float, float] | None = None
 
     def elapsed_s(self) -> float:
         return time.monotonic() - self._started
 
     def measure(self, completed: float, total: float | None) -> tuple[float, float | None]:
+        now_s = time.monotonic()
         if self._first is None:
-            # The first report comes after the first piece of work, unless the task resumes further on.
-            self._first = completed if completed > 1 else 0.0
-        elapsed_s = self.elapsed_s()
-        rate = (completed - self._first) / elapsed_s if elapsed_s > 0 else 0.0
+            self._first = now_s, completed
+        since_s, before = self._first
+        rate = (completed - before) / (now_s - since_s) if now_s > since_s else 0.0
         remaining_s = (total - completed) / rate if total is not None and rate > 0 else None
         return rate, remaining_s
+
+
+class NoteHandler(logging.Handler):
+    """Shows log records as notes, so that they do not tear a bar in two."""
+
+    def __init__(self, progress: Progress) -> None:
+        """Write to `progress`."""
+        super().__init__()
+        self._progress = progress
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show one record; what is not a warning goes without its level."""
+        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        self._progress.note(level + record.getMessage())
+
+
+@contextmanager
+def logs_as_notes(progress: Progress) -> Iterator[None]:
+    """Show the package's log, from INFO up, as notes of `progress`; `NullProgress` leaves the log as it is."""
+    if isinstance(progress, NullProgress):
+        yield
+        return
+    logger, handler = logging.getLogger("perilune"), NoteHandler(progress)
+    level, propagates = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagates
 
 
 def make_progress(*, quiet: bool = False, interval_s: float = 10.0) -> Progress:

@@ -45,9 +45,9 @@ class StageResult:
     time_s: float = 0.0
     """Seconds the stage took, resumed parts included."""
     tokens: int = 0
-    """Tokens trained on."""
+    """Tokens trained on; in reinforcement learning, response tokens sampled (and then trained on)."""
     tokens_per_s: float | None = None
-    """Training throughput, tokens per second."""
+    """The same by the stage's time, tokens per second."""
     bits_per_byte: float | None = None
     """Validation bits per byte on the held-out text."""
     compressors: Mapping[str, float] = field(default_factory=dict)

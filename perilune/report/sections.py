@@ -10,7 +10,7 @@ import numpy as np
 
 from perilune.report.html import Block, Equation, Listing, Plot, Section, TextTable, Transcript
 from perilune.report.metrics import MetricRecord, series
-from perilune.report.plots import BarSeries, Curve, Point, bar_plot, heat_strips, line_plot, scatter_plot
+from perilune.report.plots import BarSeries, Curve, Point, bar_plot, best_balance, heat_strips, line_plot, scatter_plot
 from perilune.report.progress import format_duration, format_number
 from perilune.report.results import Sample, StageResult
 from perilune.report.rundata import RunData
@@ -74,7 +74,9 @@ def max_logits_section(run: RunData) -> Section | None:
         drawn = line_plot(
             f"logits-{stage}", curves, "step", "largest attention logit", references=references, log_y=True
         )
-        hint = "This stage does not clip." if tau is None else "With QK-Clip no line should stay above tau."
+        _, shares = series(run.stage_records(stage), "clipped_share")
+        did = f" It scaled down {shares[-1]:.0%} of the heads at least once." if shares else ""
+        hint = "This stage does not clip." if tau is None else f"With QK-Clip no line should stay above tau.{did}"
         caption = f"{stage}: one line per softmax-attention layer, before the clip. {hint}"
         blocks.append(Plot(svg=drawn, caption=caption))
     if not blocks:
@@ -154,9 +156,19 @@ def task_section(run: RunData) -> Section | None:
     points = length_points(scored)
     if len(points) > 1:
         drawn = scatter_plot("pareto", points, "mean response length, tokens", "accuracy, %")
-        caption = "Each stage's model. Up and to the left is better; the gray line joins those that none beats in both."
+        caption = f"Each stage's model. {read_front(points)}"
         blocks.append(Plot(svg=drawn, caption=caption))
     return Section(title="Tasks", blocks=blocks)
+
+
+def read_front(points: Sequence[Point]) -> str:
+    """How to read a plot of accuracy over length, and which point balances the two best."""
+    price = 10
+    best = best_balance(points, price)
+    return (
+        "Up and to the left is better; the gray line joins the points that none beats in both respects. Where the "
+        f"whole length of the longest responses is worth {price} points of accuracy, {best.label} is the best balance."
+    )
 
 
 def transcript_section(run: RunData) -> Section | None:

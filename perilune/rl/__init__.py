@@ -10,14 +10,11 @@ from perilune.rl.config import (
     UpdateConfig,
 )
 from perilune.rl.curation import Candidate, CuratedPrompt, Curation, curate
-from perilune.rl.curation_rules import exclusion_reason, guess_survival, wilson_interval
+from perilune.rl.curation_rules import exclusion_reason, wilson_interval
 from perilune.rl.length import length_reward, length_weight
 from perilune.rl.long2short import (
-    TokenEfficiency,
-    choose_checkpoint,
     dpo_pairs,
     merge_weights,
-    pareto_front,
     short_phase,
     shortest_correct,
 )
@@ -36,7 +33,7 @@ from perilune.rl.rollout import Group, NativeRolloutEngine, Prompt, RolloutEngin
 from perilune.rl.sampling import PromptSampler, priority_weights
 from perilune.rl.scoring import Score, ScoredGroups, Scorer, score_groups, shape_rewards
 from perilune.rl.short_data import preference_pairs, response_example, shortest_examples
-from perilune.rl.text import TaskScorer, fit_prompts, problem_prompt, response_text, task_candidates
+from perilune.rl.text import TaskScorer, problem_prompt, response_text, task_candidates
 
 __all__ = [
     "Candidate",
@@ -60,17 +57,13 @@ __all__ = [
     "ScoredGroups",
     "Scorer",
     "TaskScorer",
-    "TokenEfficiency",
     "Trajectory",
     "UpdateConfig",
-    "choose_checkpoint",
     "collect_groups",
     "curate",
     "dpo_pairs",
     "exclusion_reason",
-    "fit_prompts",
     "group_advantages",
-    "guess_survival",
     "k15_loss",
     "kl_estimates",
     "length_reward",
@@ -79,7 +72,6 @@ __all__ = [
     "mean_reward",
     "merge_weights",
     "objective_loss",
-    "pareto_front",
     "policy_gradient_loss",
     "preference_pairs",
     "priority_weights",

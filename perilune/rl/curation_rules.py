@@ -52,14 +52,3 @@ def exclusion_reason(question: str, answer: str) -> str | None:
 def normalized_question(question: str) -> str:
     """Text by which duplicates are found: lower case, single spaces."""
     return _SPACE.sub(" ", question).strip().lower()
-
-
-def guess_survival(num_answers: int, guesses: int) -> float:
-    """Probability that a problem with `num_answers` equally likely answers survives the easy-to-hack filter.
-
-    >>> round(guess_survival(10, 8), 2), round(guess_survival(100, 8), 2)
-    (0.43, 0.92)
-
-    Source: Kimi k1.5, section 2.1 (a right guess within N = 8 removes the prompt).
-    """
-    return (1 - 1 / num_answers) ** guesses

@@ -6,7 +6,7 @@ Source: Kimi k1.5, section 2.4 (long2short).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -125,39 +125,3 @@ def short_phase(config: RLConfig, *, length_fraction: float, length_weight: floa
         rollout=replace(config.rollout, max_response_tokens=longest),
         length=replace(config.length, weight=length_weight, start=0.0),
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenEfficiency:
-    """What a checkpoint costs and achieves on held-out problems."""
-
-    name: str
-    """Checkpoint."""
-    accuracy: float
-    """Share of right answers."""
-    response_tokens: float
-    """Mean response length in tokens."""
-
-
-def pareto_front(candidates: Sequence[TokenEfficiency]) -> list[TokenEfficiency]:
-    """Candidates that no other beats in accuracy and tokens at once, shortest first."""
-    front: list[TokenEfficiency] = []
-    for candidate in sorted(candidates, key=lambda c: (c.response_tokens, -c.accuracy)):
-        if not front or candidate.accuracy > front[-1].accuracy:
-            front.append(candidate)
-    return front
-
-
-def choose_checkpoint(candidates: Sequence[TokenEfficiency], *, token_price: float = 0.1) -> TokenEfficiency:
-    """The candidate on the Pareto front with the largest accuracy - token_price * tokens / most tokens.
-
-    Raises:
-        ValueError: there is no candidate.
-
-    Source: Kimi k1.5, section 2.4 (the best balance of performance and token efficiency); the formula is this
-    project's.
-    """
-    if not candidates:
-        raise ValueError("choose_checkpoint needs at least one candidate")
-    most = max(candidate.response_tokens for candidate in candidates) or 1.0
-    return max(pareto_front(candidates), key=lambda c: c.accuracy - token_price * c.response_tokens / most)

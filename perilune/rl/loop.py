@@ -78,6 +78,8 @@ class RLResult:
     """Iterations done, those before a resume included."""
     is_complete: bool
     """False if `should_stop` ended it early."""
+    tokens: int
+    """Response tokens sampled, those before a resume included."""
     elapsed_s: float
     """Wall-clock seconds, those before a resume included."""
     metrics: Metrics = field(default_factory=dict)
@@ -132,6 +134,7 @@ class RLLoop:
         self._sampler = PromptSampler([prompt.pass_rate for prompt in prompts], config.sampling, config.seed)
         self._trainer = PolicyTrainer(model, optimizer, config, precision=precision)
         self._iteration = 0
+        self._tokens = 0
         self._silent_iterations = 0
         self._alarms: list[str] = []
         self._earlier_s = 0.0
@@ -163,6 +166,7 @@ class RLLoop:
         return RLResult(
             iterations=self._iteration,
             is_complete=is_over,
+            tokens=self._tokens,
             elapsed_s=self._elapsed_s(),
             metrics=metrics,
         )
@@ -203,6 +207,7 @@ class RLLoop:
         statistics = self._trainer.train(scored, iteration, progress)
         clock.lap("time_train_s")
         self._iteration += 1
+        self._tokens += int(scored.lengths.sum())
         rates = _rates(scored, statistics.trained_tokens, clock.laps)
         return {"progress": progress} | reward_metrics(scored) | statistics.metrics() | clock.laps | rates
 
@@ -235,6 +240,7 @@ class RLLoop:
         tensors, skeleton = optimizer_state(self._optimizer)
         state = {
             "iteration": self._iteration,
+            "tokens": self._tokens,
             "elapsed_s": self._elapsed_s(),
             "bad_steps": self._trainer.bad_steps,
             "sampler": self._sampler.state_dict(),
@@ -260,7 +266,8 @@ class RLLoop:
         restore_optimizer(self._optimizer, checkpoint.group("optimizer"), state["optimizer"])
         self._sampler.load_state_dict(state["sampler"])
         self._trainer.bad_steps = state["bad_steps"]
-        self._iteration, self._earlier_s = state["iteration"], state["elapsed_s"]
+        self._iteration, self._tokens = state["iteration"], state["tokens"]
+        self._earlier_s = state["elapsed_s"]
 
     def _prompts_hash(self) -> str:
         text = "\n".join(f"{prompt.id}\t{prompt.token_ids}\t{prompt.pass_rate}" for prompt in self._prompts)

@@ -25,24 +25,6 @@ def problem_prompt(tokenizer: Tokenizer, problem: Problem, pass_rate: float | No
     )
 
 
-def fit_prompts(prompts: Sequence[Prompt], context_limit: int) -> tuple[list[Prompt], int]:
-    """Leave out prompts with no room for a response.
-
-    Returns:
-        Those of at most `context_limit` - 1 tokens, and how many were left out.
-
-    Raises:
-        DataError: none fits.
-    """
-    fitting = [prompt for prompt in prompts if len(prompt.token_ids) < context_limit]
-    if prompts and not fitting:
-        raise DataError(
-            f"all {len(prompts)} prompts have at least {context_limit} tokens, which leaves no room for a response in "
-            f"a context of {context_limit}"
-        )
-    return fitting, len(prompts) - len(fitting)
-
-
 def response_text(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
     """Text of a response with its thought tags and without the token that ended it."""
     ended = bool(token_ids) and token_ids[-1] in (tokenizer.end_id, tokenizer.eos_id)

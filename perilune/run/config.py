@@ -13,7 +13,7 @@ from pydantic import Field
 from perilune.data import MIN_VOCAB_SIZE, CorpusConfig, EmbeddedCorpusConfig, SyntheticConfig
 from perilune.models import PRESETS, ModelConfig
 from perilune.optim import OptimizerConfig
-from perilune.rl import CurationConfig, RLConfig
+from perilune.rl import CurationConfig, LengthConfig, RLConfig
 from perilune.run.recipe import recipe_tree
 from perilune.run.tree import Tree
 from perilune.tasks import Style, TaskConfig
@@ -197,6 +197,7 @@ class ShortRLStage:
     """Weight of the length reward, on from the start, in [0, 2)."""
 
     def __post_init__(self) -> None:
+        _require(self.rl.length == LengthConfig(), "rl.length", "left out (length_weight decides)", self.rl.length)
         _require(0 < self.length_fraction <= 1, "length_fraction", "in (0, 1]", self.length_fraction)
         _require(0 <= self.length_weight < 2, "length_weight", "in [0, 2)", self.length_weight)
 

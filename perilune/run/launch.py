@@ -11,6 +11,7 @@ from perilune.report import Progress
 from perilune.run.config import Recipe, presets
 from perilune.run.directory import RunDirectory
 from perilune.run.pipeline import RunSummary, check_stages, run_pipeline
+from perilune.run.prepared import check_inputs
 from perilune.run.recipe import LoadedRecipe, load_recipe, recipe_tree
 from perilune.run.stages import STAGES
 from perilune.run.sweep import plan_shared, plan_sweep, run_sweep
@@ -47,6 +48,7 @@ def run_recipe(
         stop: entered by the caller; asks the stages to save and stop.
 
     Raises:
+        DataError: a task or a source of text does not exist; nothing was made.
         Interrupted: stopped on request, progress saved.
         PeriluneError: a stage failed.
     """
@@ -54,6 +56,8 @@ def run_recipe(
     _set_threads(recipe.threads)
     directory = RunDirectory(run_directory if run_directory is not None else Path("runs") / recipe.name)
     children = plan_sweep(loaded, recipe.sweep, Recipe, presets())
+    for checked in [child.recipe for child in children] or [recipe]:
+        check_inputs(checked)
     if children:
         shared = plan_shared(loaded, recipe.sweep, Recipe, presets())
         return run_sweep(children, directory, STAGES, shared=shared, progress=progress, stop=stop)

@@ -44,7 +44,8 @@ def load_model(run_directory: Path, stage: str | None = None) -> LoadedModel:
         stage: stage whose model; None for the last one that is complete and made a model.
 
     Raises:
-        DataError: it is not a run directory, or there is no such model; the message lists those there are.
+        DataError: it is not a run directory, has no tokenizer, or there is no such model; the message lists those there
+            are.
         CheckpointError: the checkpoint is damaged.
     """
     directory = RunDirectory(run_directory)
@@ -55,6 +56,11 @@ def load_model(run_directory: Path, stage: str | None = None) -> LoadedModel:
         there = ", ".join(made) or "none yet"
         of_stage = "" if stage is None else f" of stage {stage!r}"
         raise DataError(f"{run_directory} has no model{of_stage}; stages with a model: {there}")
+    if not directory.tokenizer.is_file():
+        raise DataError(
+            f"{directory.tokenizer} is missing; a run of synthetic tasks alone has no text and no tokenizer, so its "
+            "model cannot be talked to or measured on text: see its report"
+        )
     model = build_model(recipe.model, seed=recipe.seed)
     restore_stage(model, run_directory / made[wanted])
     model.eval()

@@ -11,14 +11,22 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from perilune.data import Corpus, Tokenizer, compression_baselines, encode_documents, load_corpus, train_tokenizer
+from perilune.data import (
+    Corpus,
+    Tokenizer,
+    check_corpus,
+    compression_baselines,
+    encode_documents,
+    load_corpus,
+    train_tokenizer,
+)
 from perilune.errors import DataError
 from perilune.files import write_atomic
 from perilune.report import Progress
-from perilune.run.config import Recipe
+from perilune.run.config import Recipe, SFTStage, SyntheticStage
 from perilune.run.directory import RunDirectory
 from perilune.seeding import derive_seed
-from perilune.tasks import TASKS, TaskMixture
+from perilune.tasks import TASKS, TaskMixture, build_task
 
 TEACHER_TEXTS = 4000
 """Problems with traces that the tokenizer sees besides the corpus, so that task text is not foreign to it."""
@@ -38,6 +46,22 @@ class PreparedData:
     """UTF-8 bytes that the held-out tokens stand for."""
     compressors: dict[str, float]
     """Bits per byte of gzip, bz2 and xz on the held-out documents."""
+
+
+def check_inputs(recipe: Recipe) -> None:
+    """Check what a recipe takes from outside, so that a wrong name is told before anything is made.
+
+    Raises:
+        DataError: a task or a source of the corpus does not exist, or SFT has a task without a teacher.
+    """
+    for task in recipe.tasks:
+        build_task(task)
+    if any(isinstance(stage, SFTStage) for stage in recipe.stages.values()):
+        untaught = [task.name for task in recipe.tasks if task.name not in TASKS]
+        if untaught:
+            raise DataError(f"tasks: {', '.join(untaught)} have no teacher for SFT; those with one: {', '.join(TASKS)}")
+    if not all(isinstance(stage, SyntheticStage) for stage in recipe.stages.values()):
+        check_corpus(recipe.corpus)
 
 
 def prepare_data(recipe: Recipe, directory: RunDirectory, progress: Progress) -> PreparedData:

@@ -23,7 +23,7 @@ from perilune.train.clock import Interval, StageClock
 from perilune.train.config import TrainConfig
 from perilune.train.context import TrainContext, TrainResult
 from perilune.train.losses import Loss
-from perilune.train.monitors import LayerMonitor
+from perilune.train.monitors import LayerMonitor, clip_metrics
 from perilune.train.runtime import choose_precision, matmul_rate
 from perilune.train.snapshot import module_tensors, optimizer_state, restore_module, restore_optimizer
 from perilune.train.step import (
@@ -154,6 +154,8 @@ class _Trainer:
         if should_log:
             metrics |= self.monitor.metrics()
         self._apply(totals, norm, batches)
+        if should_log:
+            metrics |= clip_metrics(self.optimizer)
         self.step += 1
         self.tokens += totals.num_tokens
         speed = self._speed(totals, self.clock.elapsed_s() - started_s)

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from perilune.nn import MoE
-from perilune.optim import qk_clip_specs
+from perilune.optim import MuonClip, qk_clip_specs
 from perilune.report import MetricValue
 
 
@@ -57,6 +58,19 @@ class LayerMonitor:
     def skip_step(self) -> None:
         """Forget what was counted in a step that did not happen."""
         self.finish_step(0.0)
+
+
+def clip_metrics(optimizer: Optimizer) -> dict[str, MetricValue]:
+    """Return what QK-Clip did in the step just taken; nothing of an optimizer that does not clip.
+
+    Returns:
+        `clipped_heads` (heads scaled down in this step, all layers) and `clipped_share` (of all heads, those that were
+        ever scaled down).
+    """
+    if not isinstance(optimizer, MuonClip) or not optimizer.clip_stats:
+        return {}
+    clipped = sum(stats.num_clipped for stats in optimizer.clip_stats)
+    return {"clipped_heads": clipped, "clipped_share": optimizer.clipped_share}
 
 
 def load_shares(load: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from perilune.data import (
     WindowSource,
     apportion,
     encode_documents,
-    evaluation_batches,
 )
 from perilune.errors import DataError
 
@@ -222,14 +221,8 @@ def test_apportionment_sums_and_stays_near_the_quota(weights: list[float], total
     assert all(abs(count - total * w / sum(weights)) < 1 for count, w in zip(counts, weights, strict=True))
 
 
-def test_evaluation_covers_each_token_once(tokenizer) -> None:
+def test_documents_are_encoded_whole(tokenizer) -> None:
     stream = encode_documents(tokenizer, ["first document", "second"])
     assert stream[0] == tokenizer.bos_id
     assert (stream == tokenizer.eos_id).sum() == 2
     assert tokenizer.count_bytes(stream) == len(b"first documentsecond")
-    batches = evaluation_batches(stream, context=3, windows=2)
-    assert torch.cat([batch.targets for batch in batches]).tolist() == stream[1:].tolist()
-    assert torch.cat([batch.tokens for batch in batches]).tolist() == stream[:-1].tolist()
-    assert all(batch.cu_seqlens[-1] == batch.num_tokens and batch.cu_seqlens.diff().max() <= 3 for batch in batches)
-    with pytest.raises(DataError, match="at least 2 tokens"):
-        evaluation_batches(stream[:1], context=3, windows=2)

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perilune.data import IGNORE_INDEX, Batch, Example, concat_batches, pack_documents, pack_examples, plan_bins
+from perilune.data import IGNORE_INDEX, Batch, Example, concat_batches, pack_examples, plan_bins
 from perilune.ops.layout import SequenceLayout
 
 
@@ -14,7 +14,7 @@ def rows(batch: Batch) -> list[tuple[list[int], list[int]]]:
 
 
 def test_targets_are_the_next_tokens_of_the_same_document() -> None:
-    batch = pack_documents([[1, 2, 3], [4, 5]])
+    batch = pack_examples([Example.document([1, 2, 3]), Example.document([4, 5])])
     assert rows(batch) == [([1, 2], [2, 3]), ([4], [5])]
     assert batch.weights is None
     assert batch.num_tokens == batch.num_targets == 3
@@ -29,7 +29,7 @@ def test_masked_tokens_are_not_targets() -> None:
 
 
 def test_dtypes_and_layout() -> None:
-    batch = pack_documents([[1, 2], [3, 4, 5]])
+    batch = pack_examples([Example.document([1, 2]), Example.document([3, 4, 5])])
     assert (batch.tokens.dtype, batch.targets.dtype) == (torch.int64, torch.int64)
     assert batch.cu_seqlens.dtype == torch.int32
     assert SequenceLayout.from_cu_seqlens(batch.cu_seqlens, batch.num_tokens).lengths == (1, 2)

@@ -8,7 +8,6 @@ from perilune.data import (
     StackConfig,
     SyntheticSource,
     synthetic_batch,
-    target_accuracy,
 )
 
 PALINDROME = PalindromeConfig(length=9, num_symbols=5)
@@ -77,23 +76,6 @@ def test_stack_replays() -> None:
                 assert target == [IGNORE_INDEX, element, IGNORE_INDEX]
         assert set(stacks) <= {0, 1, 2}
     assert pops > 8 * 10
-
-
-def test_accuracy_counts_targets_alone() -> None:
-    batch = synthetic_batch(PALINDROME, 4, seed=0)
-    exact = torch.nn.functional.one_hot(batch.targets.clamp_min(0), 6).float()
-    assert target_accuracy(exact, batch) == 1.0
-    assert target_accuracy(-exact, batch) == 0.0
-    trained = (batch.targets != IGNORE_INDEX).nonzero().flatten()
-    exact[trained[0]] *= -1
-    assert target_accuracy(exact, batch) == pytest.approx(1 - 1 / len(trained))
-
-
-def test_accuracy_needs_targets() -> None:
-    batch = synthetic_batch(PALINDROME, 1, seed=0)
-    batch.targets.fill_(IGNORE_INDEX)
-    with pytest.raises(ValueError, match="at least one target"):
-        target_accuracy(torch.zeros(9, 6), batch)
 
 
 @pytest.mark.parametrize(

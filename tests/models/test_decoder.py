@@ -176,7 +176,8 @@ def test_metrics_of_training():
     assert all(torch.isfinite(spec.max_logits()).all() for spec in specs)
     assert [float(layer.expert_load.sum()) for layer in model.moe_layers()] == [60.0, 60.0]
     before = [layer.router_bias.clone() for layer in model.moe_layers()]
-    model.update_router_bias(1e-3)
+    for layer in model.moe_layers():
+        layer.update_router_bias(1e-3)
     assert all(not torch.equal(layer.router_bias, b) for layer, b in zip(model.moe_layers(), before, strict=True))
     assert all(layer.expert_load.sum() == 0 for layer in model.moe_layers())
 

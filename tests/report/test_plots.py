@@ -9,6 +9,7 @@ from perilune.report.plots import (
     Curve,
     Point,
     bar_plot,
+    best_balance,
     heat_strips,
     line_plot,
     pareto_front,
@@ -34,6 +35,13 @@ def test_the_pareto_front_is_what_nothing_beats_in_both():
     points = [Point(label=name, x=x, y=y) for name, x, y in (("a", 1, 1), ("b", 2, 3), ("c", 3, 2), ("d", 4, 4))]
     assert [point.label for point in pareto_front(points)] == ["a", "b", "d"]
     assert pareto_front([]) == []
+
+
+def test_the_best_balance_weighs_accuracy_against_length():
+    points = [
+        Point(label=label, x=x, y=y) for label, x, y in (("a", 40, 60), ("b", 50, 59), ("c", 80, 90), ("d", 200, 91))
+    ]
+    assert [best_balance(points, price).label for price in (10, 0, 500)] == ["c", "d", "a"]
 
 
 @pytest.mark.parametrize("count", [1, 3, 12])

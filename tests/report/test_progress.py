@@ -1,9 +1,10 @@
 import io
+import logging
 import sys
 
 import pytest
 
-from perilune.report import LineProgress, NullProgress, TerminalProgress, make_progress
+from perilune.report import LineProgress, NullProgress, TerminalProgress, logs_as_notes, make_progress
 from perilune.report.progress import format_amount, format_duration, format_number
 
 
@@ -30,6 +31,28 @@ def test_a_resumed_task_does_not_count_old_steps_in_its_rate(monkeypatch):
         now[0] += 10
         task.update(910)
     assert "1 step/s" in stream.getvalue().splitlines()[1]
+
+
+def test_the_remaining_time_of_a_resumed_share_counts_only_what_is_new(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    stream = io.StringIO()
+    with LineProgress(stream, interval_s=0).task("rl", total=1.0, unit="") as task:
+        now[0] += 3
+        task.update(0.8)
+        now[0] += 10
+        task.update(0.9)
+    assert stream.getvalue().splitlines()[:2] == ["rl: 80%", "rl: 90%  10.0 s left"]
+
+
+def test_log_records_are_notes_while_they_are_shown():
+    stream, log = io.StringIO(), logging.getLogger("perilune.somewhere")
+    with logs_as_notes(LineProgress(stream)):
+        log.info("resuming at step %d", 3)
+        log.warning("a step was skipped")
+        log.debug("nobody wants this")
+    log.info("nobody sees this")
+    assert stream.getvalue() == "resuming at step 3\nwarning: a step was skipped\n"
 
 
 def test_bars_show_numbers_as_plain_text():

@@ -1,6 +1,6 @@
 import pytest
 
-from perilune.rl.curation_rules import exclusion_reason, guess_survival, normalized_question, wilson_interval
+from perilune.rl.curation_rules import exclusion_reason, normalized_question, wilson_interval
 
 
 def test_wilson_interval_matches_the_published_example():
@@ -38,11 +38,6 @@ def test_wilson_interval_refuses_impossible_counts(correct, total):
 )
 def test_false_positive_prone_problems_are_recognized(question, answer, reason):
     assert exclusion_reason(question, answer) == reason
-
-
-def test_guess_survival_matches_the_published_examples():
-    assert round(guess_survival(10, 8), 2) == 0.43
-    assert round(guess_survival(100, 8), 2) == 0.92
 
 
 def test_questions_that_differ_in_space_and_case_are_equal():

@@ -4,11 +4,8 @@ import torch
 from perilune.errors import CheckpointError
 from perilune.rl.config import RLConfig
 from perilune.rl.long2short import (
-    TokenEfficiency,
-    choose_checkpoint,
     dpo_pairs,
     merge_weights,
-    pareto_front,
     short_phase,
     shortest_correct,
 )
@@ -85,17 +82,3 @@ def test_short_phase_turns_the_length_reward_on_and_cuts_the_limit():
     short = short_phase(RLConfig(), length_fraction=0.25, length_weight=0.5)
     assert (short.rollout.max_response_tokens, short.length.weight, short.length.start) == (64, 0.5, 0.0)
     assert short.rollout.group_size == RLConfig().rollout.group_size
-
-
-def point(name, accuracy, tokens):
-    return TokenEfficiency(name=name, accuracy=accuracy, response_tokens=tokens)
-
-
-def test_checkpoint_choice_balances_accuracy_and_tokens_on_the_front():
-    points = [point("a", 0.60, 40), point("b", 0.59, 50), point("c", 0.90, 80), point("d", 0.91, 200)]
-    assert [p.name for p in pareto_front(points)] == ["a", "c", "d"]
-    assert choose_checkpoint(points, token_price=0.1).name == "c"
-    assert choose_checkpoint(points, token_price=0.0).name == "d"
-    assert choose_checkpoint(points, token_price=5.0).name == "a"
-    with pytest.raises(ValueError, match="at least one"):
-        choose_checkpoint([])

@@ -1,8 +1,7 @@
 import pytest
 
 from perilune.data import encode_response, train_tokenizer
-from perilune.errors import DataError
-from perilune.rl import TaskScorer, fit_prompts, problem_prompt, response_text, task_candidates
+from perilune.rl import TaskScorer, problem_prompt, response_text, task_candidates
 from perilune.tasks import TaskConfig, TaskMixture
 
 
@@ -27,17 +26,6 @@ def test_prompts_end_where_the_assistant_begins(tokenizer, problems):
     assert prompt.token_ids[-1] == tokenizer.special_id("<|im_assistant|>")
     assert (prompt.id, prompt.pass_rate) == (problems[0].id, 0.4)
     assert problems[0].prompt in tokenizer.decode(prompt.token_ids)
-
-
-def test_prompts_without_room_for_a_response_are_counted(tokenizer, problems):
-    prompts = [problem_prompt(tokenizer, problem) for problem in problems]
-    longest = max(len(prompt.token_ids) for prompt in prompts)
-    fitting, dropped = fit_prompts(prompts, longest)
-    assert dropped == sum(len(prompt.token_ids) == longest for prompt in prompts)
-    assert len(fitting) + dropped == len(prompts)
-    assert fit_prompts(prompts, longest + 1) == (prompts, 0)
-    with pytest.raises(DataError, match="all 12 prompts have at least 2 tokens"):
-        fit_prompts(prompts, 2)
 
 
 def test_response_text_keeps_the_thought_and_drops_the_end(tokenizer):

@@ -7,15 +7,17 @@ from random import Random
 import numpy as np
 import pytest
 
-from perilune.data import compression_baselines, load_corpus
+from perilune.data import EmbeddedCorpusConfig, FilesCorpusConfig, compression_baselines, load_corpus
 from perilune.errors import DataError
 from perilune.report import NullProgress
-from perilune.run import prepared
-from perilune.run.config import Recipe, presets
+from perilune.run import prepared, run_recipe
+from perilune.run.config import Recipe, SFTStage, presets
 from perilune.run.directory import RunDirectory
 from perilune.run.loading import read_recipe
-from perilune.run.prepared import prepare_data
-from perilune.run.recipe import build_recipe
+from perilune.run.prepared import check_inputs, prepare_data
+from perilune.run.recipe import LoadedRecipe, build_recipe
+from perilune.tasks import TaskConfig
+from perilune.train import TrainConfig
 
 FILES = ("train-tokens.npy", "held-out-tokens.npy", "corpus.json")
 
@@ -166,3 +168,22 @@ def test_a_vocabulary_that_the_text_cannot_fill_is_refused(recipe, directory):
     with pytest.raises(DataError, match=r"tokenizer\.vocab_size 5000 needs more text"):
         prepare(replace(recipe, tokenizer=large, model=replace(recipe.model, vocab_size=5000)), directory)
     assert not directory.tokenizer.exists()
+
+
+def test_a_task_or_package_that_does_not_exist_is_told_before_anything_is_made(recipe, tmp_path):
+    place = tmp_path / "run"
+    embedded = EmbeddedCorpusConfig(packages=("stdlib", "no_such_package"))
+    for wrong, words in (
+        (replace(recipe, corpus=embedded), "'no_such_package' is not an installed package"),
+        (replace(recipe, corpus=FilesCorpusConfig(root=tmp_path / "nowhere")), "no file matches"),
+        (replace(recipe, tasks=(TaskConfig(name="no_such_task"),)), "no_such_task"),
+    ):
+        with pytest.raises(DataError, match=words):
+            run_recipe(LoadedRecipe(recipe=wrong, tree={}, source="here.toml"), place)
+        assert not place.exists()
+
+
+def test_a_task_without_a_teacher_cannot_be_in_sft(recipe):
+    sft = SFTStage(train=TrainConfig(steps=1))
+    with pytest.raises(DataError, match="base_conversion have no teacher"):
+        check_inputs(replace(recipe, tasks=(TaskConfig(name="base_conversion"),), stages={"sft": sft}))

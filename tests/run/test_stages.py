@@ -13,7 +13,7 @@ from perilune.report import MetricsLog, NullProgress, read_metrics
 from perilune.run import StageContext, load, run_recipe
 from perilune.run.config import StageConfig, SyntheticStage
 from perilune.run.directory import RunDirectory
-from perilune.run.loading import read_recipe, restore_stage
+from perilune.run.loading import load_model, read_recipe, restore_stage
 from perilune.run.prepared import prepare_data
 from perilune.run.stages import STAGES
 from perilune.run.stages.common import settings_hash, starting_model
@@ -208,6 +208,15 @@ def test_a_synthetic_stage_needs_no_text_and_measures_recall(tmp_path):
     accuracies = [r.values["accuracy"] for r in read_metrics(tmp_path / "run/metrics.jsonl") if "accuracy" in r.values]
     assert len(accuracies) == 2
     assert accuracies[-1] == result.numbers["accuracy"]
+    with pytest.raises(DataError, match="synthetic tasks alone has no text and no tokenizer"):
+        load_model(tmp_path / "run")
+
+
+def test_the_short_phase_takes_its_length_reward_from_its_own_keys(tmp_path):
+    stages = {name: tiny_run.STAGES[name] for name in ("pretrain", "curate", "rl")}
+    short = {"kind": "l2s_rl", "prompts": "curate", "rl": {"length": {"weight": 0.9}}}
+    with pytest.raises(RecipeError, match=r"stages\.short: rl\.length must be left out \(length_weight decides\)"):
+        load(write_recipe(tmp_path / "short.toml", stages={**stages, "short": short}))
 
 
 def test_stages_refer_to_stages_before_them(tmp_path):

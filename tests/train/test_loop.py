@@ -70,8 +70,11 @@ def test_balancing_biases_move_only_at_a_rate_and_counters_restart() -> None:
 
 
 def test_logits_are_clipped_by_muonclip() -> None:
-    _, optimizer, _ = run(make_config(steps=3))
+    recorder = Recorder()
+    _, optimizer, _ = run(make_config(steps=3), context_for(metrics=recorder))
     assert optimizer.clipped_share > 0
+    assert recorder.series("clipped_share")[-1] == (3, optimizer.clipped_share)
+    assert sum(heads for _, heads in recorder.series("clipped_heads")) > 0
 
 
 def test_micro_batches_equal_one_batch() -> None:

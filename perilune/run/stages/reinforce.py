@@ -132,6 +132,7 @@ def _reinforce(
         model,
         data,
         time_s=result.elapsed_s,
+        tokens=result.tokens,
         numbers={"iterations": float(result.iterations), "prompts": float(len(prompts))},
     )
 
