@@ -223,10 +223,11 @@ def _print_summary(summary: RunSummary, as_json: bool) -> None:
         return
     from rich.console import Console
 
-    from perilune.report import summary_table
+    from perilune.report import comparison_tables, summary_table
 
-    if summary.results:
-        Console().print(summary_table(summary.results))
+    is_sweep = not summary.results
+    for table in comparison_tables(summary.directory) if is_sweep else [summary_table(summary.results)]:
+        Console().print(table)
     print(f"Report: {summary.report}")
 
 

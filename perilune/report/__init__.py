@@ -1,6 +1,6 @@
 """The metrics log, progress and the HTML report; imports none of its callers, no plotting before a report is made."""
 
-from perilune.report.compare import write_any_report, write_comparison, write_sweep_index
+from perilune.report.compare import comparison_tables, write_any_report, write_comparison, write_sweep_index
 from perilune.report.metrics import MetricRecord, MetricsLog, MetricValue, read_metrics, series
 from perilune.report.progress import (
     LineProgress,
@@ -35,6 +35,7 @@ __all__ = [
     "StageResult",
     "TaskScore",
     "TerminalProgress",
+    "comparison_tables",
     "logs_as_notes",
     "make_progress",
     "read_metrics",

@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,6 +19,9 @@ from perilune.report.progress import format_duration
 from perilune.report.report import write_report
 from perilune.report.results import StageResult
 from perilune.report.rundata import REPORT_FILE, SWEEP_FILE, RunData, load_run
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Variants = Mapping[str, Sequence[RunData]]
 """Variant name to its runs, one a seed."""
@@ -77,7 +81,7 @@ def write_any_report(run_directory: Path) -> Path:
 def build_comparison(title: str, variants: Variants) -> Page:
     """Return the sections of a sweep's report."""
     seeds = max((len(runs) for runs in variants.values()), default=0)
-    stages = list(dict.fromkeys(result.stage for runs in variants.values() for run in runs for result in run.results))
+    stages = _stages(variants)
     sections = [section for stage in stages for section in _stage_sections(stage, variants)]
     sections.append(_length_section(variants, stages))
     sections.append(_recipes(variants))
@@ -87,10 +91,37 @@ def build_comparison(title: str, variants: Variants) -> Page:
     return Page(title=title, subtitle=subtitle, sections=[section for section in sections if section.blocks])
 
 
+def comparison_tables(run_directory: Path) -> list[Table]:
+    """Return a sweep's tables for a terminal, one for each stage that the variants do not share.
+
+    Raises:
+        DataError: the directory is no sweep, or a child is damaged.
+    """
+    from rich.table import Table
+
+    variants = _load_children(run_directory)
+    tables = []
+    for stage in _stages(variants):
+        if is_shared(stage, variants):
+            continue
+        content = comparison_table(stage, variants)
+        table = Table(title=f"Stage {stage}", caption=content.caption, caption_justify="left")
+        for index, title in enumerate(content.header):
+            table.add_column(title, justify="left" if index == 0 else "right")
+        for row in content.rows:
+            table.add_row(*row)
+        tables.append(table)
+    return tables
+
+
 def comparison_table(stage: str, variants: Variants) -> TextTable:
     """Return one row per variant: each column that any variant has, as mean ± standard deviation over seeds."""
-    found = {name: [_result(run, stage) for run in runs] for name, runs in variants.items()}
-    present = {name: [result for result in results if result is not None] for name, results in found.items()}
+    present = {
+        name: [result for run in runs if (result := _result(run, stage)) is not None] for name, runs in variants.items()
+    }
+    present = {name: results for name, results in present.items() if results}
+    if is_shared(stage, variants):
+        present = {"all (shared)": next(iter(present.values()))[:1]}
     columns = [
         (title, read)
         for title, read in _COLUMNS
@@ -167,18 +198,30 @@ def _band(name: str, runs: Sequence[RunData], stage: str, metric: str) -> list:
     return [Curve(label=name, x=steps, y=table.mean(axis=0).tolist(), spread=spread)]
 
 
+def is_shared(stage: str, variants: Variants) -> bool:
+    """Return whether all runs have the very same result of a stage, because it was run once for all."""
+    results = [_result(run, stage) for runs in variants.values() for run in runs]
+    return len(results) > 1 and results[0] is not None and all(result == results[0] for result in results)
+
+
 def _length_section(variants: Variants, stages: Sequence[str]) -> Section:
+    """What each variant ends with, and what all of them started from."""
     from perilune.report.plots import scatter_plot
     from perilune.report.sections import read_front
 
     points = []
+    shared = [stage for stage in stages if is_shared(stage, variants)]
+    for stage in reversed(shared):
+        if start := _length_point(stage, next(iter(variants.values()))[:1], stage):
+            points += start
+            break
     for name, runs in variants.items():
-        for stage in stages:
-            points += _length_point(name if len(stages) == 1 else f"{name}: {stage}", runs, stage)
+        own = [result.stage for run in runs[:1] for result in run.results if result.stage not in shared]
+        points += _length_point(name, runs, own[-1]) if own else []
     if len(points) < 2:
         return Section(title="Accuracy and length")
     drawn = scatter_plot("pareto", points, "mean response length, tokens", "accuracy, %")
-    caption = f"Bars are standard deviations over seeds. {read_front(points)}"
+    caption = f"Each variant's last stage; bars are standard deviations over seeds. {read_front(points)}"
     return Section(title="Accuracy and length", blocks=[Plot(svg=drawn, caption=caption)])
 
 
@@ -198,6 +241,10 @@ def _recipes(variants: Variants) -> Section:
     firsts = [(name, runs[0]) for name, runs in variants.items() if runs]
     blocks: list[Block] = [Listing(text=f"# {name}, first seed\n\n{run.recipe_text}") for name, run in firsts]
     return Section(title="Recipes", intro="Each variant's resolved recipe.", blocks=blocks)
+
+
+def _stages(variants: Variants) -> list[str]:
+    return list(dict.fromkeys(result.stage for runs in variants.values() for run in runs for result in run.results))
 
 
 def _result(run: RunData, stage: str) -> StageResult | None:

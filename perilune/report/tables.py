@@ -16,8 +16,8 @@ SUMMARY_HEADER = (
     "time",
     "tokens/s",
     "bits per byte",
-    "accuracy, greedy",
-    "accuracy, sampled",
+    "accuracy greedy",
+    "accuracy sampled",
     "response tokens",
 )
 
