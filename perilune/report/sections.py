@@ -261,12 +261,16 @@ def find_tau(tree: Mapping[str, Any]) -> float | None:
 
 def _loss_plots(run: RunData, stage: str) -> list[Block]:
     records = run.stage_records(stage)
-    curves = [_curve(records, "loss", "training"), _curve(records, "validation_loss", "validation")]
+    trains_on_text = run.recipe.get("stages", {}).get(stage, {}).get("kind") == "pretrain"
+    held_out = "validation" if trains_on_text else "held-out prose"
+    curves = [_curve(records, "loss", "training"), _curve(records, "validation_loss", held_out)]
     present = [curve for curve in curves if curve is not None]
     if not present:
         return []
     caption = f"{stage}: loss by optimizer step, averaged over neighboring steps."
-    if len(present) == 2:
+    if len(present) == 2 and not trains_on_text:
+        caption += " The two are of different texts: the second tells how much of the prose was forgotten."
+    elif len(present) == 2:
         caption += " A widening gap between the two lines means that the model memorizes its training data."
     return [Plot(svg=line_plot(f"loss-{stage}", present, "step", f"{stage} loss"), caption=caption)]
 
