@@ -12,6 +12,7 @@ export GOMP_SPINCOUNT ?= 10000
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
+MARK  := $(VENV)/.perilune
 
 .PHONY: demo test lint format clean
 
@@ -34,12 +35,15 @@ format: $(STAMP)
 	"$(BIN)/ruff" format .
 
 clean:
-	rm -rf "$(VENV)" build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	test ! -e "$(MARK)" || rm -rf "$(VENV)"
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 # The stamp is written last: an environment without one is half-made and begun anew, one with an old one is brought up to
-# date. make cannot quote the name of a target, so VENV must hold no spaces; the path of the project may.
+# date. The mark is written first: only a folder that has it is ever removed. make cannot quote the name of a target, so VENV must hold no spaces; the path of the project may.
 $(STAMP): pyproject.toml $(filter-out /dev/null,$(CONSTRAINTS))
+	test -e "$@" || test ! -e "$(VENV)" || test -e "$(MARK)" || { echo "$(VENV) exists and is not this project's; choose another VENV" >&2; exit 2; }
 	test -e "$@" || rm -rf "$(VENV)"
+	mkdir -p "$(VENV)" && touch "$(MARK)"
 	"$(PYTHON)" -m venv "$(VENV)"
 	"$(BIN)/python" -m pip install -q --disable-pip-version-check -c "$(CONSTRAINTS)" -e '.[$(EXTRAS)]'
 	touch "$@"

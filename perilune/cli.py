@@ -125,7 +125,7 @@ def chat(
     run_path: RunPath,
     stage: StageName = None,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 takes the most likely token.")] = 0.7,
-    max_tokens: Annotated[int, typer.Option(help="Longest response, in tokens.")] = 512,
+    max_tokens: Annotated[int, typer.Option(max=1_000_000, help="Longest response, in tokens.")] = 512,
     prompt: Annotated[str | None, typer.Option(help="Answer this and exit; a conversation without it.")] = None,
     seed: Annotated[int, typer.Option(help="Decides what is sampled.")] = 0,
 ) -> None:
@@ -215,17 +215,19 @@ def _explain(path: str, as_json: bool) -> None:
 
 
 def _print_summary(summary: RunSummary, as_json: bool) -> None:
+    is_sweep = not summary.results
     if as_json:
         from dataclasses import asdict
 
-        results = [asdict(result) for result in summary.results]
+        from perilune.report import sweep_results
+
+        results = sweep_results(summary.directory) if is_sweep else [asdict(result) for result in summary.results]
         print(json.dumps({"directory": str(summary.directory), "results": results, "report": str(summary.report)}))
         return
     from rich.console import Console
 
     from perilune.report import comparison_tables, summary_table
 
-    is_sweep = not summary.results
     for table in comparison_tables(summary.directory) if is_sweep else [summary_table(summary.results)]:
         Console().print(table)
     print(f"Report: {summary.report}")
@@ -244,6 +246,9 @@ def _converse(session: ChatSession) -> None:
         except (EOFError, KeyboardInterrupt):
             print()
             return
+        except UnicodeDecodeError as error:
+            print(f"that line is not {error.encoding}; say it again", file=sys.stderr)
+            continue
         if not text.strip():
             continue
         try:

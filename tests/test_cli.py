@@ -173,9 +173,16 @@ def test_a_sweep_of_two_seeds_writes_a_comparison(cli, recipe, stages, tmp_path)
     recipe.write_text(RECIPE + "[sweep]\nseeds = [0, 1]\n[sweep.variants.wide.model]\nd_ff = 64\n")
     code, out, _ = cli("run", recipe, "--run-dir", tmp_path / "sweep", "--quiet")
     assert code == 0
-    assert out == f"Report: {tmp_path / 'sweep' / 'report.html'}\n"
+    assert "Stage" in out
+    assert out.endswith(f"Report: {tmp_path / 'sweep' / 'report.html'}\n")
     assert tomllib.loads((tmp_path / "sweep" / "wide-seed1" / "recipe.toml").read_text())["model"]["d_ff"] == 64
     assert cli("report", tmp_path / "sweep")[0] == 0
+    _, out, _ = cli("run", recipe, "--run-dir", tmp_path / "sweep", "--quiet", "--json")
+    rows = json.loads(out)["results"]
+    assert {(row["variant"], row["run"]) for row in rows} == {("wide", f"small-wide-seed{seed}") for seed in (0, 1)}
+    code, _, err = cli("eval", tmp_path / "sweep")
+    assert code == 1
+    assert "the runs in it: wide-seed0, wide-seed1" in err
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

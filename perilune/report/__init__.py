@@ -1,6 +1,12 @@
 """The metrics log, progress and the HTML report; imports none of its callers, no plotting before a report is made."""
 
-from perilune.report.compare import comparison_tables, write_any_report, write_comparison, write_sweep_index
+from perilune.report.compare import (
+    comparison_tables,
+    sweep_results,
+    write_any_report,
+    write_comparison,
+    write_sweep_index,
+)
 from perilune.report.metrics import MetricRecord, MetricsLog, MetricValue, read_metrics, series
 from perilune.report.progress import (
     LineProgress,
@@ -44,6 +50,7 @@ __all__ = [
     "series",
     "summary_rows",
     "summary_table",
+    "sweep_results",
     "task_table",
     "write_any_report",
     "write_comparison",

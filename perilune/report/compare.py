@@ -6,6 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,8 +29,8 @@ Variants = Mapping[str, Sequence[RunData]]
 
 _COLUMNS: tuple[tuple[str, Callable[[StageResult], float | None]], ...] = (
     ("bits per byte", lambda result: result.bits_per_byte),
-    ("accuracy, greedy, %", lambda result: _percent(result.accuracy.greedy) if result.accuracy else None),
-    ("accuracy, sampled, %", lambda result: _percent(result.accuracy.sampled) if result.accuracy else None),
+    ("accuracy greedy %", lambda result: _percent(result.accuracy.greedy) if result.accuracy else None),
+    ("accuracy sampled %", lambda result: _percent(result.accuracy.sampled) if result.accuracy else None),
     ("response tokens", lambda result: result.accuracy.response_tokens if result.accuracy else None),
     ("tokens/s", lambda result: result.tokens_per_s),
 )
@@ -86,9 +87,24 @@ def build_comparison(title: str, variants: Variants) -> Page:
     sections.append(_length_section(variants, stages))
     sections.append(_recipes(variants))
     subtitle = (
-        f"{len(variants)} variants, up to {seeds} seeds each; every number is mean ± standard deviation over seeds"
+        f"{len(variants)} variants, up to {seeds} seeds each; every number is mean ± standard deviation over seeds. "
+        "Stages that all share ran once: their own spread is not in it."
     )
     return Page(title=title, subtitle=subtitle, sections=[section for section in sections if section.blocks])
+
+
+def sweep_results(run_directory: Path) -> list[dict[str, object]]:
+    """Return every finished stage of a sweep's runs: `variant`, `run` (its name) and the stage's numbers.
+
+    Raises:
+        DataError: the directory is no sweep, or a child is damaged.
+    """
+    return [
+        {"variant": variant, "run": run.name, **asdict(result)}
+        for variant, runs in _load_children(run_directory).items()
+        for run in runs
+        for result in run.results
+    ]
 
 
 def comparison_tables(run_directory: Path) -> list[Table]:
@@ -100,10 +116,9 @@ def comparison_tables(run_directory: Path) -> list[Table]:
     from rich.table import Table
 
     variants = _load_children(run_directory)
+    stages = _stages(variants)
     tables = []
-    for stage in _stages(variants):
-        if is_shared(stage, variants):
-            continue
+    for stage in [stage for stage in stages if not is_shared(stage, variants)] or stages:
         content = comparison_table(stage, variants)
         table = Table(title=f"Stage {stage}", caption=content.caption, caption_justify="left")
         for index, title in enumerate(content.header):

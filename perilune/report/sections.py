@@ -24,7 +24,10 @@ def summary_section(run: RunData) -> Section | None:
     """The table that the run ended with."""
     if not run.results:
         return None
-    caption = "Accuracy and response length are means over the tasks, on held-out problems."
+    caption = (
+        "Accuracy and response length are means over the tasks, on held-out problems; the length is that of the "
+        "sampled responses where there are any."
+    )
     compressors = compressor_line(run.results)
     blocks: list[Block] = [
         TextTable(
@@ -227,8 +230,11 @@ def machine_section(run: RunData) -> Section | None:
 
 
 def recipe_section(run: RunData) -> Section:
-    """The resolved recipe, which alone reproduces the run."""
-    intro = "Saved as a file, this recipe reproduces the run: perilune run recipe.toml"
+    """The resolved recipe, which alone repeats the run."""
+    intro = (
+        "Saved as a file, this recipe repeats the run: perilune run recipe.toml. Budgets in seconds give another "
+        "number of steps on another machine. Stages that a sweep shares ran with the sweep's own seed."
+    )
     blocks: list[Block] = [Listing(text=run.recipe_text)]
     if "kda" in str(run.recipe.get("model", {}).get("layers", "")):
         blocks.insert(0, Equation(name="kda", caption="Kimi Linear, eq. 1: the state of the model's KDA layers."))
@@ -236,11 +242,14 @@ def recipe_section(run: RunData) -> Section:
 
 
 def length_points(results: Sequence[StageResult]) -> list[Point]:
-    """Return accuracy (greedy, else sampled; percent) against mean response length, a point per stage."""
+    """Return accuracy in percent against mean response length, a point per stage.
+
+    Both are of the sampled responses; of the greedy ones where nothing was sampled.
+    """
     points = []
     for result in results:
         score = result.accuracy
-        accuracy = None if score is None else (score.greedy if score.greedy is not None else score.sampled)
+        accuracy = None if score is None else (score.sampled if score.sampled is not None else score.greedy)
         if score is not None and accuracy is not None and score.response_tokens is not None:
             points.append(Point(label=result.stage, x=score.response_tokens, y=100 * accuracy))
     return points

@@ -298,7 +298,7 @@ def _read_part(path: Path, key: str) -> list[CuratedPrompt] | None:
     if not path.exists():
         return None
     try:
-        header, *rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        header, *rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
         if header != {"format": _FORMAT, "key": key}:
             _LOG.warning("%s was made with other settings and is made again", path)
             return None

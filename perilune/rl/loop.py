@@ -135,6 +135,7 @@ class RLLoop:
         self._trainer = PolicyTrainer(model, optimizer, config, precision=precision)
         self._iteration = 0
         self._tokens = 0
+        self._layers: Metrics = {}
         self._silent_iterations = 0
         self._alarms: list[str] = []
         self._earlier_s = 0.0
@@ -158,7 +159,7 @@ class RLLoop:
             values = self._iterate()
             # Asked once each: both may change from one moment to the next.
             is_over, is_stopped = self._is_over(), self._hooks.should_stop()
-            metrics = {**values, **self._evaluate(is_last=is_over)}
+            metrics = {**values, **self._layers, **self._evaluate(is_last=is_over)}
             self._hooks.log(self._iteration, metrics)
             self._warn(values)
             if is_over or is_stopped or self._iteration % self._config.checkpoint_interval == 0:
@@ -208,6 +209,7 @@ class RLLoop:
         clock.lap("time_train_s")
         self._iteration += 1
         self._tokens += int(scored.lengths.sum())
+        self._layers = statistics.layer_metrics()
         rates = _rates(scored, statistics.trained_tokens, clock.laps)
         return {"progress": progress} | reward_metrics(scored) | statistics.metrics() | clock.laps | rates
 
@@ -310,6 +312,8 @@ def config_warnings(config: RLConfig) -> list[str]:
         warnings.append(
             "one step per iteration: the log-ratio is always 0, so tau does nothing; use at least 4 minibatches"
         )
+    if config.objective.kind == "rest" and config.length.weight > 0:
+        warnings.append("the objective `rest` imitates every right response alike, so the length reward does nothing")
     if config.length.weight > 1:
         warnings.append(f"length weight {config.length.weight} is above 1: length counts more than half of being right")
     return warnings

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from perilune.report import MetricValue
 from perilune.rl.scoring import ScoredGroups
 
 _MAX_SILENT_ITERATIONS = 3
@@ -107,6 +109,7 @@ class UpdateStatistics:
     _mismatches: list[Tensor] = field(default_factory=list)
     _sequence_ratios: list[Tensor] = field(default_factory=list)
     _token_ratios: list[Tensor] = field(default_factory=list)
+    _layers: list[Mapping[str, MetricValue]] = field(default_factory=list)
 
     def add_old(self, logprobs: Tensor, behavior_logprobs: Tensor, entropy: Tensor) -> None:
         """Record the first scoring of some response tokens (all `[R]`)."""
@@ -124,6 +127,23 @@ class UpdateStatistics:
         """Record a step that was taken."""
         self._losses.append(loss)
         self._grad_norms.append(grad_norm)
+
+    def add_layers(self, values: Mapping[str, MetricValue]) -> None:
+        """Record what `LayerMonitor` and `clip_metrics` tell of a step."""
+        self._layers.append(values)
+
+    def layer_metrics(self) -> dict[str, MetricValue]:
+        """`max_logits` (largest of the iteration, one per attention layer), `max_logit`, and what was clipped."""
+        logits = [step["max_logits"] for step in self._layers if "max_logits" in step]
+        clips = [step for step in self._layers if "clipped_share" in step]
+        values: dict[str, MetricValue] = {}
+        if logits:
+            largest = [float(value) for value in torch.tensor(logits).amax(dim=0)]
+            values |= {"max_logits": largest, "max_logit": max(largest)}
+        if clips:
+            values["clipped_heads"] = sum(int(cast("int", step["clipped_heads"])) for step in clips)
+            values["clipped_share"] = clips[-1]["clipped_share"]
+        return values
 
     def metrics(self) -> dict[str, float]:
         """Means over the iteration; quantities without a sample are left out.

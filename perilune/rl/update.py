@@ -28,6 +28,7 @@ from perilune.rl.policy import (
 from perilune.rl.rollout import Trajectory
 from perilune.rl.scoring import ScoredGroups
 from perilune.seeding import make_generator
+from perilune.train import LayerMonitor, clip_metrics
 
 if TYPE_CHECKING:
     from perilune.models import Decoder
@@ -127,6 +128,7 @@ class PolicyTrainer:
         self._precision = precision
         self._device = model.output_weight.device
         self._peak_lrs = [group["lr"] for group in optimizer.param_groups]
+        self._monitor = LayerMonitor(model)
 
     def train(self, scored: ScoredGroups, iteration: int, progress: float) -> UpdateStatistics:
         """Do the steps of one iteration.
@@ -197,11 +199,14 @@ class PolicyTrainer:
         parameters = [parameter for parameter in self._model.parameters() if parameter.grad is not None]
         grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self._config.update.grad_clip))
         if math.isfinite(loss) and math.isfinite(grad_norm):
+            layers = self._monitor.metrics()
             self._optimizer.step()
             self.bad_steps = 0
             statistics.add_step(loss, grad_norm)
+            statistics.add_layers(layers | clip_metrics(self._optimizer))
         else:
             self._skip(loss, grad_norm, statistics)
+        self._monitor.finish_step(0.0)
         self._optimizer.zero_grad(set_to_none=True)
 
     def _backward(self, micro: MicroBatch, denominator: float, statistics: UpdateStatistics) -> float:

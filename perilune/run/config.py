@@ -66,6 +66,8 @@ class EvaluationConfig:
     """Temperature of the sampled responses."""
     max_response_tokens: int = 256
     """Longest response, tokens; one that does not end by then is wrong."""
+    seed: int = 0
+    """Decides problems and samples; apart from the run's own seed, so that all runs of a sweep answer the same."""
     transcripts: int = 8
     """Greedy responses that are kept to be read, to the same prompts after each stage."""
 

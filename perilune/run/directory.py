@@ -21,7 +21,8 @@ from perilune.run.lock import directory_lock
 from perilune.run.tree import Tree, differences, without_none
 
 MAY_DIFFER = ("threads", "stages.*.checkpoint_interval*", "stages.*.log_interval*", "stages.*.eval_interval*")
-"""Keys of a recipe that may change when a run is resumed, as patterns: none of them changes what is computed."""
+"""Keys of a recipe that may change when a run is resumed, as patterns: none changes what is meant to be
+computed (threads change last bits, and evaluations use up a budget of seconds)."""
 
 _TEMPORARY_PATTERN = ".*.tmp"
 
@@ -102,7 +103,9 @@ class RunDirectory:
             DataError: this is not a run directory, or its recipe is damaged.
         """
         if not self.recipe.is_file():
-            raise DataError(f"{self.path} is not a run directory: it has no {self.recipe.name}")
+            runs = sorted(path.parent.name for path in self.path.glob(f"*/{self.recipe.name}"))
+            hint = f"; the runs in it: {', '.join(runs)}" if runs else ""
+            raise DataError(f"{self.path} is not a run directory: it has no {self.recipe.name}{hint}")
         try:
             return tomllib.loads(self.recipe.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

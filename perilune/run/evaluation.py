@@ -17,7 +17,7 @@ from perilune.run.directory import RunDirectory
 from perilune.run.loading import load_model
 from perilune.run.prepared import PreparedData, prepare_data
 from perilune.seeding import derive_seed
-from perilune.tasks import Problem, TaskMixture, build_task
+from perilune.tasks import Problem, TaskConfig, TaskMixture, build_task
 from perilune.train import score_text
 
 
@@ -52,7 +52,7 @@ def evaluate_model(model: Decoder, data: PreparedData, recipe: Recipe, progress:
     scores: dict[str, TaskScore] = {}
     samples: list[Sample] = []
     if recipe.tasks:
-        judged = judge_problems(model, data.tokenizer, TaskMixture(recipe.tasks), config, recipe.seed, progress)
+        judged = judge_problems(model, data.tokenizer, TaskMixture(recipe.tasks), config, progress)
         scores = {name: _task_score(rows) for name, rows in judged.items()}
         samples = _transcripts(judged, config.transcripts)
     model.train(was_training)
@@ -70,22 +70,27 @@ class Judged:
     is_correct: bool
 
 
+def evaluation_problems(tasks: Sequence[TaskConfig], config: EvaluationConfig) -> list[Problem]:
+    """Return the held-out problems that models are measured on, `config.problems` of each task."""
+    return [
+        problem
+        for task in tasks
+        for problem in build_task(task).sample(
+            config.split, config.problems, derive_seed(config.seed, "evaluation", task.name), allow_fewer=True
+        )
+    ]
+
+
 def judge_problems(
-    model: Decoder, tokenizer: Tokenizer, tasks: TaskMixture, config: EvaluationConfig, seed: int, progress: Progress
+    model: Decoder, tokenizer: Tokenizer, tasks: TaskMixture, config: EvaluationConfig, progress: Progress
 ) -> dict[str, list[Judged]]:
     """Answer `config.problems` held-out problems of each task, greedily and `config.samples` times at a temperature.
 
     A response that does not end by itself within `config.max_response_tokens` is wrong.
     """
     names = [task.name for task in tasks.configs]
-    problems = [
-        problem
-        for task in tasks.configs
-        for problem in build_task(task).sample(
-            config.split, config.problems, derive_seed(seed, "evaluation", task.name), allow_fewer=True
-        )
-    ]
-    requests = [request for problem in problems for request in _requests(problem, tokenizer, config, seed)]
+    problems = evaluation_problems(tasks.configs, config)
+    requests = [request for problem in problems for request in _requests(problem, tokenizer, config)]
     wanted = len(problems) * (1 + config.samples)
     with progress.task("answering held-out problems", total=wanted, unit="response") as task:
         completions = Engine(model).generate(requests, lambda finished, _: task.update(finished))
@@ -130,14 +135,14 @@ def evaluate_run(
     )
 
 
-def _requests(problem: Problem, tokenizer: Tokenizer, config: EvaluationConfig, seed: int) -> list[Request]:
+def _requests(problem: Problem, tokenizer: Tokenizer, config: EvaluationConfig) -> list[Request]:
     prompt_ids = encode_prompt(tokenizer, problem.prompt)
     greedy = SamplingParams(
         max_new_tokens=config.max_response_tokens,
         temperature=0.0,
         stop_ids=(tokenizer.end_id, tokenizer.eos_id),
     )
-    drawn = replace(greedy, temperature=config.temperature, seed=derive_seed(seed, "evaluation", problem.id))
+    drawn = replace(greedy, temperature=config.temperature, seed=derive_seed(config.seed, "evaluation", problem.id))
     requests = [Request(prompt_ids=prompt_ids, params=greedy, id=f"greedy:{problem.id}")]
     if config.samples:
         requests.append(

@@ -86,6 +86,7 @@ def prepare_data(recipe: Recipe, directory: RunDirectory, progress: Progress) ->
 def _prepare(recipe: Recipe, directory: RunDirectory) -> None:
     """Write the token streams, and the tokenizer last: its presence says that everything is there."""
     corpus = load_corpus(recipe.corpus)
+    _check_unchanged(directory.data("corpus.json"), corpus.fingerprint)
     try:
         tokenizer = train_tokenizer(_tokenizer_texts(recipe, corpus), recipe.tokenizer.vocab_size)
     except ValueError as error:
@@ -105,6 +106,16 @@ def _prepare(recipe: Recipe, directory: RunDirectory) -> None:
     _write_array(directory.data("held-out-tokens.npy"), encode_documents(tokenizer, held_out))
     write_atomic(directory.data("corpus.json"), json.dumps(facts, indent=2) + "\n")
     tokenizer.save(directory.tokenizer)
+
+
+def _check_unchanged(path: Path, fingerprint: str) -> None:
+    """Check that a run whose text is prepared again still has the text it began with."""
+    known = json.loads(path.read_bytes()).get("fingerprint", fingerprint) if path.is_file() else fingerprint
+    if known != fingerprint:
+        raise DataError(
+            f"{path}: the corpus has changed since this run began (another version of a package, other files), so its "
+            "models would get another tokenizer; begin a new run directory"
+        )
 
 
 def _tokenizer_texts(recipe: Recipe, corpus: Corpus) -> Iterator[str]:
@@ -137,7 +148,7 @@ def _read_array(path: Path) -> NDArray[np.int32]:
         return np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise DataError(
-            f"{path} is missing or damaged ({error}); remove tokenizer.json beside it to make it again"
+            f"{path} is missing or damaged ({error}); remove {path.parent.parent / 'tokenizer.json'} to make it again"
         ) from error
 
 

@@ -6,7 +6,7 @@ from perilune.train.context import Evaluation, MetricsSink, TrainContext, TrainR
 from perilune.train.evaluate import TargetScore, TextScore, score_targets, score_text
 from perilune.train.loop import train
 from perilune.train.losses import LanguageModel, Loss, LossStats, dpo_loss, lm_loss, sequence_logprobs
-from perilune.train.monitors import LayerMonitor
+from perilune.train.monitors import LayerMonitor, clip_metrics
 from perilune.train.runtime import Interrupted, SignalWatch, choose_precision, matmul_rate
 from perilune.train.snapshot import (
     flatten_state,
@@ -40,6 +40,7 @@ __all__ = [
     "accumulate_gradients",
     "autocast",
     "choose_precision",
+    "clip_metrics",
     "dpo_loss",
     "finish_gradients",
     "flatten_state",

@@ -4,10 +4,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from perilune.engine import Engine
 from perilune.errors import CheckpointError, DataError
-from perilune.optim import Muon
+from perilune.models import PRESETS, build_model
+from perilune.optim import Muon, MuonClip, parameter_groups, qk_clip_specs
 from perilune.rl import (
     LengthConfig,
+    NativeRolloutEngine,
     ObjectiveConfig,
     RLConfig,
     RLHooks,
@@ -17,7 +20,7 @@ from perilune.rl import (
     UpdateConfig,
     run_rl,
 )
-from perilune.rl.loop import RLLoop
+from perilune.rl.loop import RLLoop, config_warnings
 from perilune.rl.metrics import alarms
 from perilune.train import CheckpointStore
 
@@ -254,3 +257,29 @@ def test_alarms_say_what_to_do(values, silent, expected):
     found = alarms(values, silent)
     assert len(found) == len(expected)
     assert all(words in text for words, text in zip(expected, found, strict=True))
+
+
+def test_each_iteration_tells_the_attention_logits_and_what_was_clipped(prompts, scorer):
+    tokenless = replace(CONFIG, iterations=2, update=UpdateConfig(minibatches_per_iteration=2))
+    model = build_model(replace(PRESETS["smoke"], vocab_size=24), seed=0)
+    optimizer = MuonClip(parameter_groups(model, lr=1e-3), 1e-3, attention=qk_clip_specs(model), tau=1e-6)
+    logged: dict[int, dict] = {}
+    run_rl(
+        model, optimizer, NativeRolloutEngine(Engine(model)), prompts, scorer, tokenless, stop_ids=STOP_IDS,
+        hooks=RLHooks(log=lambda iteration, values: logged.update({iteration: dict(values)})),
+    )  # fmt: skip
+    layers = len(qk_clip_specs(model))
+    trained = [values for values in logged.values() if values["steps"]]
+    assert trained
+    for values in trained:
+        assert len(values["max_logits"]) == layers
+        assert values["max_logit"] == max(values["max_logits"]) > 0
+        assert values["clipped_heads"] > 0
+        assert values["clipped_share"] > 0
+    assert not any(layer.expert_load.any() for layer in model.moe_layers())
+
+
+def test_a_length_reward_beside_imitation_is_warned_of():
+    config = replace(CONFIG, objective=ObjectiveConfig(kind="rest"), length=LengthConfig(weight=0.2))
+    assert any("imitates every right response alike" in warning for warning in config_warnings(config))
+    assert not config_warnings(CONFIG)

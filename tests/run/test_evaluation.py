@@ -11,7 +11,7 @@ from perilune.models import build_model
 from perilune.report import NullProgress, read_samples
 from perilune.run import evaluation
 from perilune.run.directory import RunDirectory
-from perilune.run.evaluation import evaluate_model, judge_problems
+from perilune.run.evaluation import evaluate_model, evaluation_problems, judge_problems
 from perilune.run.loading import load_model, read_recipe
 from perilune.run.prepared import prepare_data
 from perilune.tasks import TaskConfig, TaskMixture
@@ -31,7 +31,8 @@ def config(loaded):
 
 
 def judge(loaded, config, *, tasks=TASKS, seed=0, model=None):
-    return judge_problems(model or loaded.model, loaded.tokenizer, TaskMixture(tasks), config, seed, NullProgress())
+    seeded = replace(config, seed=seed)
+    return judge_problems(model or loaded.model, loaded.tokenizer, TaskMixture(tasks), seeded, NullProgress())
 
 
 class Scripted:
@@ -191,3 +192,11 @@ def test_a_model_is_left_in_the_mode_it_came_in(finished, loaded):
     assert model.training
     evaluate_model(model.eval(), data, recipe)
     assert not model.training
+
+
+def test_runs_of_other_seeds_answer_the_same_problems(loaded, config):
+    recipe = replace(loaded.recipe, seed=loaded.recipe.seed + 1)
+    ours, theirs = (evaluation_problems(r.tasks, r.evaluation) for r in (loaded.recipe, recipe))
+    assert [problem.id for problem in ours] == [problem.id for problem in theirs]
+    other = evaluation_problems(recipe.tasks, replace(recipe.evaluation, seed=1))
+    assert [problem.id for problem in other] != [problem.id for problem in ours]

@@ -187,3 +187,14 @@ def test_a_task_without_a_teacher_cannot_be_in_sft(recipe):
     sft = SFTStage(train=TrainConfig(steps=1))
     with pytest.raises(DataError, match="base_conversion have no teacher"):
         check_inputs(replace(recipe, tasks=(TaskConfig(name="base_conversion"),), stages={"sft": sft}))
+
+
+def test_text_that_changed_since_the_run_began_is_refused(recipe, directory, corpus):
+    prepare(recipe, directory)
+    directory.tokenizer.unlink()
+    prepare(recipe, directory)  # the same text: made again
+    directory.tokenizer.unlink()
+    (corpus / "0.txt").write_text("Another text, as after an upgrade. " * 20)
+    with pytest.raises(DataError, match="the corpus has changed since this run began"):
+        prepare(recipe, directory)
+    assert not directory.tokenizer.exists()

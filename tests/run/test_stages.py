@@ -84,6 +84,15 @@ def test_reinforcement_learning_only_sees_prompts_that_curation_kept(finished, d
     assert len({prompt.token_ids for prompt in prompts}) == len(prompts) > 1
 
 
+def test_line_separators_of_unicode_in_a_problem_do_not_split_its_row(finished_copy, data):
+    path = finished_copy / "data" / "curate" / "problems.jsonl"
+    row = json.loads(path.read_text("utf-8").split("\n")[0])
+    row["problem"]["prompt"] = "one\u2028two\x85three"
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\n", "utf-8")
+    (prompt,) = read_prompts(RunDirectory(finished_copy), "curate", data)
+    assert prompt.problem.prompt == "one\u2028two\x85three"
+
+
 @pytest.mark.parametrize("content", [None, "nonsense", '{"rate": 1}\n', '{"problem": {"tags": []}, "rate": 0.5}\n'])
 def test_a_damaged_prompt_set_is_named_with_what_to_do(finished_copy, data, content):
     path = finished_copy / "data" / "curate" / "problems.jsonl"

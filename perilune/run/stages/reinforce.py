@@ -31,7 +31,7 @@ from perilune.rl import (
 )
 from perilune.run.config import CurateStage, Recipe, RLStage, ShortRLStage
 from perilune.run.directory import RunDirectory
-from perilune.run.evaluation import judge_problems
+from perilune.run.evaluation import evaluation_problems, judge_problems
 from perilune.run.pipeline import StageContext
 from perilune.run.prepared import PreparedData, prepare_data
 from perilune.run.stages.common import checkpoint_store, stage_result, starting_model
@@ -66,6 +66,7 @@ def run_curate(context: StageContext, settings: CurateStage) -> StageResult:
             context.directory.data(context.name),
             stop_ids=stop_ids(data.tokenizer),
             model_name=_fingerprint(model),
+            held_out=[problem.prompt for problem in evaluation_problems(recipe.tasks, recipe.evaluation)],
             progress=lambda done, _: _advance(context, task, done),
         )
     kept = {prompt.id: prompt.pass_rate for prompt in curation.prompts}
@@ -145,7 +146,7 @@ def read_prompts(directory: RunDirectory, stage: str, data: PreparedData) -> lis
     """
     path = directory.data(stage) / _PROBLEMS
     try:
-        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
         problems = [(Problem(**{**row["problem"], "tags": tuple(row["problem"]["tags"])}), row["rate"]) for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
@@ -178,7 +179,7 @@ def _validate(context: StageContext, model: Decoder, data: PreparedData) -> Metr
     """Greedy accuracy on validation problems, which are neither trained on nor reported after the stage."""
     recipe: Recipe = context.recipe
     config = replace(recipe.evaluation, split="validation", samples=0)
-    judged = judge_problems(model, data.tokenizer, TaskMixture(recipe.tasks), config, recipe.seed, NullProgress())
+    judged = judge_problems(model, data.tokenizer, TaskMixture(recipe.tasks), config, NullProgress())
     rows = [row for task_rows in judged.values() for row in task_rows]
     return {"accuracy": sum(row.is_correct for row in rows) / len(rows)}
 
