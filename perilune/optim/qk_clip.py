@@ -109,6 +109,8 @@ class QKClip:
 
         Raises:
             ValueError: a low-precision weight has no master, or a layer recorded other than `[H]` maxima.
+
+        Source: Kimi K2, algorithm 1.
         """
         # All are read before any is reset: specs of one layer may share a record.
         gammas = [self._read(index, spec) for index, spec in enumerate(self.specs)]

@@ -120,6 +120,8 @@ def curate(
 
     Raises:
         DataError: nothing is left; the message counts what each rule removed.
+
+    Source: Kimi k1.5, section 2.1 (pass rates by sampling, exclusion of guessable problems).
     """
     directory.mkdir(parents=True, exist_ok=True)
     repeated = _repeated(candidates, held_out)

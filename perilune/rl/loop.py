@@ -87,7 +87,10 @@ class RLResult:
 
 
 class RLLoop:
-    """One phase of reinforcement learning on a set of prompts."""
+    """One phase of reinforcement learning on a set of prompts.
+
+    Source: Kimi k1.5, section 2.3.2 (iterations; the previous iterate is the reference).
+    """
 
     def __init__(
         self,

@@ -30,6 +30,8 @@ class PromptSampler:
     """Draws the prompts of each iteration; a draw depends on the seed, the iteration and the counts alone.
 
     Success rates are estimated as s_i = (c_i + prior p_i) / (n_i + prior) with counts that decay at each visit.
+
+    Source: Kimi k1.5, section 2.3.4 (curriculum and prioritized sampling).
     """
 
     def __init__(self, pass_rates: Sequence[float | None], config: SamplingConfig, seed: int) -> None:

@@ -20,7 +20,10 @@ def response_example(trajectory: Trajectory) -> Example:
 
 
 def shortest_examples(scored: ScoredGroups) -> list[Example]:
-    """The shortest right response of each group as an SFT example; a group without a right one gives none."""
+    """The shortest right response of each group as an SFT example; a group without a right one gives none.
+
+    Source: Kimi k1.5, section 2.4 (shortest rejection sampling).
+    """
     chosen = (
         (group, shortest_correct(is_correct, lengths))
         for group, is_correct, lengths in zip(
@@ -34,6 +37,8 @@ def preference_pairs(scored: ScoredGroups, *, ratio: float = 1.5, max_negatives:
     """The shortest right response of each group against its longer ones; see `dpo_pairs`.
 
     Responses that were cut at a limit count as wrong with the length they reached; failed samples are left out.
+
+    Source: Kimi k1.5, section 2.4 (DPO).
     """
     pairs: list[PreferencePair] = []
     for row, group in enumerate(scored.groups):

@@ -107,7 +107,10 @@ def reset_optimizer(optimizer: Optimizer) -> None:
 
 
 class PolicyTrainer:
-    """Turns scored groups into optimizer steps on a policy."""
+    """Turns scored groups into optimizer steps on a policy.
+
+    Source: Kimi k1.5, section 2.3.2 (the optimizer is reset at the start of each iteration).
+    """
 
     def __init__(
         self, model: Decoder, optimizer: Optimizer, config: RLConfig, *, precision: torch.dtype = torch.float32

@@ -73,6 +73,8 @@ def write_trace(
 
     Raises:
         DataError: the lesson does not lead to the problem's answer.
+
+    Source: Kimi k1.5, section 2.2 (planning, evaluation, reflection, exploration).
     """
     right = lesson.solve()
     if right.answer != problem.answer:
