@@ -201,12 +201,16 @@ def timing_section(run: RunData) -> Section | None:
             format_duration(result.time_s),
             percent(result.time_s / total_s),
             format_number(result.tokens) if result.tokens else "-",
+            _median_percent(run, result.stage, "flop_utilization"),
             "-" if result.peak_memory_bytes is None else f"{result.peak_memory_bytes / 2**30:.2f} GiB",
         )
         for result in run.results
     ]
-    header = ("stage", "kind", "time", "share", "tokens trained on", "peak memory")
-    blocks: list[Block] = [TextTable(header=header, rows=rows, caption=f"In all {format_duration(total_s)}.")]
+    header = ("stage", "kind", "time", "share", "tokens trained on", "FLOP utilization", "peak memory")
+    caption = (
+        f"In all {format_duration(total_s)}. Utilization: median over steps, of the machine's own matrix products."
+    )
+    blocks: list[Block] = [TextTable(header=header, rows=rows, caption=caption)]
     curves = _stage_curves(run, "tokens_per_s")
     if curves:
         drawn = line_plot("speed", curves, "step", "tokens per second")
@@ -292,6 +296,11 @@ def _curve(records: Sequence[MetricRecord], name: str, label: str) -> Curve | No
 def _stage_curves(run: RunData, name: str) -> list[Curve]:
     curves = [_curve(run.stage_records(stage), name, stage) for stage in run.stage_names()]
     return [curve for curve in curves if curve is not None]
+
+
+def _median_percent(run: RunData, stage: str, name: str) -> str:
+    _, values = series(run.stage_records(stage), name)
+    return percent(float(np.median(values))) if values else "-"
 
 
 def _named(curves: Sequence[Curve]) -> str:

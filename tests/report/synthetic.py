@@ -59,6 +59,8 @@ def _write_metrics(log: MetricsLog, stage: str, random_: random.Random, offset: 
                 "max_logits": [min(30, 2 + step / 12) + random_.random(), 3 + step / 40 + random_.random()],
                 "expert_load": [[random_.uniform(0.05, 0.2) for _ in range(8)] for _ in range(3)],
                 "tokens_per_s": 9000 + 500 * random_.random(),
+                "flop_utilization": 0.25,
+                "clipped_share": 0.5,
             }
             if step % 40 == 0:
                 values["validation_loss"] = 1.3 + offset + 4 * math.exp(-step / 60)

@@ -68,6 +68,8 @@ def test_ids_are_unique(page):
 def test_the_numbers_of_the_run_are_there(page):
     for text in ("gzip 2.790", "3 m 00 s", "Synthetic CPU", "tau = 30", "problems kept", "[stages.pretrain]", "<math"):
         assert text in page
+    assert "25.0 %" in page  # of the machine's own rate of matrix products
+    assert "It scaled down 50% of the heads at least once." in page
 
 
 def test_the_report_is_the_same_each_time(tmp_path):
