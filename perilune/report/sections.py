@@ -207,9 +207,7 @@ def timing_section(run: RunData) -> Section | None:
         for result in run.results
     ]
     header = ("stage", "kind", "time", "share", "tokens trained on", "FLOP utilization", "peak memory")
-    caption = (
-        f"In all {format_duration(total_s)}. Utilization: median over steps, of the machine's matrix products."
-    )
+    caption = f"In all {format_duration(total_s)}. Utilization: median over steps, of the machine's matrix products."
     blocks: list[Block] = [TextTable(header=header, rows=rows, caption=caption)]
     curves = _stage_curves(run, "tokens_per_s")
     if curves:

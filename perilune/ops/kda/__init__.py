@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch.nn.functional as F
-from torch import Size, Tensor, dtype
+from torch import Size, Tensor, compiler, dtype, int32, tensor
 
 from perilune.errors import BackendError
 from perilune.ops.kda.arguments import (
@@ -16,6 +18,7 @@ from perilune.ops.kda.arguments import (
     shaped_gate_parameters,
     state_shape,
 )
+from perilune.ops.kda.custom_op import kda_operator
 from perilune.ops.kda.options import KdaInputs, KdaOptions, KdaOutputs
 from perilune.ops.kda.reference import dplr, kda_reference
 from perilune.ops.kda.step import advance_states
@@ -55,7 +58,8 @@ def kda(
     Per value head, with state S `[K, V]`: `S <- Diag(exp(g)) S`, `r = v - k^T S`, `S <- S + beta k r^T`,
     `o = scale * q^T S`. Differentiable in q, k, v, g, beta, A_log, dt_bias and initial_state, through o and the final
     state. Computed in float32 (float64 for float64 inputs), whatever the dtype of q. Changing tokens after position p
-    does not change a bit of the outputs up to p. On a CPU `chunk_size=16` is fastest for head dims up to 64.
+    does not change a bit of the outputs up to p. `torch.compile(fullgraph=True)` takes it whole, as the operator
+    `perilune::kda`, whose backward runs the forward again. On a CPU `chunk_size=16` is fastest for head dims up to 64.
 
     Args:
         q: `[B, T, H, K]`, any float dtype.
@@ -103,11 +107,8 @@ def kda(
     )
     if chunk_size not in CHUNK_SIZES:
         raise ValueError(f"kda: chunk_size must be one of {CHUNK_SIZES}, got {chunk_size}")
-    layout = _layout(q, cu_seqlens)
     compute = compute_dtype(q)
     A_log, dt_bias = shaped_gate_parameters("kda", A_log, dt_bias, v.shape[2], q.shape[3], compute)
-    state = _initial_state(initial_state, layout.num_sequences, q, v, compute, state_v_first)
-    inputs = KdaInputs(*_packed(q, k, v, g, beta, layout.total), A_log, dt_bias, state)
     options = KdaOptions(
         scale=q.shape[3] ** -0.5 if scale is None else float(scale),
         lower_bound=lower_bound,
@@ -118,7 +119,15 @@ def kda(
         chunk_size=chunk_size,
         return_chunk_states=return_chunk_states,
     )
-    result = _BACKENDS[_backend(backend)](inputs, layout, options)
+    run = _BACKENDS[_backend(backend)]
+    if run is kda_torch and compiler.is_compiling():
+        state = _initial_state(initial_state, _num_sequences(q, cu_seqlens), q, v, compute, state_v_first)
+        tensors = (*_packed(q, k, v, g, beta, q.shape[0] * q.shape[1]), A_log, dt_bias, state)
+        result = _run_operator(KdaInputs(*tensors), cu_seqlens, options)
+    else:
+        layout = _layout(q, cu_seqlens)
+        state = _initial_state(initial_state, layout.num_sequences, q, v, compute, state_v_first)
+        result = run(KdaInputs(*_packed(q, k, v, g, beta, layout.total), A_log, dt_bias, state), layout, options)
     return _public(result, v.shape, output_final_state, state_v_first)
 
 
@@ -211,6 +220,36 @@ def _backend(backend: str) -> str:
     if backend not in _BACKENDS:
         raise BackendError(f"kda: backend must be 'auto', 'reference' or 'torch', got {backend!r}")
     return backend
+
+
+def _num_sequences(q: Tensor, cu_seqlens: Tensor | SequenceLayout | None) -> int:
+    """N without reading anything from the device."""
+    if cu_seqlens is None:
+        return q.shape[0]
+    if q.shape[0] != 1:
+        raise ValueError(f"kda: cu_seqlens needs q of batch 1, got B={q.shape[0]}")
+    return cu_seqlens.num_sequences if isinstance(cu_seqlens, SequenceLayout) else cu_seqlens.shape[0] - 1
+
+
+def _run_operator(inputs: KdaInputs, cu_seqlens: Tensor | SequenceLayout | None, options: KdaOptions) -> KdaOutputs:
+    """Run the operator that a compiler leaves whole."""
+    bounds = cu_seqlens
+    if isinstance(cu_seqlens, SequenceLayout):
+        # Its own tensor is made under a lock at first use, which a tracing compiler cannot enter.
+        bounds = tensor([0, *accumulate(cu_seqlens.lengths)], dtype=int32, device=cu_seqlens.device)
+    o, final_state, chunk_states = kda_operator(
+        *inputs,
+        bounds,
+        options.scale,
+        options.lower_bound,
+        options.gate_in_kernel,
+        options.qk_l2norm,
+        options.beta_sigmoid,
+        options.allow_neg_eigval,
+        options.chunk_size,
+        options.return_chunk_states,
+    )
+    return KdaOutputs(o, final_state, chunk_states if options.return_chunk_states else None)
 
 
 def _layout(q: Tensor, cu_seqlens: Tensor | SequenceLayout | None) -> SequenceLayout:

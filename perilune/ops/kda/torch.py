@@ -248,6 +248,26 @@ def _input_gradients(
     return [None if x is None or grad is None else grad.to(x.dtype) for x, grad in zip(inputs, all_grads, strict=True)]
 
 
+def input_gradients(
+    do: Tensor, dfinal: Tensor, inputs: KdaInputs, layout: SequenceLayout, options: KdaOptions
+) -> list[Tensor | None]:
+    """Gradients of `KdaInputs` from the inputs alone: the forward is run again for what the backward needs.
+
+    Args:
+        do: `[T, HV, V]`, gradient of the outputs.
+        dfinal: `[N, HV, K, V]`, gradient of the final states.
+        inputs: of the forward.
+        layout: its sequences.
+        options: its switches.
+    """
+    chunks = chunk_map(layout, options.chunk_size)
+    if chunks.num_chunks == 0:
+        return [*(None for _ in inputs[:-1]), dfinal]
+    with torch.autocast(inputs.q.device.type, enabled=False):
+        _, _, saved, factors = _forward(inputs, chunks, options)
+        return _input_gradients(do, dfinal, inputs, saved, factors, chunks, options)
+
+
 def _flatten_factors(factors: DecayFactors) -> list[Tensor]:
     deep = factors.deep
     flat = [factors.within, factors.divisor]
