@@ -7,6 +7,7 @@ from perilune.ops.attention import decode_attention, varlen_attention
 from perilune.ops.conv import short_conv, short_conv_step
 from perilune.ops.gla import gla, gla_step
 from perilune.ops.kda import dplr, kda, kda_step
+from perilune.ops.kda_decode import kda_decode
 from perilune.ops.layout import SequenceLayout, as_layout
 from perilune.ops.loss import linear_cross_entropy, linear_logprobs
 from perilune.ops.moe import Routing, balance_bias_update, moe_experts, route, routed_scaling_factor
@@ -23,6 +24,7 @@ __all__ = [
     "gla",
     "gla_step",
     "kda",
+    "kda_decode",
     "kda_step",
     "linear_cross_entropy",
     "linear_logprobs",

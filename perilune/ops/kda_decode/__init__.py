@@ -1,0 +1,157 @@
+"""One KDA layer's serving step: convolution, norms, gates, recurrence and output gate, on pools of states."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Protocol
+
+from torch import Tensor, arange, float32, int32, int64
+
+from perilune.errors import BackendError
+from perilune.ops.kda_decode.options import DecodeInputs, DecodeOptions
+from perilune.ops.kda_decode.reference import kda_decode_reference
+from perilune.ops.kda_decode.torch import kda_decode_torch
+
+__all__ = ["kda_decode"]
+
+MAX_TOKENS = 8
+"""Most new tokens of a sequence in one call: a draft to be verified; longer pieces are prefill and go to `kda`."""
+
+
+class _Backend(Protocol):
+    def __call__(self, inputs: DecodeInputs, options: DecodeOptions, /) -> Tensor: ...
+
+
+def kda_decode(
+    qkv: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    z: Tensor | None,
+    conv_states: Tensor,
+    states: Tensor,
+    *,
+    conv_weight: Tensor,
+    norm_weight: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    slots: Tensor | None = None,
+    scale: float | None = None,
+    lower_bound: float | None = None,
+    allow_neg_eigval: bool = False,
+    norm_eps: float = 1e-5,
+    backend: str = "auto",
+) -> Tensor:
+    """Advance N sequences by 1 to 8 tokens each, from the projections to what the output projection takes.
+
+    Per token: `q, k, v = silu(conv(qkv))`, `kda_step` with unit q and k, the gate of g and `sigmoid(beta)`, then
+    `RMSNorm(o) * sigmoid(z)`. Both pools are updated in place; other slots keep every bit. No gradients. The tokens of
+    a call are taken one after the other, so that one call of L tokens equals L calls of one.
+
+    Args:
+        qkv: `[N, L, D]` with D = 2 H K + HV V, projections side by side, any float dtype; 1 <= L <= 8.
+        g: `[N, L, HV, K]`, raw gate.
+        beta: `[N, L, HV]`, logits of the write strength.
+        z: `[N, L, HV, V]`, logits of the output gate; None for none.
+        conv_states: `[S, D, W - 1]`, contiguous, the last inputs of each slot, oldest first.
+        states: `[S, HV, V, K]`, contiguous, float32 (float64 for the reference), the memory of each slot.
+        conv_weight: `[D, W]`, W >= 2.
+        norm_weight: `[V]`.
+        A_log: `[HV]`.
+        dt_bias: `[HV, K]`.
+        slots: `[N]` int32 or int64, the slot of each sequence, all different; a negative one is skipped: zeros come out
+            and nothing is touched. None means slot i for sequence i.
+        scale: factor on queries; None means `K ** -0.5`.
+        lower_bound: floor of the log decay per token, in [-5.9, 0); selects the bounded gate.
+        allow_neg_eigval: double the sigmoid of beta.
+        norm_eps: inside the root of the norm.
+        backend: `triton` (one launch, on a GPU), `torch`, `reference` (float64-able), or `auto`: triton where it runs.
+
+    Returns:
+        `[N, L, HV, V]` in qkv's dtype.
+
+    Raises:
+        BackendError: `backend` cannot serve the call.
+        ValueError: shapes or dtypes disagree; the message names the argument.
+
+    Source: Kimi Linear, eq. 1 and 10.
+    """
+    inputs = DecodeInputs(
+        qkv=qkv,
+        g=g,
+        beta=beta,
+        z=z,
+        conv_states=conv_states,
+        states=states,
+        conv_weight=conv_weight,
+        norm_weight=norm_weight,
+        A_log=A_log,
+        dt_bias=dt_bias,
+        slots=arange(qkv.shape[0], device=qkv.device) if slots is None else slots,
+    )
+    _check(inputs, lower_bound)
+    options = DecodeOptions(
+        scale=states.shape[3] ** -0.5 if scale is None else float(scale),
+        lower_bound=lower_bound,
+        allow_neg_eigval=allow_neg_eigval,
+        norm_eps=norm_eps,
+    )
+    return _choose(backend, inputs)(inputs, options)
+
+
+def _choose(backend: str, inputs: DecodeInputs) -> _Backend:
+    on_gpu = inputs.qkv.is_cuda
+    if backend == "triton" or (backend == "auto" and on_gpu and find_spec("triton") is not None):
+        if find_spec("triton") is None:
+            raise BackendError("kda_decode: backend 'triton' needs the package triton; install it, or use 'torch'")
+        if inputs.states.dtype != float32:
+            raise BackendError(f"kda_decode: backend 'triton' takes float32 states, got {inputs.states.dtype}")
+        from perilune.ops.kda_decode.triton import kda_decode_triton
+
+        return kda_decode_triton
+    if backend not in ("auto", "torch", "reference"):
+        raise BackendError(f"kda_decode: backend must be 'auto', 'triton', 'torch' or 'reference', got {backend!r}")
+    return kda_decode_reference if backend == "reference" else kda_decode_torch
+
+
+def _check(inputs: DecodeInputs, lower_bound: float | None) -> None:
+    qkv, states = inputs.qkv, inputs.states
+    if qkv.ndim != 3 or states.ndim != 4:
+        raise ValueError(
+            f"kda_decode: qkv must be [N, L, D] and states [S, HV, V, K], got {tuple(qkv.shape)} and "
+            f"{tuple(states.shape)}"
+        )
+    (count, length, width), (num_slots, heads, value_dim, key_dim) = qkv.shape, states.shape
+    if not 1 <= length <= MAX_TOKENS:
+        raise ValueError(f"kda_decode: qkv must hold 1 to {MAX_TOKENS} tokens a sequence, got L={length}")
+    query_width = width - heads * value_dim
+    if query_width <= 0 or query_width % (2 * key_dim) or heads % (query_width // (2 * key_dim)):
+        raise ValueError(
+            f"kda_decode: qkv has width {width}, which is not 2 H K + HV V for HV={heads}, V={value_dim}, K={key_dim} "
+            "and an H that divides HV"
+        )
+    taps = inputs.conv_weight.shape[-1] if inputs.conv_weight.ndim == 2 else 0
+    if taps < 2:
+        raise ValueError(f"kda_decode: conv_weight must be [D, W] with W >= 2, got {tuple(inputs.conv_weight.shape)}")
+    wanted = {
+        "g": (count, length, heads, key_dim),
+        "beta": (count, length, heads),
+        "conv_states": (num_slots, width, taps - 1),
+        "conv_weight": (width, taps),
+        "norm_weight": (value_dim,),
+        "A_log": (heads,),
+        "dt_bias": (heads, key_dim),
+        "slots": (count,),
+    }
+    if inputs.z is not None:
+        wanted["z"] = (count, length, heads, value_dim)
+    for name, shape in wanted.items():
+        found: Tensor = getattr(inputs, name)
+        if tuple(found.shape) != shape:
+            raise ValueError(f"kda_decode: {name} must have shape {list(shape)}, got {list(found.shape)}")
+    for name in ("conv_states", "states"):
+        if not getattr(inputs, name).is_contiguous():
+            raise ValueError(f"kda_decode: {name} is updated in place and must be contiguous")
+    if inputs.slots.dtype not in (int32, int64):
+        raise ValueError(f"kda_decode: slots must be int32 or int64, got {inputs.slots.dtype}")
+    if lower_bound is not None and not -5.9 <= lower_bound < 0:
+        raise ValueError(f"kda_decode: lower_bound must be in [-5.9, 0), got {lower_bound}")
