@@ -151,6 +151,10 @@ class _PackedBins:
         self._items = EpochOrder(len(lengths), seed, name, "items")
         self._bins = EpochOrder(len(self._plan), seed, name, "bins")
 
+    @property
+    def bins_per_epoch(self) -> int:
+        return len(self._plan)
+
     def bin(self, index: int) -> list[int]:
         """Return the items of the `index`-th bin."""
         epoch, chosen = self._bins.at(index)
@@ -174,6 +178,11 @@ class ConversationSource:
         self._examples = list(examples)
         self._micro_steps = micro_steps
         self._packed = _PackedBins([example.length for example in examples], budget, seed, "conversations")
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches that show every example once."""
+        return self._packed.bins_per_epoch
 
     def batch(self, step: int, micro_step: int) -> Batch:
         """Return the batch of a micro-step."""
@@ -219,6 +228,11 @@ class PreferenceSource:
         self._pairs = list(pairs)
         self._micro_steps = micro_steps
         self._packed = _PackedBins([pair.length for pair in pairs], budget, seed, "preferences")
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches that show every pair once."""
+        return self._packed.bins_per_epoch
 
     def batch(self, step: int, micro_step: int) -> Batch:
         """Return the batch of a micro-step."""

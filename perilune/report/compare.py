@@ -34,6 +34,18 @@ _COLUMNS: tuple[tuple[str, Callable[[StageResult], float | None]], ...] = (
     ("response tokens", lambda result: result.accuracy.response_tokens if result.accuracy else None),
     ("tokens/s", lambda result: result.tokens_per_s),
 )
+_NOT_IN_A_TERMINAL = {
+    "tokens/s",
+    "time",
+    "steps",
+    "skipped_steps",
+    "evaluation_s",
+    "examples",
+    "example_tokens",
+    "prompts",
+}
+"""Columns for the report alone, where there is room."""
+
 _CURVES: tuple[tuple[str, str, str], ...] = (
     ("loss", "training loss", "Lower is better."),
     ("validation_loss", "validation loss", "Held-out data; lower is better."),
@@ -120,11 +132,12 @@ def comparison_tables(run_directory: Path) -> list[Table]:
     tables = []
     for stage in [stage for stage in stages if not is_shared(stage, variants)] or stages:
         content = comparison_table(stage, variants)
+        shown = [place for place, title in enumerate(content.header) if title not in _NOT_IN_A_TERMINAL]
         table = Table(title=f"Stage {stage}", caption=content.caption, caption_justify="left")
-        for index, title in enumerate(content.header):
-            table.add_column(title, justify="left" if index == 0 else "right")
+        for place in shown:
+            table.add_column(content.header[place], justify="left" if place == 0 else "right")
         for row in content.rows:
-            table.add_row(*row)
+            table.add_row(*(row[place] for place in shown))
         tables.append(table)
     return tables
 
