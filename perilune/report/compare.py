@@ -240,7 +240,7 @@ def _length_section(variants: Variants, stages: Sequence[str]) -> Section:
     points = []
     shared = [stage for stage in stages if is_shared(stage, variants)]
     for stage in reversed(shared):
-        if start := _length_point(stage, next(iter(variants.values()))[:1], stage):
+        if start := _length_point(f"start: {stage}", next(iter(variants.values()))[:1], stage):
             points += start
             break
     for name, runs in variants.items():
