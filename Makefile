@@ -39,7 +39,8 @@ clean:
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 # The stamp is written last: an environment without one is half-made and begun anew, one with an old one is brought up to
-# date. The mark is written first: only a folder that has it is ever removed. make cannot quote the name of a target, so VENV must hold no spaces; the path of the project may.
+# date. The mark is written first: only a folder that has it is ever removed. make cannot quote the name of a target, so
+# VENV must hold no spaces; the path of the project may.
 $(STAMP): pyproject.toml $(filter-out /dev/null,$(CONSTRAINTS))
 	test -e "$@" || test ! -e "$(VENV)" || test -e "$(MARK)" || { echo "$(VENV) exists and is not this project's; choose another VENV" >&2; exit 2; }
 	test -e "$@" || rm -rf "$(VENV)"

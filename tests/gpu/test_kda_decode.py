@@ -19,11 +19,15 @@ SHAPES = [
 def test_float32_and_bfloat16_against_the_reference(shape, gate):
     for dtype, limit in ((torch.float32, 2e-6), (torch.bfloat16, 4e-3)):
         inputs = make_inputs(*shape, dtype=dtype, device="cuda", gated=shape[1] != 3)
-        inputs["slots"][-1] = -1
         if shape[0] > 1:
-            found = errors(inputs, "triton", **gate)
-            assert found["o"] < limit
-            assert max(found["states"], found["conv_states"]) < 2e-6
+            inputs["slots"][-1] = -1
+        found = errors(inputs, "triton", **gate)
+        assert found["o"] < limit
+        assert max(found["states"], found["conv_states"]) < 2e-6
+
+
+def test_what_the_kernel_does_not_take_goes_to_the_other_ops():
+    assert max(errors(copied(make_inputs(2, 1, 1, 1, 16, 16, device="cuda"), torch.float64), "auto").values()) < 1e-12
 
 
 def test_extreme_gates_stay_finite():

@@ -35,6 +35,11 @@ def test_torch_equals_the_reference(shape, gate):
     assert max(errors(inputs, "torch", **gate).values()) < 2e-6
 
 
+def test_float64_is_not_rounded_on_the_way():
+    inputs = copied(make_inputs(3, 2, 2, 4, 16, 16), torch.float64)
+    assert max(errors(inputs, "auto").values()) < 1e-12
+
+
 def test_the_triton_kernel_equals_the_reference_in_its_interpreter():
     pytest.importorskip("triton", reason="triton is not installed")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor, arange, float32, int32, int64
 
 from perilune.errors import BackendError
+from perilune.ops.kda.arguments import LOWEST_BOUND
 from perilune.ops.kda_decode.options import DecodeInputs, DecodeOptions
 from perilune.ops.kda_decode.reference import kda_decode_reference
 from perilune.ops.kda_decode.torch import kda_decode_torch
@@ -58,8 +59,8 @@ def kda_decode(
         norm_weight: `[V]`.
         A_log: `[HV]`.
         dt_bias: `[HV, K]`.
-        slots: `[N]` int32 or int64, the slot of each sequence, all different; a negative one is skipped: zeros come out
-            and nothing is touched. None means slot i for sequence i.
+        slots: `[N]` int32 or int64, the slot of each sequence, all different, below S (a GPU does not check); a
+            negative one is skipped: zeros come out and nothing is touched. None means slot i for sequence i.
         scale: factor on queries; None means `K ** -0.5`.
         lower_bound: floor of the log decay per token, in [-5.9, 0); selects the bounded gate.
         allow_neg_eigval: double the sigmoid of beta.
@@ -99,11 +100,11 @@ def kda_decode(
 
 
 def _choose(backend: str, inputs: DecodeInputs) -> _Backend:
-    on_gpu = inputs.qkv.is_cuda
-    if backend == "triton" or (backend == "auto" and on_gpu and find_spec("triton") is not None):
-        if find_spec("triton") is None:
+    has_triton, fits = find_spec("triton") is not None, inputs.states.dtype == float32
+    if backend == "triton" or (backend == "auto" and inputs.qkv.is_cuda and has_triton and fits):
+        if not has_triton:
             raise BackendError("kda_decode: backend 'triton' needs the package triton; install it, or use 'torch'")
-        if inputs.states.dtype != float32:
+        if not fits:
             raise BackendError(f"kda_decode: backend 'triton' takes float32 states, got {inputs.states.dtype}")
         from perilune.ops.kda_decode.triton import kda_decode_triton
 
@@ -153,5 +154,5 @@ def _check(inputs: DecodeInputs, lower_bound: float | None) -> None:
             raise ValueError(f"kda_decode: {name} is updated in place and must be contiguous")
     if inputs.slots.dtype not in (int32, int64):
         raise ValueError(f"kda_decode: slots must be int32 or int64, got {inputs.slots.dtype}")
-    if lower_bound is not None and not -5.9 <= lower_bound < 0:
-        raise ValueError(f"kda_decode: lower_bound must be in [-5.9, 0), got {lower_bound}")
+    if lower_bound is not None and not LOWEST_BOUND <= lower_bound < 0:
+        raise ValueError(f"kda_decode: lower_bound must be in [{LOWEST_BOUND}, 0), got {lower_bound}")

@@ -52,5 +52,6 @@ def _advance(
     )
     o = rms_norm(o, inputs.norm_weight, options.norm_eps)
     if inputs.z is not None:
-        o = o * torch.sigmoid(inputs.z[rows, token].float()).to(o.dtype)
+        z = inputs.z[rows, token]
+        o = o * torch.sigmoid(z.to(torch.promote_types(z.dtype, torch.float32))).to(o.dtype)
     return o.to(inputs.qkv.dtype), conv, state
