@@ -13,7 +13,7 @@ from perilune.nn.cache_entries import StateEntry
 from perilune.nn.config import KDAConfig
 from perilune.nn.conv import ShortConv
 from perilune.nn.init import uniform
-from perilune.nn.norm import RMSNorm, gate_output
+from perilune.nn.norm import RMSNorm
 from perilune.nn.precision import apply_keeping_float32
 from perilune.nn.stepping import check_rows, is_step
 from perilune.ops.gla import gla, gla_step
@@ -217,10 +217,8 @@ class KimiDeltaAttention(nn.Module):
 
         Source: Kimi Linear, eq. 10.
         """
-        o = self.o_norm(o).flatten(1)
-        if z is not None:
-            o = gate_output(o, z, self.config.output_gate)
-        y: Tensor = self.o_proj(o)
+        z = None if z is None else z.view_as(o)
+        y: Tensor = self.o_proj(self.o_norm(o, z, self.config.output_gate).flatten(1))
         return y
 
 

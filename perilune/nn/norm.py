@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from perilune.nn.config import OutputGate
-from perilune.ops.norm import rms_norm
+from perilune.ops.norm import rms_norm, rms_norm_gated
 
 
 class RMSNorm(nn.Module):
@@ -17,9 +17,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(size))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize `x` `[..., size]`; the result has its dtype."""
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, z: Tensor | None = None, gate: OutputGate = "sigmoid") -> Tensor:
+        """Normalize `x` `[..., size]` and, given logits `z` of its shape, gate it; the result has the dtype of `x`.
+
+        Equal to `gate_output(norm(x), z, gate)`, in one pass where the kernels run.
+        """
+        if z is None or gate == "none":
+            return rms_norm(x, self.weight, self.eps)
+        return rms_norm_gated(x, self.weight, z, self.eps, gate=gate)
 
     def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
         """Gains start at 1."""

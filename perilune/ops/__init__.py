@@ -6,13 +6,13 @@ Each op is a folder with an oracle and fast paths behind one front door.
 from perilune.ops.attention import decode_attention, varlen_attention
 from perilune.ops.conv import short_conv, short_conv_step
 from perilune.ops.gla import gla, gla_step
-from perilune.ops.kda import dplr, kda, kda_step
+from perilune.ops.kda import dplr, kda, kda_backend, kda_step
 from perilune.ops.kda_decode import kda_decode
 from perilune.ops.layout import SequenceLayout, as_layout
 from perilune.ops.loss import linear_cross_entropy, linear_logprobs
 from perilune.ops.moe import Routing, balance_bias_update, moe_experts, route, routed_scaling_factor
 from perilune.ops.newton_schulz import newton_schulz
-from perilune.ops.norm import rms_norm
+from perilune.ops.norm import rms_norm, rms_norm_gated
 
 __all__ = [
     "Routing",
@@ -24,6 +24,7 @@ __all__ = [
     "gla",
     "gla_step",
     "kda",
+    "kda_backend",
     "kda_decode",
     "kda_step",
     "linear_cross_entropy",
@@ -31,6 +32,7 @@ __all__ = [
     "moe_experts",
     "newton_schulz",
     "rms_norm",
+    "rms_norm_gated",
     "route",
     "routed_scaling_factor",
     "short_conv",

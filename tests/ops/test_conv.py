@@ -2,39 +2,51 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 from torch.autograd import gradcheck
 
 from perilune.errors import BackendError
 from perilune.ops import SequenceLayout, short_conv, short_conv_step
 from tests.helpers import assert_close
+from tests.ops.conv_cases import make, outputs_and_gradients
 
 LENGTHS = [(1,), (3,), (9,), (0, 4, 1, 0, 2, 7), (6, 6, 6), (2, 2), (300, 500)]
 
-
-def make(
-    lengths: tuple[int, ...], width: int = 5, taps: int = 4, dtype: torch.dtype = torch.float64
-) -> tuple[Tensor, Tensor, Tensor, SequenceLayout]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((sum(lengths), width), (width, taps), (len(lengths), width, taps - 1))
-    x, weight, state = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
-    return x, weight, state, SequenceLayout.from_lengths(lengths)
-
-
-def outputs_and_gradients(
-    x: Tensor, weight: Tensor, state: Tensor | None, layout: SequenceLayout, **options: Any
-) -> list[Tensor]:
-    leaves = [leaf.clone().requires_grad_() for leaf in (x, weight, state) if leaf is not None]
-    results = short_conv(leaves[0], leaves[1], layout, leaves[2] if state is not None else None, **options)
-    generator = torch.Generator().manual_seed(1)
-    seeds = [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r.dtype) for r in results]
-    return [*results, *torch.autograd.grad(results, leaves, seeds)]
+INTERPRETED = """
+import itertools, torch
+from perilune.ops import SequenceLayout, short_conv
+from tests.ops.conv_cases import RAGGED, compare, make
+for index, (lengths, taps) in enumerate(itertools.product(RAGGED, (1, 2, 4, 8))):
+    for with_state in (False, True):
+        compare(lengths, 5 + index, taps, with_state, "silu", torch.float32, 1e-6)
+compare(RAGGED[2], 5, 4, True, None, torch.float32, 1e-6)
+for dtype, ratio in ((torch.bfloat16, 8e-3), (torch.float16, 1e-3)):
+    compare((3, 0, 14), 6, 4, True, "silu", dtype, ratio)
+# More tokens than a program takes, so that sequences and windows cross tiles; rows of a wider tensor; more channels.
+compare((40, 1, 37, 66), 3, 4, True, "silu", torch.float32, 1e-6)
+compare((5, 2), 515, 4, True, "silu", torch.float32, 1e-6)
+compare((3, 0, 8), 6, 4, True, "silu", torch.float32, 1e-6, is_slice=True)
+compare((3, 0, 8), 6, 4, True, "silu", torch.float32, 1e-6, outputs=(0,))
+compare((3, 0, 8), 6, 4, True, "silu", torch.float32, 1e-6, outputs=(1,))
+for lengths in ((), (0,), (0, 0)):
+    x, weight, state, layout = make(lengths, dtype=torch.float32)
+    y, last = short_conv(x, weight, layout, state, backend="triton")
+    assert y.shape == (0, 5) and torch.equal(last, state)
+x, weight, state, layout = make((5, 5, 5), dtype=torch.float32)
+want, want_last = short_conv(x, weight, layout, state, "silu", backend="triton")
+x[7], state[1] = float("nan"), float("nan")
+y, last = short_conv(x, weight, layout, state, "silu", backend="triton")
+assert torch.equal(y[:5], want[:5]) and torch.equal(y[10:], want[10:]) and torch.equal(last[::2], want_last[::2])
+print("equal")
+"""
 
 
 @pytest.mark.parametrize(("dtype", "ratio"), [(torch.float64, 1e-13), (torch.float32, 1e-6)])
@@ -53,6 +65,15 @@ def test_fast_path_equals_the_equation(
     for name, a, b in zip(("y", "state", "dx", "dweight", "dstate"), want, got, strict=False):
         assert_close(name, a, b, ratio)
         assert b.dtype == dtype
+
+
+def test_the_triton_kernels_equal_the_equation_in_their_interpreter() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "equal\n", done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("taps", [1, 2, 4, 7])
@@ -172,7 +193,33 @@ def test_bad_arguments_are_named() -> None:
         short_conv(x, weight, SequenceLayout.from_lengths((6,)))
     with pytest.raises(ValueError, match="activation must be None or 'silu', got 'gelu'"):
         short_conv(x, weight, layout, state, "gelu")  # type: ignore[arg-type]
-    with pytest.raises(BackendError, match="no backend 'triton'"):
-        short_conv(x, weight, layout, state, backend="triton")
+    with pytest.raises(BackendError, match="must be 'auto', 'triton', 'torch' or 'reference', got 'cuda'"):
+        short_conv(x, weight, layout, state, backend="cuda")
     with pytest.raises(ValueError, match=r"short_conv_step: state must be \(7, 5, 3\)"):
         short_conv_step(x, weight, state)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "taps", "words"),
+    [
+        (torch.float64, 4, "takes float32, bfloat16 and float16, got torch.float64"),
+        (torch.float32, 9, "takes at most 8 taps, got 9"),
+    ],
+)
+def test_a_call_that_the_kernels_cannot_serve_says_why(
+    dtype: torch.dtype, taps: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    x, weight, _, layout = make((4, 3), taps=taps, dtype=dtype)
+    with pytest.raises(BackendError, match="needs tensors on a GPU, got cpu"):
+        short_conv(x, weight, layout, backend="triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(BackendError, match=words):
+        short_conv(x, weight, layout, backend="triton")
+
+
+def test_without_triton_the_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    x, weight, _, layout = make((4, 3))
+    with pytest.raises(BackendError, match="needs the package triton"):
+        short_conv(x, weight, layout, backend="triton")

@@ -97,7 +97,7 @@ def test_operators_pass_the_librarys_own_checks(cu_seqlens):
     packed = [tensors[name].detach().flatten(0, 1).requires_grad_() for name in ("q", "k", "v", "g", "beta")]
     rest = [tensors[name] for name in ("A_log", "dt_bias", "initial_state")]
     switches = (0.25, None, True, True, True, False, 16)
-    torch.library.opcheck(kda_operator, (*packed, *rest, cu_seqlens, *switches, False))
+    torch.library.opcheck(kda_operator, (*packed, *rest, cu_seqlens, *switches, False, "torch"))
     with torch.no_grad():
         grads = (torch.ones_like(packed[2]), torch.ones_like(rest[2]))
-        torch.library.opcheck(kda_backward_operator, (*grads, *packed, *rest, cu_seqlens, *switches))
+        torch.library.opcheck(kda_backward_operator, (*grads, *packed, *rest, cu_seqlens, *switches, "torch"))

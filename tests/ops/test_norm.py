@@ -1,9 +1,37 @@
 """Root-mean-square normalization: the fast path against the expression."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from perilune.ops.norm import rms_norm
+from perilune.errors import BackendError
+from perilune.nn.norm import RMSNorm, gate_output
+from perilune.ops.norm import rms_norm, rms_norm_gated
+from tests.helpers import assert_close
+from tests.ops.norm_cases import NAMES, make, output_and_gradients
+
+INTERPRETED = """
+import torch
+from perilune.ops.norm import rms_norm_gated
+from tests.ops.norm_cases import GATES, compare
+for gate in GATES:
+    for shape in ((1, 1), (5, 2, 7), (33, 128), (3, 300), (70, 4)):
+        compare(shape, gate, torch.float32, 1e-6)
+    compare((9, 24), gate, torch.bfloat16, 8e-3)
+    compare((9, 24), gate, torch.float16, 1e-3)
+    compare((6, 5, 16), gate, torch.float32, 1e-6, is_strided=True)
+x = torch.zeros(0, 3, 8, requires_grad=True)
+y = rms_norm_gated(x, torch.ones(8), x, 1e-5, backend="triton")
+assert y.shape == x.shape
+y.sum().backward()
+x = torch.zeros(2, 8, requires_grad=True)
+rms_norm_gated(x, torch.ones(8), torch.full((2, 8), -1e30), 1e-5, backend="triton").sum().backward()
+assert not x.grad.any()
+print("equal")
+"""
 
 
 @pytest.mark.parametrize("shape", [(3, 8), (2, 5, 7), (1,), (0, 4), (4, 1)])
@@ -18,6 +46,38 @@ def test_values_and_gradients_equal_the_expression(shape):
         results.append([y, *torch.autograd.grad((y * grad).sum(), (x, weight))])
     for expected, found in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (2, 5, 7), (1,), (0, 4), (4, 1)])
+@pytest.mark.parametrize("gate", ["sigmoid", "swish"])
+def test_values_and_gradients_of_the_gated_norm_equal_the_expression(shape, gate):
+    inputs = make(shape, dtype=torch.float64)
+    expected = output_and_gradients(*inputs, gate=gate, backend="reference")
+    found = output_and_gradients(*inputs, gate=gate)
+    for name, a, b in zip(NAMES, expected, found, strict=True):
+        assert_close(name, a, b, 1e-13, floor=1e-15)  # with one channel dx all but cancels
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "swish"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_layer_gates_as_norm_and_gate_one_after_the_other_bitwise(gate, dtype):
+    x, weight, z = make((6, 2, 16), dtype=dtype)
+    layer = RMSNorm(16, 1e-5)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        assert torch.equal(layer(x, z, gate), gate_output(layer(x), z, gate))
+        assert torch.equal(layer(x, z, "none"), layer(x))
+        assert torch.equal(layer(x), rms_norm(x, weight, 1e-5))
+
+
+def test_the_triton_kernels_equal_the_expression_in_their_interpreter():
+    pytest.importorskip("triton", reason="triton is not installed")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", INTERPRETED],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout == "equal\n", done.stderr[-2000:]
 
 
 def test_zero_vector_maps_to_zero_with_finite_gradient():
@@ -54,3 +114,27 @@ def test_wrong_weight_is_refused():
         rms_norm(torch.zeros(2, 4), torch.ones(3), 1e-6)
     with pytest.raises(ValueError, match="backend must be"):
         rms_norm(torch.zeros(2, 4), torch.ones(4), 1e-6, backend="cuda")  # pyright: ignore
+
+
+def test_wrong_gates_are_refused():
+    x, weight, z = make((2, 4))
+    with pytest.raises(ValueError, match=r"rms_norm_gated: z must be \[2, 4\] like x, got \[2, 3\]"):
+        rms_norm_gated(x, weight, z[:, :3], 1e-6)
+    with pytest.raises(ValueError, match="gate must be 'sigmoid' or 'swish', got 'none'"):
+        rms_norm_gated(x, weight, z, 1e-6, gate="none")  # pyright: ignore
+
+
+def test_calls_that_the_kernels_cannot_serve_say_why(monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    x, weight, z = make((2, 4))
+    with pytest.raises(BackendError, match="rms_norm: backend 'triton' needs tensors on a GPU, got cpu"):
+        rms_norm(x, weight, 1e-6, backend="triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for wide in ((x.double(), weight, z), (x, weight, z.double())):
+        with pytest.raises(BackendError, match=r"takes float32, bfloat16 and float16, got torch\.float64"):
+            rms_norm_gated(*wide, 1e-6, backend="triton")
+    with pytest.raises(BackendError, match="at most 8192 channels, got 8193"):
+        rms_norm(torch.zeros(1, 8193), torch.ones(8193), 1e-6, backend="triton")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(BackendError, match="needs the package triton"):
+        rms_norm_gated(x, weight, z, 1e-6, backend="triton")

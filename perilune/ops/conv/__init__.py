@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
 from typing import Literal
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, bfloat16, float16, float32
 
 from perilune.errors import BackendError
 from perilune.ops.conv.reference import short_conv_reference
@@ -15,6 +17,9 @@ from perilune.ops.layout import SequenceLayout, as_layout
 __all__ = ["short_conv", "short_conv_step"]
 
 Activation = Literal["silu"]
+
+MAX_TRITON_TAPS = 8
+"""Most taps of backend `triton`, which keeps them and as many inputs in registers."""
 
 
 def short_conv(
@@ -36,14 +41,15 @@ def short_conv(
         cu_seqlens: `[N + 1]` or a layout; empty sequences are allowed and pass their state through.
         state: `[N, D, W - 1]`, the last inputs of each sequence, oldest first; None for a fresh start.
         activation: "silu", or None.
-        backend: "auto", "torch" or "reference".
+        backend: `triton` (float32, bfloat16 and float16 on a GPU, W <= 8; x may be a slice of wider rows), `torch`,
+            `reference`, or `auto`, which is torch until `triton` has run on a GPU (docs/kernels.md).
 
     Returns:
         `y` `[T, D]` in x's dtype, and the new state `[N, D, W - 1]` in the state's (without one, x's) dtype.
 
     Raises:
         ValueError: shapes disagree, or `cu_seqlens` is not a partition of T.
-        BackendError: the backend is unknown.
+        BackendError: the backend is unknown or cannot serve the call.
 
     Source: Kimi Linear, eq. 10 (ShortConv and Swish on q, k and v).
     """
@@ -55,8 +61,12 @@ def short_conv(
     if backend == "reference":
         y, new_state = short_conv_reference(x, weight, layout, state)
         return (F.silu(y) if activation else y), new_state
-    if backend not in ("auto", "torch"):
-        raise BackendError(f"short_conv: no backend {backend!r}; there are auto, torch and reference")
+    if backend not in ("auto", "triton", "torch"):
+        raise BackendError(f"short_conv: backend must be 'auto', 'triton', 'torch' or 'reference', got {backend!r}")
+    if _takes_triton(backend, x, weight):
+        from perilune.ops.conv.triton import short_conv_triton
+
+        return short_conv_triton(x, weight, layout, state, use_silu=activation == "silu")
     return short_conv_torch(x, weight, layout, state, use_silu=activation == "silu")
 
 
@@ -91,3 +101,25 @@ def _check(x: Tensor, weight: Tensor, activation: str | None) -> None:
         )
     if activation not in (None, "silu"):
         raise ValueError(f"short_conv: activation must be None or 'silu', got {activation!r}")
+
+
+def _takes_triton(backend: str, x: Tensor, weight: Tensor) -> bool:
+    """Whether the call goes to the kernels; raises where it was asked to and cannot."""
+    if backend in ("auto", "torch"):
+        return False
+    obstacle = _obstacle(x, weight)
+    if obstacle and backend == "triton":
+        raise BackendError(f"short_conv: backend 'triton' {obstacle}; use 'torch'")
+    return not obstacle
+
+
+def _obstacle(x: Tensor, weight: Tensor) -> str:
+    if find_spec("triton") is None:
+        return "needs the package triton"
+    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"needs tensors on a GPU, got {x.device.type} (or TRITON_INTERPRET=1)"
+    if x.dtype not in (float32, bfloat16, float16):
+        return f"takes float32, bfloat16 and float16, got {x.dtype}"
+    if weight.shape[1] > MAX_TRITON_TAPS:
+        return f"takes at most {MAX_TRITON_TAPS} taps, got {weight.shape[1]}"
+    return ""

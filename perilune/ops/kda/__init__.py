@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
-from torch import Size, Tensor, compiler, dtype, int32, tensor
+from torch import Size, Tensor, bfloat16, compiler, dtype, float16, float64, int32, is_grad_enabled, tensor
 
 from perilune.errors import BackendError
 from perilune.ops.kda.arguments import (
@@ -25,9 +27,13 @@ from perilune.ops.kda.step import advance_states
 from perilune.ops.kda.torch import kda_torch
 from perilune.ops.layout import SequenceLayout
 
-__all__ = ["dplr", "kda", "kda_step"]
+if TYPE_CHECKING:
+    from perilune.ops.kda.triton import ChunkPlan
 
-_BACKENDS = {"reference": kda_reference, "torch": kda_torch}
+__all__ = ["dplr", "kda", "kda_backend", "kda_step"]
+
+_WIDEST = 256
+"""Largest K and V of the Triton kernels."""
 
 
 def kda(
@@ -51,15 +57,18 @@ def kda(
     chunk_size: int = 64,
     state_v_first: bool = False,
     return_chunk_states: bool = False,
+    save_states: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]:
     """Kimi Delta Attention over a batch or a pack of sequences.
 
     Per value head, with state S `[K, V]`: `S <- Diag(exp(g)) S`, `r = v - k^T S`, `S <- S + beta k r^T`,
     `o = scale * q^T S`. Differentiable in q, k, v, g, beta, A_log, dt_bias and initial_state, through o and the final
-    state. Computed in float32 (float64 for float64 inputs), whatever the dtype of q. Changing tokens after position p
-    does not change a bit of the outputs up to p. `torch.compile(fullgraph=True)` takes it whole, as the operator
-    `perilune::kda`, whose backward runs the forward again. On a CPU `chunk_size=16` is fastest for head dims up to 64.
+    state. `torch` computes in float32 (float64 for float64 inputs), whatever the dtype of q; `triton` multiplies
+    matrices of bfloat16 where q is bfloat16 or float16 and keeps gates, sums and states in float32. Changing tokens
+    after position p does not change a bit of the outputs up to p. `torch.compile(fullgraph=True)` takes it whole, as
+    the operator `perilune::kda`, whose backward runs the forward again. On a CPU `chunk_size=16` is fastest for head
+    dims up to 64.
 
     Args:
         q: `[B, T, H, K]`, any float dtype.
@@ -82,7 +91,11 @@ def kda(
         chunk_size: 16, 32 or 64 tokens; affects speed and rounding only.
         state_v_first: states are `[N, HV, V, K]`, on the way in and out.
         return_chunk_states: also return the state entering each chunk, `[chunks, HV, K, V]`, sequence by sequence.
-        backend: `auto`, `torch` (chunkwise) or `reference` (token by token).
+        save_states: `triton` only: whether the forward keeps for the backward what it computed (about 2.3 kB per token
+            and head at K = V = 128), or has it computed again. Under `torch.compile` it is always computed again.
+        backend: `auto` (`torch` where gradients are needed, else what `kda_backend` says), `triton` (GPU kernels, K and V
+            up to 256), `torch` (chunkwise, any device) or `reference` (token by token). `triton` does not read
+            `cu_seqlens` given as a tensor, and so does not check it; only `return_chunk_states` then waits for it.
 
     Returns:
         `o` `[B, T, HV, V]` in q's dtype; the final state `[N, HV, K, V]` in float32, or None; and, if asked for, the
@@ -119,14 +132,26 @@ def kda(
         chunk_size=chunk_size,
         return_chunk_states=return_chunk_states,
     )
-    run = _BACKENDS[_backend(backend)]
-    if run is kda_torch and compiler.is_compiling():
+    leaves = (q, k, v, g, beta, A_log, dt_bias, initial_state)
+    needs_gradients = is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
+    chosen = _checked_backend(q, v, backend, needs_gradients)
+    if chosen != "reference" and compiler.is_compiling():
         state = _initial_state(initial_state, _num_sequences(q, cu_seqlens), q, v, compute, state_v_first)
         tensors = (*_packed(q, k, v, g, beta, q.shape[0] * q.shape[1]), A_log, dt_bias, state)
-        result = _run_operator(KdaInputs(*tensors), cu_seqlens, options)
+        result = _run_operator(KdaInputs(*tensors), cu_seqlens, options, chosen)
+    elif chosen == "triton":
+        from perilune.ops.kda.triton import kda_triton
+
+        state = _initial_state(initial_state, _num_sequences(q, cu_seqlens), q, v, compute, state_v_first)
+        tokens = cu_seqlens.total if isinstance(cu_seqlens, SequenceLayout) else q.shape[0] * q.shape[1]
+        if tokens > q.shape[0] * q.shape[1]:
+            raise ValueError(f"kda: cu_seqlens ends with {tokens}, past q's T={q.shape[1]} tokens")
+        inputs = KdaInputs(*_packed(q, k, v, g, beta, tokens), A_log, dt_bias, state)
+        result = kda_triton(inputs, _plan(q, cu_seqlens, chunk_size), options, save_states=save_states)
     else:
         layout = _layout(q, cu_seqlens)
         state = _initial_state(initial_state, layout.num_sequences, q, v, compute, state_v_first)
+        run = kda_torch if chosen == "torch" else kda_reference
         result = run(KdaInputs(*_packed(q, k, v, g, beta, layout.total), A_log, dt_bias, state), layout, options)
     return _public(result, v.shape, output_final_state, state_v_first)
 
@@ -212,14 +237,55 @@ def kda_step(
     return advance_states(inputs, options, state_v_first, out_state)
 
 
-def _backend(backend: str) -> str:
+def kda_backend(q: Tensor, v: Tensor) -> str:
+    """What `backend="auto"` is for these tensors: `triton` for bfloat16 and float16 on a GPU, else `torch`.
+
+    Where gradients are needed `auto` is always `torch` for now: see docs/kernels.md.
+
+    Args:
+        q: `[..., K]`.
+        v: `[..., V]`.
+    """
+    is_half = q.dtype in (bfloat16, float16)
+    return "triton" if q.is_cuda and is_half and _why_not_triton(q, v) is None else "torch"
+
+
+def _why_not_triton(q: Tensor, v: Tensor) -> str | None:
+    if find_spec("triton") is None:
+        return "needs the package triton; install it, or use 'torch'"
+    if q.dtype == float64:
+        return "computes in float32 or less; 'torch' takes float64"
+    if max(q.shape[-1], v.shape[-1]) > _WIDEST:
+        return f"takes K and V up to {_WIDEST}, got K={q.shape[-1]} and V={v.shape[-1]}"
+    if not q.is_cuda:
+        from perilune.ops.kda.triton import IS_COMPILED
+
+        if IS_COMPILED:
+            return f"needs tensors on a GPU, got {q.device} (or TRITON_INTERPRET=1 in the environment, to debug)"
+    return None
+
+
+def _checked_backend(q: Tensor, v: Tensor, backend: str, needs_gradients: bool) -> str:
     if backend == "auto":
-        return "torch"
-    if backend == "triton":
-        raise BackendError("kda: backend 'triton' is not part of this version; 'torch' runs on every device")
-    if backend not in _BACKENDS:
-        raise BackendError(f"kda: backend must be 'auto', 'reference' or 'torch', got {backend!r}")
+        return "torch" if needs_gradients else kda_backend(q, v)
+    if backend not in ("triton", "torch", "reference"):
+        raise BackendError(f"kda: backend must be 'auto', 'triton', 'torch' or 'reference', got {backend!r}")
+    reason = _why_not_triton(q, v) if backend == "triton" else None
+    if reason is not None:
+        raise BackendError(f"kda: backend 'triton' {reason}")
     return backend
+
+
+def _plan(q: Tensor, cu_seqlens: Tensor | SequenceLayout | None, chunk_size: int) -> ChunkPlan:
+    """Chunks without reading anything from the device."""
+    from perilune.ops.kda.triton import plan_chunks, plan_layout
+
+    batch, length = q.shape[:2]
+    if cu_seqlens is None:
+        cu_seqlens = SequenceLayout((length,) * batch, q.device)
+    if isinstance(cu_seqlens, SequenceLayout):
+        return plan_layout(cu_seqlens, chunk_size)
+    return plan_chunks(cu_seqlens, length, chunk_size)
 
 
 def _num_sequences(q: Tensor, cu_seqlens: Tensor | SequenceLayout | None) -> int:
@@ -231,7 +297,9 @@ def _num_sequences(q: Tensor, cu_seqlens: Tensor | SequenceLayout | None) -> int
     return cu_seqlens.num_sequences if isinstance(cu_seqlens, SequenceLayout) else cu_seqlens.shape[0] - 1
 
 
-def _run_operator(inputs: KdaInputs, cu_seqlens: Tensor | SequenceLayout | None, options: KdaOptions) -> KdaOutputs:
+def _run_operator(
+    inputs: KdaInputs, cu_seqlens: Tensor | SequenceLayout | None, options: KdaOptions, backend: str
+) -> KdaOutputs:
     """Run the operator that a compiler leaves whole."""
     bounds = cu_seqlens
     if isinstance(cu_seqlens, SequenceLayout):
@@ -248,6 +316,7 @@ def _run_operator(inputs: KdaInputs, cu_seqlens: Tensor | SequenceLayout | None,
         options.allow_neg_eigval,
         options.chunk_size,
         options.return_chunk_states,
+        backend,
     )
     return KdaOutputs(o, final_state, chunk_states if options.return_chunk_states else None)
 

@@ -6,7 +6,7 @@ computes them again, because their shapes depend on the data and a compiler coul
 
 # No postponed annotations here: the operators' schemas are read from them.
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,9 @@ from torch import Tensor
 from perilune.ops.kda.options import KdaInputs, KdaOptions
 from perilune.ops.kda.torch import input_gradients, kda_torch
 from perilune.ops.layout import SequenceLayout
+
+if TYPE_CHECKING:
+    from perilune.ops.kda.triton import ChunkPlan
 
 
 @torch.library.custom_op("perilune::kda", mutates_args=())
@@ -36,6 +39,7 @@ def kda_operator(
     allow_neg_eigval: bool,
     chunk_size: int,
     return_chunk_states: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run KDA over packed tokens: `KdaInputs`, then where sequences begin, then `KdaOptions`.
 
@@ -57,6 +61,7 @@ def kda_operator(
         allow_neg_eigval: see there.
         chunk_size: see there.
         return_chunk_states: see there.
+        backend: `triton` or `torch`.
 
     Returns:
         `o` `[T, HV, V]`, the final states `[N, HV, K, V]`, and the chunk states (none of them unless asked for).
@@ -68,12 +73,19 @@ def kda_operator(
         scale, lower_bound, gate_in_kernel, qk_l2norm, beta_sigmoid, allow_neg_eigval, chunk_size, return_chunk_states
     )
     tokens = q.shape[0]
-    layout = _layout(tokens, initial_state.shape[0], cu_seqlens, q.device)
-    inputs = _covered(KdaInputs(q, k, v, g, beta, A_log, dt_bias, initial_state), layout.total)
-    o, final_state, chunk_states = kda_torch(inputs, layout, options)
+    inputs = KdaInputs(q, k, v, g, beta, A_log, dt_bias, initial_state)
+    if backend == "triton":
+        from perilune.ops.kda.triton import kda_triton
+
+        o, final_state, chunk_states = kda_triton(inputs, _plan(inputs, cu_seqlens, chunk_size), options)
+    else:
+        layout = _layout(tokens, initial_state.shape[0], cu_seqlens, q.device)
+        o, final_state, chunk_states = kda_torch(_covered(inputs, layout.total), layout, options)
     if chunk_states is None:
         chunk_states = initial_state.new_empty(0, *initial_state.shape[1:])
     # An operator's results may not be its arguments, which they are where there is nothing to do.
+    if backend == "triton" and tokens and initial_state.shape[0]:
+        return o, final_state, chunk_states
     return _pad(o, tokens).clone(), final_state.clone(), chunk_states.clone()
 
 
@@ -82,6 +94,7 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, A_log: Tensor | None, dt_bias: Tensor | None,
     initial_state: Tensor, cu_seqlens: Tensor | None, scale: float, lower_bound: float | None, gate_in_kernel: bool,
     qk_l2norm: bool, beta_sigmoid: bool, allow_neg_eigval: bool, chunk_size: int, return_chunk_states: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     num_chunks: Any = 0
     if return_chunk_states and cu_seqlens is not None:
@@ -113,13 +126,20 @@ def kda_backward_operator(
     beta_sigmoid: bool,
     allow_neg_eigval: bool,
     chunk_size: int,
+    backend: str,
 ) -> list[Tensor]:
     """Return the gradients of `KdaInputs`, empty for absent ones; `do` and `dfinal` are those of the outputs."""
     options = _options(scale, lower_bound, gate_in_kernel, qk_l2norm, beta_sigmoid, allow_neg_eigval, chunk_size, False)
     tokens = q.shape[0]
     whole = KdaInputs(q, k, v, g, beta, A_log, dt_bias, initial_state)
-    layout = _layout(tokens, initial_state.shape[0], cu_seqlens, q.device)
-    grads = input_gradients(do[: layout.total], dfinal, _covered(whole, layout.total), layout, options)
+    if backend == "triton":
+        from perilune.ops.kda.triton import dense_inputs, kda_triton_gradients
+
+        plan = _plan(whole, cu_seqlens, chunk_size)
+        grads = kda_triton_gradients(do, dfinal, None, dense_inputs(whole), plan, options)
+    else:
+        layout = _layout(tokens, initial_state.shape[0], cu_seqlens, q.device)
+        grads = input_gradients(do[: layout.total], dfinal, _covered(whole, layout.total), layout, options)
     padded = [None if grad is None else _pad(grad, tokens) for grad in grads[:5]] + grads[5:]
     return [
         q.new_empty(0) if x is None else torch.zeros_like(x) if grad is None else grad.clone()
@@ -131,16 +151,16 @@ def kda_backward_operator(
 def _(
     do: Tensor, dfinal: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, A_log: Tensor | None,
     dt_bias: Tensor | None, initial_state: Tensor, cu_seqlens: Tensor | None, scale: float, lower_bound: float | None,
-    gate_in_kernel: bool, qk_l2norm: bool, beta_sigmoid: bool, allow_neg_eigval: bool, chunk_size: int,
+    gate_in_kernel: bool, qk_l2norm: bool, beta_sigmoid: bool, allow_neg_eigval: bool, chunk_size: int, backend: str,
 ) -> list[Tensor]:  # fmt: skip
     inputs = (q, k, v, g, beta, A_log, dt_bias, initial_state)
     return [q.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, options = inputs[:9], inputs[9:-1]
+    tensors, options = inputs[:9], inputs[9:-2]
     ctx.save_for_backward(*tensors)
-    ctx.options = options
+    ctx.options = (*options, inputs[-1])
     ctx.mark_non_differentiable(output[2])
 
 
@@ -184,6 +204,15 @@ def _layout(tokens: int, sequences: int, cu_seqlens: Tensor | None, device: torc
     if total > tokens:
         raise ValueError(f"kda: cu_seqlens ends with {total}, past q's T={tokens} tokens")
     return layout
+
+
+def _plan(inputs: KdaInputs, cu_seqlens: Tensor | None, chunk_size: int) -> "ChunkPlan":
+    from perilune.ops.kda.triton import plan_chunks, plan_layout
+
+    tokens, sequences = inputs.q.shape[0], inputs.initial_state.shape[0]
+    if cu_seqlens is not None:
+        return plan_chunks(cu_seqlens, tokens, chunk_size)
+    return plan_layout(_layout(tokens, sequences, None, inputs.q.device), chunk_size)
 
 
 def _covered(inputs: KdaInputs, total: int) -> KdaInputs:

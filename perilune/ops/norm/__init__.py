@@ -1,20 +1,27 @@
-"""Root-mean-square normalization."""
+"""Root-mean-square normalization, alone and with an output gate."""
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, bfloat16, float16, float32
 
-from perilune.ops.norm.reference import rms_norm_reference
-from perilune.ops.norm.torch import rms_norm_torch
+from perilune.errors import BackendError
+from perilune.ops.norm.reference import rms_norm_gated_reference, rms_norm_reference
+from perilune.ops.norm.torch import rms_norm_gated_torch, rms_norm_torch
 
-__all__ = ["rms_norm"]
+__all__ = ["rms_norm", "rms_norm_gated"]
+
+Backend = Literal["auto", "reference", "torch", "triton"]
+Gate = Literal["sigmoid", "swish"]
+
+MAX_TRITON_SIZE = 8192
+"""Longest vector of backend `triton`, which keeps it in registers."""
 
 
-def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, *, backend: Literal["auto", "reference", "torch"] = "auto"
-) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: Backend = "auto") -> Tensor:
     """Scale every vector to unit root mean square, then each channel by its gain.
 
     y = x / sqrt(mean(x^2) + eps) * weight
@@ -25,20 +32,96 @@ def rms_norm(
         x: `[..., D]`, any float dtype.
         weight: `[D]`, any float dtype.
         eps: added to the mean square.
-        backend: `reference` computes in the dtype of `x`; `auto` is `torch`.
+        backend: `triton` (float32, bfloat16 and float16 on a GPU, D <= 8192), `torch`, `reference` (computes in the
+            dtype of `x`), or `auto`: torch, until `triton` has run on a GPU.
 
     Returns:
         `[..., D]` in the dtype of `x`.
 
     Raises:
         ValueError: `weight` does not fit `x`, or the backend is unknown.
+        BackendError: `triton` cannot serve the call.
 
     Source: Kimi Linear, section 4 (pre-norm blocks and the head-wise norm of eq. 10).
     """
-    if x.ndim < 1 or weight.shape != x.shape[-1:]:
-        raise ValueError(f"rms_norm: weight must be {list(x.shape[-1:])} like x's last axis, got {list(weight.shape)}")
+    _check("rms_norm", x, weight, backend)
     if backend == "reference":
         return rms_norm_reference(x, weight, eps)
-    if backend not in ("auto", "torch"):
-        raise ValueError(f"rms_norm: backend must be 'auto', 'reference' or 'torch', got {backend!r}")
+    if _takes_triton("rms_norm", backend, x, x):
+        from perilune.ops.norm.triton import rms_norm_triton
+
+        return rms_norm_triton(x, weight, eps)
     return rms_norm_torch(x, weight, eps)
+
+
+def rms_norm_gated(
+    x: Tensor, weight: Tensor, z: Tensor, eps: float, *, gate: Gate = "sigmoid", backend: Backend = "auto"
+) -> Tensor:
+    """Normalize every vector and multiply it by the gate of its logits.
+
+    y = x / sqrt(mean(x^2) + eps) * weight * sigmoid(z), or `* z * sigmoid(z)` with gate "swish"
+
+    Computed in float32 at least. `triton` rounds once, at the end; `torch` rounds the norm and the gate to the dtype of
+    `x` before their product.
+
+    Args:
+        x: `[..., D]`, any float dtype.
+        weight: `[D]`, any float dtype.
+        z: `[..., D]`, the shape of `x`, any float dtype.
+        eps: added to the mean square.
+        gate: "sigmoid" or "swish".
+        backend: `triton` (one pass each way; float32, bfloat16 and float16 on a GPU, D <= 8192), `torch`, `reference`
+            (computes in the dtype of `x`), or `auto`: torch, until `triton` has run on a GPU.
+
+    Returns:
+        `[..., D]` in the dtype of `x`.
+
+    Raises:
+        ValueError: `weight` or `z` does not fit `x`, or the gate or the backend is unknown.
+        BackendError: `triton` cannot serve the call.
+
+    Source: Kimi Linear, eq. 10 (head-wise RMSNorm and output gate); swish: the ablations of table 1.
+    """
+    _check("rms_norm_gated", x, weight, backend)
+    if z.shape != x.shape:
+        raise ValueError(f"rms_norm_gated: z must be {list(x.shape)} like x, got {list(z.shape)}")
+    if gate not in ("sigmoid", "swish"):
+        raise ValueError(f"rms_norm_gated: gate must be 'sigmoid' or 'swish', got {gate!r}")
+    use_swish = gate == "swish"
+    if backend == "reference":
+        return rms_norm_gated_reference(x, weight, z, eps, use_swish=use_swish)
+    if _takes_triton("rms_norm_gated", backend, x, z):
+        from perilune.ops.norm.triton import rms_norm_gated_triton
+
+        return rms_norm_gated_triton(x, weight, z, eps, use_swish=use_swish)
+    return rms_norm_gated_torch(x, weight, z, eps, use_swish=use_swish)
+
+
+def _check(name: str, x: Tensor, weight: Tensor, backend: str) -> None:
+    if x.ndim < 1 or weight.shape != x.shape[-1:]:
+        raise ValueError(f"{name}: weight must be {list(x.shape[-1:])} like x's last axis, got {list(weight.shape)}")
+    if backend not in ("auto", "reference", "torch", "triton"):
+        raise ValueError(f"{name}: backend must be 'auto', 'triton', 'torch' or 'reference', got {backend!r}")
+
+
+def _takes_triton(name: str, backend: str, x: Tensor, z: Tensor) -> bool:
+    """Whether the call goes to the kernels; raises where it was asked to and cannot."""
+    if backend in ("auto", "torch"):
+        return False
+    obstacle = _obstacle(x, z)
+    if obstacle and backend == "triton":
+        raise BackendError(f"{name}: backend 'triton' {obstacle}; use 'torch'")
+    return not obstacle
+
+
+def _obstacle(x: Tensor, z: Tensor) -> str:
+    if find_spec("triton") is None:
+        return "needs the package triton"
+    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"needs tensors on a GPU, got {x.device.type} (or TRITON_INTERPRET=1)"
+    for dtype in (x.dtype, z.dtype):
+        if dtype not in (float32, bfloat16, float16):
+            return f"takes float32, bfloat16 and float16, got {dtype}"
+    if x.shape[-1] > MAX_TRITON_SIZE:
+        return f"takes vectors of at most {MAX_TRITON_SIZE} channels, got {x.shape[-1]}"
+    return ""

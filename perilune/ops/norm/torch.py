@@ -7,6 +7,7 @@ one: given mean 0 it computes the wanted gradient minus its mean, so the mean is
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
@@ -40,3 +41,9 @@ def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return x * weight.to(x.dtype)
     y: Tensor = _RMSNorm.apply(x.to(dtype).contiguous(), weight.to(dtype), eps)  # pyright: ignore[reportAssignmentType]
     return y.to(x.dtype)
+
+
+def rms_norm_gated_torch(x: Tensor, weight: Tensor, z: Tensor, eps: float, *, use_swish: bool) -> Tensor:
+    """Same contract as `perilune.ops.norm.rms_norm_gated`."""
+    gate = F.silu(z) if use_swish else torch.sigmoid(z)
+    return rms_norm_torch(x, weight, eps) * gate.to(x.dtype)

@@ -1,0 +1,216 @@
+"""Launching the forward kernels, and what they hand to each other."""
+
+# T tokens (packed)  N sequences  n chunk slots  C chunk length  H query/key heads  HV value heads  K, V key/value dim
+# pyright: reportCallIssue=false
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from perilune.ops.kda.options import L2NORM_EPS, KdaInputs, KdaOptions
+from perilune.ops.kda.triton.launch import LaunchConfig
+from perilune.ops.kda.triton.plan import ChunkPlan
+from perilune.ops.kda.triton.prep import prepare_chunks
+from perilune.ops.kda.triton.scan import scan_chunks
+
+IS_COMPILED = isinstance(prepare_chunks, triton.JITFunction)
+"""Whether kernels are compiled: the interpreter has no inline assembly."""
+
+
+class Operands(NamedTuple):
+    """What the scans read, chunk by chunk and head by head; keys are padded to a power of two."""
+
+    read: Tensor
+    """`[n, HV, C, BK]`, decayed queries."""
+    key: Tensor
+    """`[n, HV, C, BK]`, decayed keys."""
+    write: Tensor
+    """`[n, HV, C, BK]`, what a chunk's prediction errors write to the state."""
+    mix: Tensor
+    """`[n, HV, C, C]`, what they add to the chunk's own outputs."""
+    solve: Tensor
+    """`[n, HV, C, C]`, from prediction errors to corrections; empty unless for the backward."""
+    decay: Tensor
+    """`[n, HV, BK]` float32, of the whole chunk."""
+    gain: Tensor
+    """`[n, HV, 4, C]` float32: of keys, of write keys, of scaled queries, of unit queries."""
+    total: Tensor
+    """`[n, HV, C, BK]` float32, base-2 log decays summed up since the chunk's start."""
+
+
+class Sizes(NamedTuple):
+    """Sizes of a call, as kernel arguments."""
+
+    H: int
+    HV: int
+    K: int
+    V: int
+    BK: int
+    C: int
+
+
+def sizes(inputs: KdaInputs, options: KdaOptions) -> Sizes:
+    """Sizes of a call."""
+    (_, heads, key_dim), (_, value_heads, value_dim) = inputs.q.shape, inputs.v.shape
+    padded = max(16, triton.next_power_of_2(key_dim))
+    return Sizes(heads, value_heads, key_dim, value_dim, padded, options.chunk_size)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`x` as it is if only its rows are apart, else a copy."""
+    dense = x.ndim == 2 and x.stride(1) == 1
+    dense = dense or (x.ndim == 3 and x.stride(2) == 1 and x.stride(1) == x.shape[2])
+    return x if dense else x.contiguous()
+
+
+def dense_inputs(inputs: KdaInputs) -> KdaInputs:
+    """Inputs as the kernels take them; rows may stay strided."""
+    rows = (_rows(x) for x in inputs[:5])
+    others = (None if x is None else x.contiguous() for x in inputs[5:])
+    return KdaInputs(*rows, *others)  # pyright: ignore[reportArgumentType]
+
+
+def switches(inputs: KdaInputs, options: KdaOptions) -> dict[str, Any]:
+    """Switches of a call, as kernel arguments."""
+    return {
+        "GATE": options.gate_in_kernel,
+        "BOUNDED": options.lower_bound is not None,
+        "HAS_RATE": options.gate_in_kernel and inputs.A_log is not None,
+        "HAS_BIAS": options.gate_in_kernel and inputs.dt_bias is not None,
+        "UNIT": options.qk_l2norm,
+        "SIGMOID": options.beta_sigmoid,
+        "DOUBLED": options.allow_neg_eigval,
+    }
+
+
+def prepare(
+    inputs: KdaInputs, plan: ChunkPlan, options: KdaOptions, config: LaunchConfig, for_backward: bool
+) -> Operands:
+    """Run the kernel of what a chunk can do without the state; some results are for the backward alone."""
+    shape = sizes(inputs, options)
+    lead, width = (plan.num_slots, shape.HV), shape.C
+    make, dtype = inputs.q.new_empty, config.operand_dtype
+    kept = lead if for_backward else (0, 0)
+    operands = Operands(
+        read=make(*lead, width, shape.BK, dtype=dtype),
+        key=make(*lead, width, shape.BK, dtype=dtype),
+        write=make(*lead, width, shape.BK, dtype=dtype),
+        mix=make(*lead, width, width, dtype=dtype),
+        solve=make(*kept, width, width, dtype=dtype),
+        decay=make(*lead, shape.BK, dtype=torch.float32),
+        gain=make(*lead, 4, width, dtype=torch.float32),
+        total=make(*lead, width, shape.BK, dtype=torch.float32),
+    )
+    prepare_chunks[(plan.num_slots * shape.HV,)](
+        inputs.q,
+        inputs.k,
+        inputs.g,
+        inputs.beta,
+        inputs.A_log,
+        inputs.dt_bias,
+        plan.cu_seqlens,
+        plan.offsets,
+        plan.sequences,
+        *operands,
+        make(*lead, 2, width, width, dtype=torch.float32),
+        plan.num_sequences,
+        inputs.q.stride(0),
+        inputs.k.stride(0),
+        inputs.g.stride(0),
+        inputs.beta.stride(0),
+        options.scale,
+        options.lower_bound or 0.0,
+        L2NORM_EPS,
+        H=shape.H,
+        HV=shape.HV,
+        K=shape.K,
+        BK=shape.BK,
+        BT=min(shape.BK, config.prepare_keys),
+        C=shape.C,
+        **switches(inputs, options),
+        FOR_BACKWARD=for_backward,
+        PRECISION=config.precision,
+        FAST=IS_COMPILED,
+        num_warps=4,
+        num_stages=1,
+    )
+    return operands
+
+
+class Scanned(NamedTuple):
+    """Results of the walk over chunks."""
+
+    o: Tensor
+    """`[T, HV, V]` in q's dtype; empty if not asked for."""
+    final_state: Tensor
+    """`[N, HV, K, V]` float32."""
+    states: Tensor
+    """`[n, HV, K, V]`, state entering each chunk; empty if not asked for."""
+    z: Tensor
+    """`[T, HV, V]`, corrections; empty if not asked for."""
+
+
+def scan(
+    operands: Operands,
+    inputs: KdaInputs,
+    plan: ChunkPlan,
+    options: KdaOptions,
+    config: LaunchConfig,
+    *,
+    with_outputs: bool,
+    states_dtype: torch.dtype | None,
+    with_corrections: bool,
+) -> Scanned:
+    """Walk over the chunks of every sequence; asks for what it is to keep."""
+    shape = sizes(inputs, options)
+    tokens, make = inputs.v.shape[0], inputs.v.new_empty
+    block = config.scan_values(plan.num_sequences * shape.HV, shape.V)
+    with_states = states_dtype is not None
+    result = Scanned(
+        o=make(tokens if with_outputs else 0, shape.HV, shape.V),
+        final_state=torch.empty_like(inputs.initial_state),
+        states=make(plan.num_slots if with_states else 0, shape.HV, shape.K, shape.V, dtype=states_dtype),
+        z=make(tokens if with_corrections else 0, shape.HV, shape.V, dtype=config.operand_dtype),
+    )
+    scan_chunks[(triton.cdiv(shape.V, block), shape.HV, plan.num_sequences)](
+        operands.read,
+        operands.key,
+        operands.write,
+        operands.mix,
+        operands.solve,
+        operands.decay,
+        inputs.v,
+        result.o,
+        result.z,
+        inputs.initial_state,
+        result.final_state,
+        result.states,
+        plan.cu_seqlens,
+        plan.offsets,
+        inputs.v.stride(0),
+        HV=shape.HV,
+        K=shape.K,
+        V=shape.V,
+        BK=shape.BK,
+        BV=block,
+        C=shape.C,
+        WITH_OUTPUTS=with_outputs,
+        WITH_STATES=with_states,
+        WITH_CORRECTIONS=with_corrections,
+        STAGES=config.scan_stages,
+        PRECISION=config.precision,
+        num_warps=4,
+    )
+    return result
+
+
+def zero_uncovered(x: Tensor, plan: ChunkPlan) -> Tensor:
+    """Rows of tokens that belong to no sequence, which no kernel wrote, become zeros."""
+    if plan.covers_all or not x.numel():
+        return x
+    outside = torch.arange(x.shape[0], device=x.device) >= plan.cu_seqlens[-1]
+    return x.masked_fill_(outside.view(-1, *(1 for _ in x.shape[1:])), 0)

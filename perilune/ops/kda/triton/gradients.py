@@ -1,0 +1,232 @@
+"""Launching the backward kernels."""
+
+# T tokens (packed)  N sequences  n chunk slots  C chunk length  H query/key heads  HV value heads  K, V key/value dim
+# pyright: reportCallIssue=false
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from perilune.ops.kda.gate import beta_backward, beta_forward
+from perilune.ops.kda.options import KdaInputs, KdaOptions
+from perilune.ops.kda.triton.backward import differentiate_chunks, differentiate_grams
+from perilune.ops.kda.triton.forward import IS_COMPILED, Operands, prepare, scan, sizes, switches, zero_uncovered
+from perilune.ops.kda.triton.launch import LaunchConfig, launch_config
+from perilune.ops.kda.triton.plan import ChunkPlan
+from perilune.ops.kda.triton.scan import scan_chunks_backward
+
+
+class Saved(NamedTuple):
+    """What a forward keeps for its backward beside the inputs; None is computed again."""
+
+    operands: Operands
+    states: Tensor
+    z: Tensor
+
+
+def kda_triton_gradients(
+    do: Tensor,
+    dfinal: Tensor | None,
+    o: Tensor | None,
+    inputs: KdaInputs,
+    plan: ChunkPlan,
+    options: KdaOptions,
+    saved: Saved | None = None,
+) -> list[Tensor | None]:
+    """Gradients of `KdaInputs`, each in its input's dtype.
+
+    Args:
+        do: `[T, HV, V]`, gradient of the outputs.
+        dfinal: `[N, HV, K, V]`, gradient of the final states; None for zeros.
+        o: `[T, HV, V]`, the outputs; None has them computed again (then `saved` must be None too).
+        inputs: of the forward.
+        plan: its chunks.
+        options: its switches.
+        saved: what the forward kept; None has everything computed again.
+    """
+    shape = sizes(inputs, options)
+    config = launch_config(inputs.q.dtype, shape.K)
+    dfinal = torch.zeros_like(inputs.initial_state) if dfinal is None else dfinal.contiguous()
+    if not plan.num_slots:
+        return [*(None if x is None else torch.zeros_like(x) for x in inputs[:-1]), dfinal.clone()]
+    do = do.contiguous()
+    if saved is None:
+        operands = prepare(inputs, plan, options, config, for_backward=True)
+        scanned = scan(
+            operands,
+            inputs,
+            plan,
+            options,
+            config,
+            with_outputs=o is None,
+            states_dtype=config.operand_dtype,
+            with_corrections=True,
+        )
+        o = scanned.o if o is None else o
+        saved = Saved(operands, scanned.states, scanned.z)
+    assert o is not None
+    dv, dstates, dinitial = _scan_backward(do, dfinal, saved.operands, inputs, plan, options, config)
+    grads = _differentiate(do, dv, dstates, o, saved, inputs, plan, options, config)
+    dv = dv.to(inputs.v.dtype)
+    dq, dk, dg, dbeta, dA_log, ddt_bias = grads
+    dq, dk, dv, dg, dbeta = (zero_uncovered(x, plan) for x in (dq, dk, dv, dg, dbeta))
+    if shape.HV != shape.H:
+        dq, dk = (x.unflatten(1, (shape.H, -1)).sum(2).to(inputs.q.dtype) for x in (dq, dk))
+    return [dq, dk, dv, dg, dbeta, dA_log, ddt_bias, dinitial]
+
+
+def _scan_backward(
+    do: Tensor,
+    dfinal: Tensor,
+    operands: Operands,
+    inputs: KdaInputs,
+    plan: ChunkPlan,
+    options: KdaOptions,
+    config: LaunchConfig,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return gradients of the values `[T, HV, V]`, of the state after each chunk, and of the initial states."""
+    shape = sizes(inputs, options)
+    block = config.scan_values(plan.num_sequences * shape.HV, shape.V)
+    dv = torch.empty(inputs.v.shape, dtype=config.operand_dtype, device=do.device)
+    dstates = do.new_empty(plan.num_slots, shape.HV, shape.K, shape.V, dtype=config.operand_dtype)
+    dinitial = torch.empty_like(inputs.initial_state)
+    scan_chunks_backward[(triton.cdiv(shape.V, block), shape.HV, plan.num_sequences)](
+        operands.read,
+        operands.key,
+        operands.write,
+        operands.mix,
+        operands.decay,
+        do,
+        dv,
+        dfinal,
+        dinitial,
+        dstates,
+        plan.cu_seqlens,
+        plan.offsets,
+        HV=shape.HV,
+        K=shape.K,
+        V=shape.V,
+        BK=shape.BK,
+        BV=block,
+        C=shape.C,
+        STAGES=config.scan_stages,
+        PRECISION=config.precision,
+        num_warps=4,
+    )
+    return dv, dstates, dinitial
+
+
+def _differentiate(
+    do: Tensor,
+    dv: Tensor,
+    dstates: Tensor,
+    o: Tensor,
+    saved: Saved,
+    inputs: KdaInputs,
+    plan: ChunkPlan,
+    options: KdaOptions,
+    config: LaunchConfig,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return gradients of q, k (per value head if they differ in number), g, beta, A_log and dt_bias."""
+    shape, operands = sizes(inputs, options), saved.operands
+    tokens, heads, lead = inputs.v.shape[0], shape.HV, (plan.num_slots, shape.HV)
+    padded_values = max(16, triton.next_power_of_2(shape.V))
+    grams = do.new_empty(*lead, 2, shape.C, shape.C, dtype=config.operand_dtype)
+    along = do.new_empty(*lead, 3, shape.C, dtype=torch.float32)
+    differentiate_grams[(plan.num_slots * heads,)](
+        inputs.v,
+        plan.cu_seqlens,
+        plan.offsets,
+        plan.sequences,
+        operands.gain,
+        saved.z,
+        o,
+        do,
+        dv,
+        grams,
+        along,
+        plan.num_sequences,
+        inputs.v.stride(0),
+        HV=heads,
+        V=shape.V,
+        BV=padded_values,
+        C=shape.C,
+        UNIT=options.qk_l2norm,
+        PRECISION=config.precision,
+        num_warps=4,
+        num_stages=1,
+    )
+    width = min(shape.BK, config.differentiate_keys)
+    tiles = shape.BK // width
+    per_head = inputs.q.dtype if shape.HV == shape.H else torch.float32
+    dq, dk = (do.new_empty(tokens, heads, shape.K, dtype=per_head) for _ in range(2))
+    dg = do.new_empty(tokens, heads, shape.K, dtype=inputs.g.dtype)
+    dbeta = do.new_empty(tiles, tokens, heads, dtype=torch.float32)
+    gate = options.gate_in_kernel
+    drate = do.new_empty(*(lead if gate else (0, 0)), tiles, dtype=torch.float32)
+    dbias = do.new_empty(*(lead if gate else (0, 0)), shape.BK, dtype=torch.float32)
+    differentiate_chunks[(plan.num_slots * heads * tiles,)](
+        inputs.q,
+        inputs.k,
+        inputs.g,
+        inputs.beta,
+        inputs.A_log,
+        inputs.dt_bias,
+        plan.cu_seqlens,
+        plan.offsets,
+        plan.sequences,
+        operands.decay,
+        operands.gain,
+        operands.total,
+        saved.states,
+        saved.z,
+        do,
+        dv,
+        dstates,
+        grams,
+        along,
+        do.new_empty(*lead, tiles, 3, shape.C, width, dtype=torch.float32),
+        dq,
+        dk,
+        dg,
+        dbeta,
+        drate,
+        dbias,
+        plan.num_sequences,
+        tokens,
+        inputs.q.stride(0),
+        inputs.k.stride(0),
+        inputs.g.stride(0),
+        inputs.beta.stride(0),
+        options.scale,
+        options.lower_bound or 0.0,
+        H=shape.H,
+        HV=heads,
+        K=shape.K,
+        V=shape.V,
+        BK=shape.BK,
+        BT=width,
+        BV=padded_values,
+        C=shape.C,
+        **switches(inputs, options),
+        PRECISION=config.precision,
+        FAST=IS_COMPILED,
+        num_warps=8,
+        num_stages=1,
+    )
+    dA_log = drate.sum((0, 2)).to(inputs.A_log.dtype) if gate and inputs.A_log is not None else None
+    ddt_bias = None
+    if gate and inputs.dt_bias is not None:
+        ddt_bias = dbias.sum(0)[:, : shape.K].to(inputs.dt_bias.dtype)
+    return dq, dk, dg, _beta_gradient(dbeta.sum(0), inputs.beta, options), dA_log, ddt_bias
+
+
+def _beta_gradient(dbeta: Tensor, raw: Tensor, options: KdaOptions) -> Tensor:
+    """From the gradient of the write strength to that of `beta` as given."""
+    if options.beta_sigmoid:
+        dbeta = beta_backward(dbeta, beta_forward(raw.float(), options.allow_neg_eigval), options.allow_neg_eigval)
+    return dbeta.to(raw.dtype)
