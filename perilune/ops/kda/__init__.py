@@ -93,8 +93,8 @@ def kda(
         return_chunk_states: also return the state entering each chunk, `[chunks, HV, K, V]`, sequence by sequence.
         save_states: `triton` only: whether the forward keeps for the backward what it computed (about 2.3 kB per token
             and head at K = V = 128), or has it computed again. Under `torch.compile` it is always computed again.
-        backend: `auto` (`torch` where gradients are needed, else what `kda_backend` says), `triton` (GPU kernels, K and V
-            up to 256), `torch` (chunkwise, any device) or `reference` (token by token). `triton` does not read
+        backend: `auto` (`torch` where gradients are needed, else what `kda_backend` says), `triton` (GPU kernels, K and
+            V up to 256), `torch` (chunkwise, any device) or `reference` (token by token). `triton` does not read
             `cu_seqlens` given as a tensor, and so does not check it; only `return_chunk_states` then waits for it.
 
     Returns:
