@@ -168,14 +168,9 @@ def test_modules_and_functions_stay_readable():
         f"{relative(path)}: {node.name}: {_body_lines(node)}"
         for path in FILES
         for node in ast.walk(TREES[path])
-        if isinstance(node, ast.FunctionDef) and _body_lines(node) > (120 if _is_kernel(path) else 60)
+        if isinstance(node, ast.FunctionDef) and _body_lines(node) > 60
     ]
     assert long == []
-
-
-def _is_kernel(path):
-    """Kernels cannot be cut freely: every value that crosses a call is an argument, and launches name each one."""
-    return "triton" in (path.stem, path.parent.name)
 
 
 def _body_lines(node):

@@ -4,9 +4,12 @@ Each op is a folder with an oracle and fast paths behind one front door.
 """
 
 from perilune.ops.attention import decode_attention, varlen_attention
+from perilune.ops.context import ContextLayout
 from perilune.ops.conv import short_conv, short_conv_step
+from perilune.ops.conv.context_parallel import short_conv_context_parallel
 from perilune.ops.gla import gla, gla_step
 from perilune.ops.kda import dplr, kda, kda_backend, kda_step
+from perilune.ops.kda.context_parallel import kda_context_parallel
 from perilune.ops.kda_decode import kda_decode
 from perilune.ops.layout import SequenceLayout, as_layout
 from perilune.ops.loss import linear_cross_entropy, linear_logprobs
@@ -15,6 +18,7 @@ from perilune.ops.newton_schulz import newton_schulz
 from perilune.ops.norm import rms_norm, rms_norm_gated
 
 __all__ = [
+    "ContextLayout",
     "Routing",
     "SequenceLayout",
     "as_layout",
@@ -25,6 +29,7 @@ __all__ = [
     "gla_step",
     "kda",
     "kda_backend",
+    "kda_context_parallel",
     "kda_decode",
     "kda_step",
     "linear_cross_entropy",
@@ -36,6 +41,7 @@ __all__ = [
     "route",
     "routed_scaling_factor",
     "short_conv",
+    "short_conv_context_parallel",
     "short_conv_step",
     "varlen_attention",
 ]

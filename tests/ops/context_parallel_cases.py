@@ -21,10 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from perilune.ops import short_conv
-from perilune.ops.conv.context_parallel import short_conv_context_parallel
+from perilune.ops import ContextLayout, kda_context_parallel, short_conv, short_conv_context_parallel
 from perilune.ops.kda import kda
-from perilune.ops.kda.context_parallel import ContextLayout, kda_context_parallel
 from tests.helpers import assert_close
 from tests.ops.kda_cases import Case
 

@@ -16,9 +16,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perilune.ops import SequenceLayout, kda, short_conv
-from perilune.ops.conv.context_parallel import short_conv_context_parallel
-from perilune.ops.kda.context_parallel import ContextLayout, kda_context_parallel
+from perilune.ops import (
+    ContextLayout,
+    SequenceLayout,
+    kda,
+    kda_context_parallel,
+    short_conv,
+    short_conv_context_parallel,
+)
 from tests.ops.kda_cases import Case
 
 ROOT = Path(__file__).parents[2]

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from importlib.util import find_spec
 from typing import Literal
 
 import torch.nn.functional as F
-from torch import Tensor, bfloat16, float16, float32
+from torch import Tensor
 
 from perilune.errors import BackendError
 from perilune.ops.conv.reference import short_conv_reference
 from perilune.ops.conv.torch import short_conv_step_torch, short_conv_torch
 from perilune.ops.layout import SequenceLayout, as_layout
+from perilune.ops.triton_support import triton_obstacle
 
 __all__ = ["short_conv", "short_conv_step"]
 
@@ -63,7 +62,8 @@ def short_conv(
         return (F.silu(y) if activation else y), new_state
     if backend not in ("auto", "triton", "torch"):
         raise BackendError(f"short_conv: backend must be 'auto', 'triton', 'torch' or 'reference', got {backend!r}")
-    if _takes_triton(backend, x, weight):
+    if backend == "triton":
+        _check_triton(x, weight)
         from perilune.ops.conv.triton import short_conv_triton
 
         return short_conv_triton(x, weight, layout, state, use_silu=activation == "silu")
@@ -103,23 +103,9 @@ def _check(x: Tensor, weight: Tensor, activation: str | None) -> None:
         raise ValueError(f"short_conv: activation must be None or 'silu', got {activation!r}")
 
 
-def _takes_triton(backend: str, x: Tensor, weight: Tensor) -> bool:
-    """Whether the call goes to the kernels; raises where it was asked to and cannot."""
-    if backend in ("auto", "torch"):
-        return False
-    obstacle = _obstacle(x, weight)
-    if obstacle and backend == "triton":
+def _check_triton(x: Tensor, weight: Tensor) -> None:
+    obstacle = triton_obstacle(x)
+    if obstacle is None and weight.shape[1] > MAX_TRITON_TAPS:
+        obstacle = f"takes at most {MAX_TRITON_TAPS} taps, got {weight.shape[1]}"
+    if obstacle is not None:
         raise BackendError(f"short_conv: backend 'triton' {obstacle}; use 'torch'")
-    return not obstacle
-
-
-def _obstacle(x: Tensor, weight: Tensor) -> str:
-    if find_spec("triton") is None:
-        return "needs the package triton"
-    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"needs tensors on a GPU, got {x.device.type} (or TRITON_INTERPRET=1)"
-    if x.dtype not in (float32, bfloat16, float16):
-        return f"takes float32, bfloat16 and float16, got {x.dtype}"
-    if weight.shape[1] > MAX_TRITON_TAPS:
-        return f"takes at most {MAX_TRITON_TAPS} taps, got {weight.shape[1]}"
-    return ""

@@ -19,9 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from perilune.ops.context import ContextLayout, check_group, gather_ranks
 from perilune.ops.conv import Activation, short_conv
 from perilune.ops.kda.arguments import compute_dtype
-from perilune.ops.kda.context_parallel import ContextLayout, check_group, gather_ranks
 
 
 def short_conv_context_parallel(

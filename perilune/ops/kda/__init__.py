@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
-from torch import Size, Tensor, bfloat16, compiler, dtype, float16, float64, int32, is_grad_enabled, tensor
+from torch import Size, Tensor, compiler, dtype, int32, tensor
 
 from perilune.errors import BackendError
 from perilune.ops.kda.arguments import (
@@ -17,6 +16,7 @@ from perilune.ops.kda.arguments import (
     check_tensors,
     check_writable,
     compute_dtype,
+    needs_gradients,
     shaped_gate_parameters,
     state_shape,
 )
@@ -26,6 +26,7 @@ from perilune.ops.kda.reference import dplr, kda_reference
 from perilune.ops.kda.step import advance_states
 from perilune.ops.kda.torch import kda_torch
 from perilune.ops.layout import SequenceLayout
+from perilune.ops.triton_support import HALF_TYPES, triton_obstacle
 
 if TYPE_CHECKING:
     from perilune.ops.kda.triton import ChunkPlan
@@ -132,9 +133,8 @@ def kda(
         chunk_size=chunk_size,
         return_chunk_states=return_chunk_states,
     )
-    leaves = (q, k, v, g, beta, A_log, dt_bias, initial_state)
-    needs_gradients = is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
-    chosen = _checked_backend(q, v, backend, needs_gradients)
+    differentiable = needs_gradients(q, k, v, g, beta, A_log, dt_bias, initial_state)
+    chosen = _checked_backend(q, v, backend, differentiable)
     if chosen != "reference" and compiler.is_compiling():
         state = _initial_state(initial_state, _num_sequences(q, cu_seqlens), q, v, compute, state_v_first)
         tensors = (*_packed(q, k, v, g, beta, q.shape[0] * q.shape[1]), A_log, dt_bias, state)
@@ -237,42 +237,36 @@ def kda_step(
     return advance_states(inputs, options, state_v_first, out_state)
 
 
-def kda_backend(q: Tensor, v: Tensor) -> str:
+def kda_backend(q: Tensor, v: Tensor, *, needs_gradients: bool) -> str:
     """What `backend="auto"` is for these tensors: `triton` for bfloat16 and float16 on a GPU, else `torch`.
 
-    Where gradients are needed `auto` is always `torch` for now: see docs/kernels.md.
+    With gradients it is `torch`: the backward of `triton` is not to be trusted on a GPU yet (docs/kernels.md).
 
     Args:
         q: `[..., K]`.
         v: `[..., V]`.
+        needs_gradients: whether the call is to be differentiated.
     """
-    is_half = q.dtype in (bfloat16, float16)
-    return "triton" if q.is_cuda and is_half and _why_not_triton(q, v) is None else "torch"
+    if needs_gradients or not q.is_cuda or q.dtype not in HALF_TYPES:
+        return "torch"
+    return "torch" if _why_not_triton(q, v) else "triton"
 
 
 def _why_not_triton(q: Tensor, v: Tensor) -> str | None:
-    if find_spec("triton") is None:
-        return "needs the package triton; install it, or use 'torch'"
-    if q.dtype == float64:
-        return "computes in float32 or less; 'torch' takes float64"
-    if max(q.shape[-1], v.shape[-1]) > _WIDEST:
+    obstacle = triton_obstacle(q)
+    if obstacle is None and max(q.shape[-1], v.shape[-1]) > _WIDEST:
         return f"takes K and V up to {_WIDEST}, got K={q.shape[-1]} and V={v.shape[-1]}"
-    if not q.is_cuda:
-        from perilune.ops.kda.triton import IS_COMPILED
-
-        if IS_COMPILED:
-            return f"needs tensors on a GPU, got {q.device} (or TRITON_INTERPRET=1 in the environment, to debug)"
-    return None
+    return obstacle
 
 
-def _checked_backend(q: Tensor, v: Tensor, backend: str, needs_gradients: bool) -> str:
+def _checked_backend(q: Tensor, v: Tensor, backend: str, differentiable: bool) -> str:
     if backend == "auto":
-        return "torch" if needs_gradients else kda_backend(q, v)
+        return kda_backend(q, v, needs_gradients=differentiable)
     if backend not in ("triton", "torch", "reference"):
         raise BackendError(f"kda: backend must be 'auto', 'triton', 'torch' or 'reference', got {backend!r}")
     reason = _why_not_triton(q, v) if backend == "triton" else None
     if reason is not None:
-        raise BackendError(f"kda: backend 'triton' {reason}")
+        raise BackendError(f"kda: backend 'triton' {reason}; use 'torch'")
     return backend
 
 

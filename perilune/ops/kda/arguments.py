@@ -137,8 +137,13 @@ def check_writable(name: str, label: str, out: Tensor, dtype: torch.dtype, input
     """
     if out.dtype != dtype or not out.is_contiguous():
         raise ValueError(f"{name}: {label} must be contiguous {dtype}, got {out.dtype} with strides {out.stride()}")
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+    if needs_gradients(*inputs):
         raise ValueError(f"{name}: {label} cannot be used where gradients are needed; leave it None")
+
+
+def needs_gradients(*tensors: Tensor | None) -> bool:
+    """Return whether autograd will record what is computed from `tensors`."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def compute_dtype(q: Tensor) -> torch.dtype:

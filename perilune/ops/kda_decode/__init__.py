@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Protocol
 
 from torch import Tensor, arange, float32, int32, int64
@@ -12,6 +11,7 @@ from perilune.ops.kda.arguments import LOWEST_BOUND
 from perilune.ops.kda_decode.options import DecodeInputs, DecodeOptions
 from perilune.ops.kda_decode.reference import kda_decode_reference
 from perilune.ops.kda_decode.torch import kda_decode_torch
+from perilune.ops.triton_support import triton_obstacle
 
 __all__ = ["kda_decode"]
 
@@ -100,17 +100,16 @@ def kda_decode(
 
 
 def _choose(backend: str, inputs: DecodeInputs) -> _Backend:
-    has_triton, fits = find_spec("triton") is not None, inputs.states.dtype == float32
-    if backend == "triton" or (backend == "auto" and inputs.qkv.is_cuda and has_triton and fits):
-        if not has_triton:
-            raise BackendError("kda_decode: backend 'triton' needs the package triton; install it, or use 'torch'")
-        if not fits:
-            raise BackendError(f"kda_decode: backend 'triton' takes float32 states, got {inputs.states.dtype}")
-        from perilune.ops.kda_decode.triton import kda_decode_triton
-
-        return kda_decode_triton
-    if backend not in ("auto", "torch", "reference"):
+    if backend not in ("auto", "triton", "torch", "reference"):
         raise BackendError(f"kda_decode: backend must be 'auto', 'triton', 'torch' or 'reference', got {backend!r}")
+    if backend == "triton" or (backend == "auto" and inputs.qkv.is_cuda):
+        obstacle = triton_obstacle(inputs.states, dtypes=(float32,))
+        if obstacle is None:
+            from perilune.ops.kda_decode.triton import kda_decode_triton
+
+            return kda_decode_triton
+        if backend == "triton":
+            raise BackendError(f"kda_decode: backend 'triton' cannot hold these states: it {obstacle}; use 'torch'")
     return kda_decode_reference if backend == "reference" else kda_decode_torch
 
 

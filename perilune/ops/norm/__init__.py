@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from importlib.util import find_spec
 from typing import Literal
 
-from torch import Tensor, bfloat16, float16, float32
+from torch import Tensor
 
 from perilune.errors import BackendError
 from perilune.ops.norm.reference import rms_norm_gated_reference, rms_norm_reference
 from perilune.ops.norm.torch import rms_norm_gated_torch, rms_norm_torch
+from perilune.ops.triton_support import triton_obstacle
 
 __all__ = ["rms_norm", "rms_norm_gated"]
 
@@ -33,7 +32,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: Backend = "auto"
         weight: `[D]`, any float dtype.
         eps: added to the mean square.
         backend: `triton` (float32, bfloat16 and float16 on a GPU, D <= 8192), `torch`, `reference` (computes in the
-            dtype of `x`), or `auto`: torch, until `triton` has run on a GPU.
+            dtype of `x`), or `auto`, which is torch until `triton` has run on a GPU (docs/kernels.md).
 
     Returns:
         `[..., D]` in the dtype of `x`.
@@ -47,7 +46,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: Backend = "auto"
     _check("rms_norm", x, weight, backend)
     if backend == "reference":
         return rms_norm_reference(x, weight, eps)
-    if _takes_triton("rms_norm", backend, x, x):
+    if backend == "triton":
+        _check_triton("rms_norm", x, x)
         from perilune.ops.norm.triton import rms_norm_triton
 
         return rms_norm_triton(x, weight, eps)
@@ -71,7 +71,7 @@ def rms_norm_gated(
         eps: added to the mean square.
         gate: "sigmoid" or "swish".
         backend: `triton` (one pass each way; float32, bfloat16 and float16 on a GPU, D <= 8192), `torch`, `reference`
-            (computes in the dtype of `x`), or `auto`: torch, until `triton` has run on a GPU.
+            (computes in the dtype of `x`), or `auto`, which is torch until `triton` has run on a GPU (docs/kernels.md).
 
     Returns:
         `[..., D]` in the dtype of `x`.
@@ -90,7 +90,8 @@ def rms_norm_gated(
     use_swish = gate == "swish"
     if backend == "reference":
         return rms_norm_gated_reference(x, weight, z, eps, use_swish=use_swish)
-    if _takes_triton("rms_norm_gated", backend, x, z):
+    if backend == "triton":
+        _check_triton("rms_norm_gated", x, z)
         from perilune.ops.norm.triton import rms_norm_gated_triton
 
         return rms_norm_gated_triton(x, weight, z, eps, use_swish=use_swish)
@@ -104,24 +105,9 @@ def _check(name: str, x: Tensor, weight: Tensor, backend: str) -> None:
         raise ValueError(f"{name}: backend must be 'auto', 'triton', 'torch' or 'reference', got {backend!r}")
 
 
-def _takes_triton(name: str, backend: str, x: Tensor, z: Tensor) -> bool:
-    """Whether the call goes to the kernels; raises where it was asked to and cannot."""
-    if backend in ("auto", "torch"):
-        return False
-    obstacle = _obstacle(x, z)
-    if obstacle and backend == "triton":
+def _check_triton(name: str, x: Tensor, z: Tensor) -> None:
+    obstacle = triton_obstacle(x, z)
+    if obstacle is None and x.shape[-1] > MAX_TRITON_SIZE:
+        obstacle = f"takes vectors of at most {MAX_TRITON_SIZE} channels, got {x.shape[-1]}"
+    if obstacle is not None:
         raise BackendError(f"{name}: backend 'triton' {obstacle}; use 'torch'")
-    return not obstacle
-
-
-def _obstacle(x: Tensor, z: Tensor) -> str:
-    if find_spec("triton") is None:
-        return "needs the package triton"
-    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"needs tensors on a GPU, got {x.device.type} (or TRITON_INTERPRET=1)"
-    for dtype in (x.dtype, z.dtype):
-        if dtype not in (float32, bfloat16, float16):
-            return f"takes float32, bfloat16 and float16, got {dtype}"
-    if x.shape[-1] > MAX_TRITON_SIZE:
-        return f"takes vectors of at most {MAX_TRITON_SIZE} channels, got {x.shape[-1]}"
-    return ""

@@ -234,6 +234,84 @@ def store_gate_gradients(
 
 
 @triton.jit
+def store_inner_gradients(
+    sum_ptr, gram_ptr, gain_ptr, q_ptr, k_ptr, total_ptr, q_stride, k_stride, length, start,
+    C: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr,
+    FAST: tl.constexpr,
+) -> None:  # fmt: skip
+    """Store the sums `[3, C, BT]` of what rows of the chunk have of each other, at all levels of the tree."""
+    store_near_gradients(
+        sum_ptr, gram_ptr, q_ptr, k_ptr, total_ptr, q_stride, k_stride, length, start,
+        C, K, BK, BT, OP, PRECISION, FAST,
+    )  # fmt: skip
+    tl.debug_barrier()
+    if C >= 32:
+        add_far_gradients(
+            sum_ptr, gram_ptr, gain_ptr, q_ptr, k_ptr, total_ptr, q_stride, k_stride, length, start,
+            16, C, K, BK, BT, OP, PRECISION, FAST,
+        )  # fmt: skip
+    if C >= 64:
+        add_far_gradients(
+            sum_ptr, gram_ptr, gain_ptr, q_ptr, k_ptr, total_ptr, q_stride, k_stride, length, start,
+            32, C, K, BK, BT, OP, PRECISION, FAST,
+        )  # fmt: skip
+
+
+@triton.jit
+def store_key_gradients(
+    dq, dk, dp, q, k, beta, raw_q, k_gain, rows, is_row, mask, scale, along_ptr, gain_ptr, dq_ptr, dk_ptr,
+    dbeta_ptr, C: tl.constexpr, UNIT: tl.constexpr,
+) -> None:  # fmt: skip
+    """From the gradients of scaled queries and of keys in their two roles to those of raw ones and of beta."""
+    own = tl.load(along_ptr + rows)
+    p = k * beta[:, None]
+    dq += own[:, None] * p
+    dp += own[:, None] * q
+    tl.store(dbeta_ptr, tl.sum(k * dp, 1), mask=is_row)
+    dk += beta[:, None] * dp
+    if UNIT:
+        q_unit = tl.load(gain_ptr + 3 * C + rows)
+        unit_q = raw_q.to(tl.float32) * q_unit[:, None]
+        dq = q_unit[:, None] * (scale * dq - unit_q * tl.load(along_ptr + C + rows)[:, None])
+        dk = k_gain[:, None] * (dk - k * tl.load(along_ptr + 2 * C + rows)[:, None])
+    else:
+        dq = dq * scale
+    tl.store(dq_ptr, dq.to(dq_ptr.dtype.element_ty), mask=mask)
+    tl.store(dk_ptr, dk.to(dk_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def outer_gradients(
+    states_ptr, dstates_ptr, decay_ptr, do_ptr, dv_ptr, z_ptr, sum_ptr, gain_ptr, raw_k, total, last, rows, is_row,
+    channels, C: tl.constexpr, BT: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+    OP: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+) -> Any:  # fmt: skip
+    """Add to the sums what comes through the states, and find what passes the whole chunk `[BT]`."""
+    values = tl.arange(0, BV)
+    corner = channels[:, None] * V + values[None, :]
+    in_state = (channels < K)[:, None] & (values < V)[None, :]
+    state = tl.load(states_ptr + corner, mask=in_state, other=0.0).to(OP)
+    dstate = tl.load(dstates_ptr + corner, mask=in_state, other=0.0)
+    end_gain = tl.load(decay_ptr + channels)
+    passed = end_gain * tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1)
+    out = rows[:, None] * (HV * V) + values[None, :]
+    in_values = is_row[:, None] & (values < V)[None, :]
+    do = tl.load(do_ptr + out, mask=in_values, other=0.0).to(OP)
+    dv = tl.load(dv_ptr + out, mask=in_values, other=0.0)
+    z = tl.load(z_ptr + out, mask=in_values, other=0.0)
+    grown = exp2(total, FAST)
+    dq = grown * tl.dot(do, tl.trans(state), input_precision=PRECISION)
+    dk = -grown * tl.dot(dv, tl.trans(state), input_precision=PRECISION)
+    dp = decay_between(total, last[None, :], FAST) * tl.dot(z, tl.trans(dstate), input_precision=PRECISION)
+    passed += tl.sum(raw_k.to(tl.float32) * tl.load(gain_ptr + C + rows)[:, None] * dp, 0)
+    place = rows[:, None] * BT + tl.arange(0, BT)[None, :]
+    dq += tl.load(sum_ptr + place)
+    dk += tl.load(sum_ptr + C * BT + place)
+    dp += tl.load(sum_ptr + 2 * C * BT + place)
+    return dq, dk, dp, passed
+
+
+@triton.jit
 def differentiate_chunks(
     q_ptr, k_ptr, g_ptr, beta_ptr, rate_ptr, bias_ptr, cu_ptr, offset_ptr, sequence_ptr,
     decay_ptr, gain_ptr, total_ptr, states_ptr, z_ptr, do_ptr, dv_ptr, dstates_ptr, gram_ptr, along_ptr, sum_ptr,
@@ -255,9 +333,8 @@ def differentiate_chunks(
     tile = tl.program_id(0) % TILES
     place = (tl.program_id(0) // TILES).to(tl.int64)
     head = (tl.program_id(0) // TILES) % HV
-    chunk = tl.program_id(0) // (TILES * HV)
     start = tile * BT
-    first, end = chunk_place(chunk, cu_ptr, offset_ptr, sequence_ptr, num_sequences, C)
+    first, end = chunk_place(tl.program_id(0) // (TILES * HV), cu_ptr, offset_ptr, sequence_ptr, num_sequences, C)
     channels = start + tl.arange(0, BT)
     if end < first:
         if GATE:
@@ -265,7 +342,7 @@ def differentiate_chunks(
             tl.store(dbias_ptr + place * BK + channels, tl.zeros([BT], tl.float32))
         return
     length = end - first
-    rows, values = tl.arange(0, C), tl.arange(0, BV)
+    rows = tl.arange(0, C)
     is_row = rows < length
     OP: tl.constexpr = z_ptr.dtype.element_ty
     q_ptr += first * q_stride + (head // (HV // H)) * K
@@ -278,70 +355,32 @@ def differentiate_chunks(
     gain_ptr += place * (4 * C)
     along_ptr += place * (3 * C)
     sum_ptr += (place * TILES + tile) * (3 * C * BT)
-    store_near_gradients(
-        sum_ptr, gram_ptr, q_ptr, k_ptr, total_ptr, q_stride, k_stride, length, start,
+    store_inner_gradients(
+        sum_ptr, gram_ptr, gain_ptr, q_ptr, k_ptr, total_ptr, q_stride, k_stride, length, start,
         C, K, BK, BT, OP, PRECISION, FAST,
     )  # fmt: skip
-    tl.debug_barrier()
-    if C >= 32:
-        add_far_gradients(
-            sum_ptr, gram_ptr, gain_ptr, q_ptr, k_ptr, total_ptr, q_stride, k_stride, length, start,
-            16, C, K, BK, BT, OP, PRECISION, FAST,
-        )  # fmt: skip
-    if C >= 64:
-        add_far_gradients(
-            sum_ptr, gram_ptr, gain_ptr, q_ptr, k_ptr, total_ptr, q_stride, k_stride, length, start,
-            32, C, K, BK, BT, OP, PRECISION, FAST,
-        )  # fmt: skip
     mask = is_row[:, None] & (channels < K)[None, :]
     total = tl.load(total_ptr + rows[:, None] * BK + channels[None, :])
     last = tl.load(total_ptr + (C - 1) * BK + channels)
     raw_q = tl.load(q_ptr + rows[:, None] * q_stride + channels[None, :], mask=mask, other=0.0)
     raw_k = tl.load(k_ptr + rows[:, None] * k_stride + channels[None, :], mask=mask, other=0.0)
-    corner = channels[:, None] * V + values[None, :]
-    in_state = (channels < K)[:, None] & (values < V)[None, :]
-    state = tl.load(states_ptr + place * (K * V) + corner, mask=in_state, other=0.0).to(OP)
-    dstate = tl.load(dstates_ptr + place * (K * V) + corner, mask=in_state, other=0.0)
-    end_gain = tl.load(decay_ptr + place * BK + channels)
-    passed = end_gain * tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1)
-    out = rows[:, None] * (HV * V) + values[None, :]
-    in_values = is_row[:, None] & (values < V)[None, :]
-    do = tl.load(do_ptr + values_out + out, mask=in_values, other=0.0).to(OP)
-    dv = tl.load(dv_ptr + values_out + out, mask=in_values, other=0.0)
-    z = tl.load(z_ptr + values_out + out, mask=in_values, other=0.0)
+    dq, dk, dp, passed = outer_gradients(
+        states_ptr + place * (K * V), dstates_ptr + place * (K * V), decay_ptr + place * BK, do_ptr + values_out,
+        dv_ptr + values_out, z_ptr + values_out, sum_ptr, gain_ptr, raw_k, total, last, rows, is_row, channels,
+        C, BT, HV, K, V, BV, OP, PRECISION, FAST,
+    )  # fmt: skip
     k_gain = tl.load(gain_ptr + rows)
-    p_gain = tl.load(gain_ptr + C + rows)
-    q_gain = tl.load(gain_ptr + 2 * C + rows)
-    grown = exp2(total, FAST)
-    dq = grown * tl.dot(do, tl.trans(state), input_precision=PRECISION)
-    dk = -grown * tl.dot(dv, tl.trans(state), input_precision=PRECISION)
-    dp = decay_between(total, last[None, :], FAST) * tl.dot(z, tl.trans(dstate), input_precision=PRECISION)
-    passed += tl.sum(raw_k.to(tl.float32) * p_gain[:, None] * dp, 0)
-    summed = rows[:, None] * BT + tl.arange(0, BT)[None, :]
-    dq += tl.load(sum_ptr + summed)
-    dk += tl.load(sum_ptr + C * BT + summed)
-    dp += tl.load(sum_ptr + 2 * C * BT + summed)
-    q = raw_q.to(tl.float32) * q_gain[:, None]
+    q = raw_q.to(tl.float32) * tl.load(gain_ptr + 2 * C + rows)[:, None]
     k = raw_k.to(tl.float32) * k_gain[:, None]
     beta = load_beta(beta_ptr + first * beta_stride + head, rows * beta_stride, is_row, SIGMOID, DOUBLED)
     p = k * beta[:, None]
     ddecay = passed[None, :] + running_sum(q * dq + k * dk - p * dp, C, OP, PRECISION, REVERSE=True)
-    own = tl.load(along_ptr + rows)
-    dq += own[:, None] * p
-    dp += own[:, None] * q
     dbeta_ptr += (tile.to(tl.int64) * tokens + first) * HV + head
-    tl.store(dbeta_ptr + rows * HV, tl.sum(k * dp, 1), mask=is_row)
-    dk += beta[:, None] * dp
-    if UNIT:
-        q_unit = tl.load(gain_ptr + 3 * C + rows)
-        unit_q = raw_q.to(tl.float32) * q_unit[:, None]
-        dq = q_unit[:, None] * (scale * dq - unit_q * tl.load(along_ptr + C + rows)[:, None])
-        dk = k_gain[:, None] * (dk - k * tl.load(along_ptr + 2 * C + rows)[:, None])
-    else:
-        dq = dq * scale
     offsets = rows[:, None] * (HV * K) + channels[None, :]
-    tl.store(dq_ptr + keys_out + offsets, dq.to(dq_ptr.dtype.element_ty), mask=mask)
-    tl.store(dk_ptr + keys_out + offsets, dk.to(dk_ptr.dtype.element_ty), mask=mask)
+    store_key_gradients(
+        dq, dk, dp, q, k, beta, raw_q, k_gain, rows, is_row, mask, scale, along_ptr, gain_ptr,
+        dq_ptr + keys_out + offsets, dk_ptr + keys_out + offsets, dbeta_ptr + rows * HV, C, UNIT,
+    )  # fmt: skip
     if GATE:
         ddecay = store_gate_gradients(
             ddecay, g_ptr + rows[:, None] * g_stride + channels[None, :], rate_ptr, bias_ptr,

@@ -21,11 +21,14 @@ from perilune.ops.kda.triton.scan import scan_chunks_backward
 
 
 class Saved(NamedTuple):
-    """What a forward keeps for its backward beside the inputs; None is computed again."""
+    """What a forward keeps for its backward beside the inputs and outputs."""
 
     operands: Operands
+    """For the scans."""
     states: Tensor
+    """`[n, HV, K, V]`, state entering each chunk."""
     z: Tensor
+    """`[T, HV, V]`, corrections."""
 
 
 def kda_triton_gradients(
@@ -120,6 +123,49 @@ def _scan_backward(
     return dv, dstates, dinitial
 
 
+def _padded(size: int) -> int:
+    return max(16, triton.next_power_of_2(size))
+
+
+def _differentiate_grams(
+    do: Tensor,
+    dv: Tensor,
+    o: Tensor,
+    saved: Saved,
+    inputs: KdaInputs,
+    plan: ChunkPlan,
+    options: KdaOptions,
+    config: LaunchConfig,
+) -> tuple[Tensor, Tensor]:
+    """Return gradients `[n, HV, 2, C, C]` of products inside chunks, and sums over values `[n, HV, 3, C]`."""
+    shape = sizes(inputs, options)
+    lead = (plan.num_slots, shape.HV)
+    grams = do.new_empty(*lead, 2, shape.C, shape.C, dtype=config.operand_dtype)
+    along = do.new_empty(*lead, 3, shape.C, dtype=torch.float32)
+    differentiate_grams[(plan.num_slots * shape.HV,)](
+        inputs.v,
+        *plan[:3],
+        saved.operands.gain,
+        saved.z,
+        o,
+        do,
+        dv,
+        grams,
+        along,
+        plan.num_sequences,
+        inputs.v.stride(0),
+        HV=shape.HV,
+        V=shape.V,
+        BV=_padded(shape.V),
+        C=shape.C,
+        UNIT=options.qk_l2norm,
+        PRECISION=config.precision,
+        num_warps=4,
+        num_stages=1,
+    )
+    return grams, along
+
+
 def _differentiate(
     do: Tensor,
     dv: Tensor,
@@ -134,37 +180,11 @@ def _differentiate(
     """Return gradients of q, k (per value head if they differ in number), g, beta, A_log and dt_bias."""
     shape, operands = sizes(inputs, options), saved.operands
     tokens, heads, lead = inputs.v.shape[0], shape.HV, (plan.num_slots, shape.HV)
-    padded_values = max(16, triton.next_power_of_2(shape.V))
-    grams = do.new_empty(*lead, 2, shape.C, shape.C, dtype=config.operand_dtype)
-    along = do.new_empty(*lead, 3, shape.C, dtype=torch.float32)
-    differentiate_grams[(plan.num_slots * heads,)](
-        inputs.v,
-        plan.cu_seqlens,
-        plan.offsets,
-        plan.sequences,
-        operands.gain,
-        saved.z,
-        o,
-        do,
-        dv,
-        grams,
-        along,
-        plan.num_sequences,
-        inputs.v.stride(0),
-        HV=heads,
-        V=shape.V,
-        BV=padded_values,
-        C=shape.C,
-        UNIT=options.qk_l2norm,
-        PRECISION=config.precision,
-        num_warps=4,
-        num_stages=1,
-    )
+    grams, along = _differentiate_grams(do, dv, o, saved, inputs, plan, options, config)
     width = min(shape.BK, config.differentiate_keys)
     tiles = shape.BK // width
     per_head = inputs.q.dtype if shape.HV == shape.H else torch.float32
-    dq, dk = (do.new_empty(tokens, heads, shape.K, dtype=per_head) for _ in range(2))
-    dg = do.new_empty(tokens, heads, shape.K, dtype=inputs.g.dtype)
+    dq, dk, dg = (do.new_empty(tokens, heads, shape.K, dtype=x) for x in (per_head, per_head, inputs.g.dtype))
     dbeta = do.new_empty(tiles, tokens, heads, dtype=torch.float32)
     gate = options.gate_in_kernel
     drate = do.new_empty(*(lead if gate else (0, 0)), tiles, dtype=torch.float32)
@@ -176,9 +196,7 @@ def _differentiate(
         inputs.beta,
         inputs.A_log,
         inputs.dt_bias,
-        plan.cu_seqlens,
-        plan.offsets,
-        plan.sequences,
+        *plan[:3],
         operands.decay,
         operands.gain,
         operands.total,
@@ -210,7 +228,7 @@ def _differentiate(
         V=shape.V,
         BK=shape.BK,
         BT=width,
-        BV=padded_values,
+        BV=_padded(shape.V),
         C=shape.C,
         **switches(inputs, options),
         PRECISION=config.precision,
@@ -218,11 +236,20 @@ def _differentiate(
         num_warps=8,
         num_stages=1,
     )
-    dA_log = drate.sum((0, 2)).to(inputs.A_log.dtype) if gate and inputs.A_log is not None else None
-    ddt_bias = None
-    if gate and inputs.dt_bias is not None:
-        ddt_bias = dbias.sum(0)[:, : shape.K].to(inputs.dt_bias.dtype)
-    return dq, dk, dg, _beta_gradient(dbeta.sum(0), inputs.beta, options), dA_log, ddt_bias
+    dbeta = _beta_gradient(dbeta.sum(0), inputs.beta, options)
+    return dq, dk, dg, dbeta, *_gate_gradients(drate, dbias, inputs, options)
+
+
+def _gate_gradients(
+    drate: Tensor, dbias: Tensor, inputs: KdaInputs, options: KdaOptions
+) -> tuple[Tensor | None, Tensor | None]:
+    """Sum the chunks' shares of the gradients of A_log and dt_bias."""
+    if not options.gate_in_kernel:
+        return None, None
+    dA_log = None if inputs.A_log is None else drate.sum((0, 2)).to(inputs.A_log.dtype)
+    if inputs.dt_bias is None:
+        return dA_log, None
+    return dA_log, dbias.sum(0)[:, : inputs.dt_bias.shape[1]].to(inputs.dt_bias.dtype)
 
 
 def _beta_gradient(dbeta: Tensor, raw: Tensor, options: KdaOptions) -> Tensor:

@@ -51,6 +51,32 @@ def near_grams(
 
 
 @triton.jit
+def store_near_blocks(
+    read_gram_ptr, solve_gram_ptr, q_ptr, k_ptr, total_ptr, q_stride, k_stride, length, k_gain, key_scale,
+    C: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr,
+    FAST: tl.constexpr,
+) -> None:  # fmt: skip
+    """Store the read products (without gains) and the inverses of blocks of 16 rows on the diagonals of `[C, C]`."""
+    BLOCKS: tl.constexpr = C // 16
+    small = tl.arange(0, 16)
+    apart = (small[:, None] ^ small[None, :])[None, :, :]
+    is_later = (small[:, None] > small[None, :])[None, :, :]
+    reads, links = near_grams(
+        q_ptr, k_ptr, total_ptr, q_stride, k_stride, length, apart, is_later, BLOCKS, K, BK, BT, OP, PRECISION, FAST
+    )
+    links *= tl.reshape(k_gain, (BLOCKS, 16))[:, :, None] * tl.reshape(key_scale, (BLOCKS, 16))[:, None, :]
+    solve = tl.where(apart == 0, 1.0, 0.0) - tl.where(apart == 1, links, 0.0)
+    for level in tl.static_range(1, 4):
+        link = tl.where((apart >> level) == 1, links, 0.0)
+        solve -= tl.dot(solve, tl.dot(link, solve, input_precision=PRECISION), input_precision=PRECISION)
+    rows = tl.arange(0, BLOCKS)[:, None, None] * 16 + small[None, :, None]
+    columns = tl.arange(0, BLOCKS)[:, None, None] * 16 + small[None, None, :]
+    tl.store(read_gram_ptr + rows * C + columns, reads)
+    tl.store(solve_gram_ptr + rows * C + columns, solve)
+    tl.debug_barrier()
+
+
+@triton.jit
 def load_blocks(gram_ptr, rows, columns, C: tl.constexpr) -> Any:
     """Blocks `[B, S, S]` of a lower triangle of 16-row blocks; what lies above it was never written and is zero."""
     return tl.load(gram_ptr + rows * C + columns, mask=(rows >> 4) >= (columns >> 4), other=0.0)
@@ -152,6 +178,32 @@ def store_totals(
         )  # fmt: skip
         total = running_sum(decay, C, OP, PRECISION, REVERSE=False)
         tl.store(total_ptr + rows[:, None] * BK + channels[None, :], total)
+    tl.debug_barrier()
+
+
+@triton.jit
+def store_solved(
+    read_gram_ptr, solve_gram_ptr, scale_ptr, mix_ptr, solve_ptr, write_ptr, rows,
+    C: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, FOR_BACKWARD: tl.constexpr, OP: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:  # fmt: skip
+    """Store the mixing matrix, the inverse, and, in place of the carried keys, write keys."""
+    reads = load_blocks(read_gram_ptr, rows[:, None], rows[None, :], C)
+    reads *= tl.load(scale_ptr + 2 * C + rows)[:, None] * tl.load(scale_ptr + C + rows)[None, :]
+    solve = load_blocks(solve_gram_ptr, rows[:, None], rows[None, :], C)
+    square = rows[:, None] * C + rows[None, :]
+    mix = tl.dot(reads, solve, input_precision=PRECISION)
+    tl.store(mix_ptr + square, mix.to(OP))
+    solve = solve.to(OP)
+    if FOR_BACKWARD:
+        tl.store(solve_ptr + square, solve)
+    turned = tl.trans(solve)
+    tl.debug_barrier()
+    for start in tl.range(0, BK, BT, num_stages=1):
+        tile = rows[:, None] * BK + start + tl.arange(0, BT)[None, :]
+        write = tl.dot(turned, tl.load(write_ptr + tile), input_precision=PRECISION)
+        tl.debug_barrier()
+        tl.store(write_ptr + tile, write.to(OP))
 
 
 @triton.jit
@@ -205,71 +257,30 @@ def prepare_chunks(
         g_ptr, rate_ptr, bias_ptr, total_ptr, g_stride, rows, is_row, head, lower_bound,
         C, K, BK, BT, GATE, BOUNDED, HAS_RATE, HAS_BIAS, OP, PRECISION, FAST,
     )  # fmt: skip
-    tl.debug_barrier()
-
     store_reads_and_keys(
         q_ptr, k_ptr, total_ptr, read_ptr, key_ptr, write_ptr, decay_ptr + place * BK, q_stride, k_stride, rows, is_row,
         q_gain, k_gain, key_scale, C, K, BK, BT, OP, FAST,
     )  # fmt: skip
-
-    # The tree of anchors. Gains multiply finished products: operands are then rounded once, from the raw inputs.
-    BLOCKS: tl.constexpr = C // 16
-    length = end - first
-    small = tl.arange(0, 16)
-    apart = (small[:, None] ^ small[None, :])[None, :, :]
-    is_later = (small[:, None] > small[None, :])[None, :, :]
-    reads, links = near_grams(
-        q_ptr,
-        k_ptr,
-        total_ptr,
-        q_stride,
-        k_stride,
-        length,
-        apart,
-        is_later,
-        BLOCKS,
-        K,
-        BK,
-        BT,
-        OP,
-        PRECISION,
-        FAST,
-    )
-    links *= tl.reshape(k_gain, (BLOCKS, 16))[:, :, None] * tl.reshape(key_scale, (BLOCKS, 16))[:, None, :]
-    solve = tl.where(apart == 0, 1.0, 0.0) - tl.where(apart == 1, links, 0.0)
-    for level in tl.static_range(1, 4):
-        link = tl.where((apart >> level) == 1, links, 0.0)
-        solve -= tl.dot(solve, tl.dot(link, solve, input_precision=PRECISION), input_precision=PRECISION)
-    blocks = tl.arange(0, BLOCKS)[:, None, None] * 16 + small[None, :, None]
-    columns = tl.arange(0, BLOCKS)[:, None, None] * 16 + small[None, None, :]
+    # Gains multiply finished products: operands are then rounded once, from the raw inputs.
     read_gram_ptr = gram_ptr + place * (2 * C * C)
     solve_gram_ptr = read_gram_ptr + C * C
-    tl.store(read_gram_ptr + blocks * C + columns, reads)
-    tl.store(solve_gram_ptr + blocks * C + columns, solve)
-    tl.debug_barrier()
+    store_near_blocks(
+        read_gram_ptr, solve_gram_ptr, q_ptr, k_ptr, total_ptr, q_stride, k_stride, end - first, k_gain, key_scale,
+        C, K, BK, BT, OP, PRECISION, FAST,
+    )  # fmt: skip
     if C >= 32:
         climb(
-            read_gram_ptr, solve_gram_ptr, scale_ptr, q_ptr, k_ptr, total_ptr, q_stride, k_stride, length,
-            BLOCKS // 2, 16, K, BK, BT, C, OP, PRECISION, FAST,
+            read_gram_ptr, solve_gram_ptr, scale_ptr, q_ptr, k_ptr, total_ptr, q_stride, k_stride, end - first,
+            C // 32, 16, K, BK, BT, C, OP, PRECISION, FAST,
         )  # fmt: skip
     if C >= 64:
         climb(
-            read_gram_ptr, solve_gram_ptr, scale_ptr, q_ptr, k_ptr, total_ptr, q_stride, k_stride, length,
-            BLOCKS // 4, 32, K, BK, BT, C, OP, PRECISION, FAST,
+            read_gram_ptr, solve_gram_ptr, scale_ptr, q_ptr, k_ptr, total_ptr, q_stride, k_stride, end - first,
+            C // 64, 32, K, BK, BT, C, OP, PRECISION, FAST,
         )  # fmt: skip
-    reads = load_blocks(read_gram_ptr, rows[:, None], rows[None, :], C)
-    reads *= tl.load(scale_ptr + 2 * C + rows)[:, None] * tl.load(scale_ptr + C + rows)[None, :]
-    solve = load_blocks(solve_gram_ptr, rows[:, None], rows[None, :], C)
-    square = place * (C * C) + rows[:, None] * C + rows[None, :]
-    mix = tl.dot(reads, solve, input_precision=PRECISION)
-    tl.store(mix_ptr + square, mix.to(OP))
-    solve = solve.to(OP)
-    if FOR_BACKWARD:
-        tl.store(solve_ptr + square, solve)
-    turned = tl.trans(solve)
-    tl.debug_barrier()
-    for start in tl.range(0, BK, BT, num_stages=1):
-        tile = rows[:, None] * BK + start + tl.arange(0, BT)[None, :]
-        write = tl.dot(turned, tl.load(write_ptr + tile), input_precision=PRECISION)
-        tl.debug_barrier()
-        tl.store(write_ptr + tile, write.to(OP))
+    mix_ptr += place * (C * C)
+    solve_ptr += place * (C * C)
+    store_solved(
+        read_gram_ptr, solve_gram_ptr, scale_ptr, mix_ptr, solve_ptr, write_ptr, rows, C, BK, BT, FOR_BACKWARD, OP,
+        PRECISION,
+    )  # fmt: skip
