@@ -11,7 +11,7 @@ from perilune.errors import BackendError
 from perilune.ops.conv.reference import short_conv_reference
 from perilune.ops.conv.torch import short_conv_step_torch, short_conv_torch
 from perilune.ops.layout import SequenceLayout, as_layout
-from perilune.ops.triton_support import triton_obstacle
+from perilune.ops.triton_support import triton_is_default, triton_obstacle
 
 __all__ = ["short_conv", "short_conv_step"]
 
@@ -41,7 +41,7 @@ def short_conv(
         state: `[N, D, W - 1]`, the last inputs of each sequence, oldest first; None for a fresh start.
         activation: "silu", or None.
         backend: `triton` (float32, bfloat16 and float16 on a GPU, W <= 8; x may be a slice of wider rows), `torch`,
-            `reference`, or `auto`, which is torch until `triton` has run on a GPU (docs/kernels.md).
+            `reference`, or `auto`: triton on a GPU, else, and under `torch.compile`, torch.
 
     Returns:
         `y` `[T, D]` in x's dtype, and the new state `[N, D, W - 1]` in the state's (without one, x's) dtype.
@@ -62,6 +62,8 @@ def short_conv(
         return (F.silu(y) if activation else y), new_state
     if backend not in ("auto", "triton", "torch"):
         raise BackendError(f"short_conv: backend must be 'auto', 'triton', 'torch' or 'reference', got {backend!r}")
+    if backend == "auto":
+        backend = "triton" if triton_is_default(x) and weight.shape[1] <= MAX_TRITON_TAPS else "torch"
     if backend == "triton":
         _check_triton(x, weight)
         from perilune.ops.conv.triton import short_conv_triton

@@ -9,7 +9,7 @@ from torch import Tensor
 from perilune.errors import BackendError
 from perilune.ops.norm.reference import rms_norm_gated_reference, rms_norm_reference
 from perilune.ops.norm.torch import rms_norm_gated_torch, rms_norm_torch
-from perilune.ops.triton_support import triton_obstacle
+from perilune.ops.triton_support import triton_is_default, triton_obstacle
 
 __all__ = ["rms_norm", "rms_norm_gated"]
 
@@ -32,7 +32,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: Backend = "auto"
         weight: `[D]`, any float dtype.
         eps: added to the mean square.
         backend: `triton` (float32, bfloat16 and float16 on a GPU, D <= 8192), `torch`, `reference` (computes in the
-            dtype of `x`), or `auto`, which is torch until `triton` has run on a GPU (docs/kernels.md).
+            dtype of `x`), or `auto`: triton on a GPU, else, and under `torch.compile`, torch.
 
     Returns:
         `[..., D]` in the dtype of `x`.
@@ -46,7 +46,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: Backend = "auto"
     _check("rms_norm", x, weight, backend)
     if backend == "reference":
         return rms_norm_reference(x, weight, eps)
-    if backend == "triton":
+    if _use_triton(backend, x, x):
         _check_triton("rms_norm", x, x)
         from perilune.ops.norm.triton import rms_norm_triton
 
@@ -71,7 +71,7 @@ def rms_norm_gated(
         eps: added to the mean square.
         gate: "sigmoid" or "swish".
         backend: `triton` (one pass each way; float32, bfloat16 and float16 on a GPU, D <= 8192), `torch`, `reference`
-            (computes in the dtype of `x`), or `auto`, which is torch until `triton` has run on a GPU (docs/kernels.md).
+            (computes in the dtype of `x`), or `auto`: triton on a GPU, else, and under `torch.compile`, torch.
 
     Returns:
         `[..., D]` in the dtype of `x`.
@@ -90,7 +90,7 @@ def rms_norm_gated(
     use_swish = gate == "swish"
     if backend == "reference":
         return rms_norm_gated_reference(x, weight, z, eps, use_swish=use_swish)
-    if backend == "triton":
+    if _use_triton(backend, x, z):
         _check_triton("rms_norm_gated", x, z)
         from perilune.ops.norm.triton import rms_norm_gated_triton
 
@@ -103,6 +103,12 @@ def _check(name: str, x: Tensor, weight: Tensor, backend: str) -> None:
         raise ValueError(f"{name}: weight must be {list(x.shape[-1:])} like x's last axis, got {list(weight.shape)}")
     if backend not in ("auto", "reference", "torch", "triton"):
         raise ValueError(f"{name}: backend must be 'auto', 'triton', 'torch' or 'reference', got {backend!r}")
+
+
+def _use_triton(backend: str, x: Tensor, z: Tensor) -> bool:
+    if backend == "auto":
+        return x.shape[-1] <= MAX_TRITON_SIZE and triton_is_default(x, z)
+    return backend == "triton"
 
 
 def _check_triton(name: str, x: Tensor, z: Tensor) -> None:

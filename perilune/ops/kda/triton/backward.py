@@ -50,14 +50,14 @@ def store_near_grams(
         tl.dot(do, turned, input_precision=PRECISION) * earlier_gain,
         tl.dot(z, tl.permute(do, (0, 2, 1)), input_precision=PRECISION) * tl.reshape(q_gain, (BLOCKS, 16))[:, None, :],
     )
-    tl.store(gram_ptr + rows * C + columns, reads.to(OP))
+    tl.store(gram_ptr + rows * C + columns, reads.to(gram_ptr.dtype.element_ty))
     dv = load_values(dv_ptr, rows, length, HV, V, BV)
     keys = tl.where(
         rows > columns,
         tl.dot(dv, turned, input_precision=PRECISION) * earlier_gain,
         tl.dot(z, tl.permute(dv, (0, 2, 1)), input_precision=PRECISION) * tl.reshape(k_gain, (BLOCKS, 16))[:, None, :],
     )
-    tl.store(gram_ptr + C * C + rows * C + columns, keys.to(OP))
+    tl.store(gram_ptr + C * C + rows * C + columns, keys.to(gram_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -73,15 +73,15 @@ def store_far_grams(
     place = (earlier + SIZE) * C + corner + tl.arange(0, SIZE)[None, None, :]
     z = tl.permute(load_values(z_ptr, earlier, length, HV, V, BV), (0, 2, 1))
     do = load_values(do_ptr, earlier + SIZE, length, HV, V, BV).to(OP)
-    tl.store(gram_ptr + place, tl.dot(do, z, input_precision=PRECISION).to(OP))
+    tl.store(gram_ptr + place, tl.dot(do, z, input_precision=PRECISION).to(gram_ptr.dtype.element_ty))
     dv = load_values(dv_ptr, earlier + SIZE, length, HV, V, BV)
-    tl.store(gram_ptr + C * C + place, tl.dot(dv, z, input_precision=PRECISION).to(OP))
+    tl.store(gram_ptr + C * C + place, tl.dot(dv, z, input_precision=PRECISION).to(gram_ptr.dtype.element_ty))
 
 
 @triton.jit
 def store_near_gradients(
     sum_ptr, gram_ptr, q_ptr, k_ptr, total_ptr, q_stride, k_stride, length, start,
-    C: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, OP: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr,
     PRECISION: tl.constexpr, FAST: tl.constexpr,
 ) -> None:  # fmt: skip
     """Begin the sums `[3, C, BT]` of gradients (of queries, keys, write keys) with what blocks of 16 rows hold.
@@ -108,10 +108,10 @@ def store_near_gradients(
         factor = decay_between(total, tl.load(total_ptr + anchor * BK + channels), FAST)
         is_later = ((rows >> level) & 1) == 1
         here = ((rows ^ columns) >> level) == 1
-        from_reads = (tl.where(is_later, q, k).to(tl.float32) * factor).to(OP)
-        dreads = tl.dot(tl.where(here, reads, 0.0).to(OP), from_reads, input_precision=PRECISION)
-        from_keys = (k.to(tl.float32) * factor).to(OP)
-        dkeys = tl.dot(tl.where(here, keys, 0.0).to(OP), from_keys, input_precision=PRECISION)
+        from_reads = (tl.where(is_later, q, k).to(tl.float32) * factor).to(gram_ptr.dtype.element_ty)
+        dreads = tl.dot(tl.where(here, reads, 0.0), from_reads, input_precision=PRECISION)
+        from_keys = (k.to(tl.float32) * factor).to(gram_ptr.dtype.element_ty)
+        dkeys = tl.dot(tl.where(here, keys, 0.0), from_keys, input_precision=PRECISION)
         near_q += tl.where(is_later, factor * dreads, 0.0)
         near_k -= tl.where(is_later, factor * dkeys, 0.0)
         near_p += tl.where(is_later, 0.0, factor * (dreads - dkeys))
@@ -124,7 +124,7 @@ def store_near_gradients(
 @triton.jit
 def add_far_gradients(
     sum_ptr, gram_ptr, gain_ptr, q_ptr, k_ptr, total_ptr, q_stride, k_stride, length, start,
-    SIZE: tl.constexpr, C: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, OP: tl.constexpr,
+    SIZE: tl.constexpr, C: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr,
     PRECISION: tl.constexpr, FAST: tl.constexpr,
 ) -> None:  # fmt: skip
     """Add to the sums what the halves of blocks of 2 SIZE rows have of each other."""
@@ -141,17 +141,17 @@ def add_far_gradients(
     until = decay_between(tl.load(total_ptr + earlier * BK + channels), reference, FAST)
     since = decay_between(tl.load(total_ptr + later * BK + channels), reference, FAST)
     k = tl.load(k_ptr + earlier * k_stride + channels, mask=(earlier < length) & (channels < K), other=0.0)
-    p = (k.to(tl.float32) * (until * tl.load(gain_ptr + C + earlier))).to(OP)
+    p = (k.to(tl.float32) * (until * tl.load(gain_ptr + C + earlier))).to(gram_ptr.dtype.element_ty)
     place = sum_ptr + later * BT + inside
     tl.store(place, tl.load(place) + since * tl.dot(reads, p, input_precision=PRECISION))
     place += C * BT
     tl.store(place, tl.load(place) - since * tl.dot(keys, p, input_precision=PRECISION))
     mask = (later < length) & (channels < K)
     q = tl.load(q_ptr + later * q_stride + channels, mask=mask, other=0.0)
-    q = (q.to(tl.float32) * (since * tl.load(gain_ptr + 2 * C + later))).to(OP)
+    q = (q.to(tl.float32) * (since * tl.load(gain_ptr + 2 * C + later))).to(gram_ptr.dtype.element_ty)
     far = tl.dot(tl.permute(reads, (0, 2, 1)), q, input_precision=PRECISION)
     k = tl.load(k_ptr + later * k_stride + channels, mask=mask, other=0.0)
-    k = (k.to(tl.float32) * (since * tl.load(gain_ptr + later))).to(OP)
+    k = (k.to(tl.float32) * (since * tl.load(gain_ptr + later))).to(gram_ptr.dtype.element_ty)
     far -= tl.dot(tl.permute(keys, (0, 2, 1)), k, input_precision=PRECISION)
     place = sum_ptr + 2 * C * BT + earlier * BT + inside
     tl.store(place, tl.load(place) + until * far)
@@ -236,24 +236,24 @@ def store_gate_gradients(
 @triton.jit
 def store_inner_gradients(
     sum_ptr, gram_ptr, gain_ptr, q_ptr, k_ptr, total_ptr, q_stride, k_stride, length, start,
-    C: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr,
     FAST: tl.constexpr,
 ) -> None:  # fmt: skip
     """Store the sums `[3, C, BT]` of what rows of the chunk have of each other, at all levels of the tree."""
     store_near_gradients(
         sum_ptr, gram_ptr, q_ptr, k_ptr, total_ptr, q_stride, k_stride, length, start,
-        C, K, BK, BT, OP, PRECISION, FAST,
+        C, K, BK, BT, PRECISION, FAST,
     )  # fmt: skip
     tl.debug_barrier()
     if C >= 32:
         add_far_gradients(
             sum_ptr, gram_ptr, gain_ptr, q_ptr, k_ptr, total_ptr, q_stride, k_stride, length, start,
-            16, C, K, BK, BT, OP, PRECISION, FAST,
+            16, C, K, BK, BT, PRECISION, FAST,
         )  # fmt: skip
     if C >= 64:
         add_far_gradients(
             sum_ptr, gram_ptr, gain_ptr, q_ptr, k_ptr, total_ptr, q_stride, k_stride, length, start,
-            32, C, K, BK, BT, OP, PRECISION, FAST,
+            32, C, K, BK, BT, PRECISION, FAST,
         )  # fmt: skip
 
 
@@ -320,7 +320,7 @@ def differentiate_chunks(
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr, BOUNDED: tl.constexpr, HAS_RATE: tl.constexpr,
     HAS_BIAS: tl.constexpr, UNIT: tl.constexpr, SIGMOID: tl.constexpr, DOUBLED: tl.constexpr,
-    PRECISION: tl.constexpr, FAST: tl.constexpr,
+    PRECISION: tl.constexpr, INNER_PRECISION: tl.constexpr, FAST: tl.constexpr,
 ) -> None:  # fmt: skip
     """BT key channels of one value head of one chunk, from the gradients of products and states to those of the inputs.
 
@@ -357,7 +357,7 @@ def differentiate_chunks(
     sum_ptr += (place * TILES + tile) * (3 * C * BT)
     store_inner_gradients(
         sum_ptr, gram_ptr, gain_ptr, q_ptr, k_ptr, total_ptr, q_stride, k_stride, length, start,
-        C, K, BK, BT, OP, PRECISION, FAST,
+        C, K, BK, BT, INNER_PRECISION, FAST,
     )  # fmt: skip
     mask = is_row[:, None] & (channels < K)[None, :]
     total = tl.load(total_ptr + rows[:, None] * BK + channels[None, :])

@@ -140,7 +140,7 @@ def _differentiate_grams(
     """Return gradients `[n, HV, 2, C, C]` of products inside chunks, and sums over values `[n, HV, 3, C]`."""
     shape = sizes(inputs, options)
     lead = (plan.num_slots, shape.HV)
-    grams = do.new_empty(*lead, 2, shape.C, shape.C, dtype=config.operand_dtype)
+    grams = do.new_empty(*lead, 2, shape.C, shape.C, dtype=torch.float32)
     along = do.new_empty(*lead, 3, shape.C, dtype=torch.float32)
     differentiate_grams[(plan.num_slots * shape.HV,)](
         inputs.v,
@@ -232,8 +232,9 @@ def _differentiate(
         C=shape.C,
         **switches(inputs, options),
         PRECISION=config.precision,
+        INNER_PRECISION=config.inner_precision,
         FAST=IS_COMPILED,
-        num_warps=8,
+        num_warps=config.differentiate_warps,
         num_stages=1,
     )
     dbeta = _beta_gradient(dbeta.sum(0), inputs.beta, options)

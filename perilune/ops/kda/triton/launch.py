@@ -14,10 +14,14 @@ class LaunchConfig:
     """Of matrix operands: bfloat16 for half-width inputs (float16 would overflow), else float32."""
     precision: str
     """Of matrix products with float32 operands."""
+    inner_precision: str
+    """Of products inside chunks in the backward: gradients of the gate are differences of what they give."""
     prepare_keys: int
     """Key channels that the first kernel takes at once."""
     differentiate_keys: int
-    """Key channels of a program of the last kernel, which has 8 warps (all others have 4)."""
+    """Key channels of a program of the last kernel."""
+    differentiate_warps: int
+    """Warps of a program of the last kernel; all others have 4."""
     scan_stages: int
     """Chunks whose operands are under way at once."""
     max_values: int
@@ -37,17 +41,21 @@ def launch_config(dtype: torch.dtype, key_dim: int) -> LaunchConfig:
         return LaunchConfig(
             operand_dtype=torch.float32,
             precision="ieee",
+            inner_precision="ieee",
             prepare_keys=32,
             differentiate_keys=32,
+            differentiate_warps=8,
             scan_stages=1,
             max_values=16,
         )
     return LaunchConfig(
         operand_dtype=torch.bfloat16,
         precision="tf32",
+        inner_precision="tf32x3",
         prepare_keys=32,
         # 32 channels and 4 warps are a third faster, but gave wrong gradients of the gate (docs/kernels.md).
         differentiate_keys=64,
+        differentiate_warps=8,
         scan_stages=1 if key_dim > 128 else 3,
         max_values=32,
     )
