@@ -36,6 +36,7 @@ GRID = {
     "scale 1": Case(raw=True, lengths=(64, 33), scale=1.0, **WIDE),
     "repeated raw keys": Case(raw=True, lengths=(200, 1), keys="repeated", **WIDE),
     "zero raw keys": Case(raw=True, lengths=(200, 1), keys="some_zero", **WIDE),
+    "128 x 256": Case(raw=True, lengths=(65, 130), key_dim=128, value_dim=256, chunk_size=64),
     "64": Case(raw=True, lengths=(500, 17), **NARROW),
     "100 x 60, doubled beta": Case(
         raw=True, lengths=(130, 0, 5), key_dim=100, value_dim=60, chunk_size=64, switches={"allow_neg_eigval": True}

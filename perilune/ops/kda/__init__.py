@@ -16,7 +16,6 @@ from perilune.ops.kda.arguments import (
     check_tensors,
     check_writable,
     compute_dtype,
-    needs_gradients,
     shaped_gate_parameters,
     state_shape,
 )
@@ -94,7 +93,7 @@ def kda(
         return_chunk_states: also return the state entering each chunk, `[chunks, HV, K, V]`, sequence by sequence.
         save_states: `triton` only: whether the forward keeps for the backward what it computed (about 2.3 kB per token
             and head at K = V = 128), or has it computed again. Under `torch.compile` it is always computed again.
-        backend: `auto` (`torch` where gradients are needed, else what `kda_backend` says), `triton` (GPU kernels, K and
+        backend: `auto` (what `kda_backend` says), `triton` (GPU kernels, K and
             V up to 256), `torch` (chunkwise, any device) or `reference` (token by token). `triton` does not read
             `cu_seqlens` given as a tensor, and so does not check it; only `return_chunk_states` then waits for it.
 
@@ -133,8 +132,7 @@ def kda(
         chunk_size=chunk_size,
         return_chunk_states=return_chunk_states,
     )
-    differentiable = needs_gradients(q, k, v, g, beta, A_log, dt_bias, initial_state)
-    chosen = _checked_backend(q, v, backend, differentiable)
+    chosen = _checked_backend(q, v, backend)
     if chosen != "reference" and compiler.is_compiling():
         state = _initial_state(initial_state, _num_sequences(q, cu_seqlens), q, v, compute, state_v_first)
         tensors = (*_packed(q, k, v, g, beta, q.shape[0] * q.shape[1]), A_log, dt_bias, state)
@@ -237,17 +235,14 @@ def kda_step(
     return advance_states(inputs, options, state_v_first, out_state)
 
 
-def kda_backend(q: Tensor, v: Tensor, *, needs_gradients: bool) -> str:
+def kda_backend(q: Tensor, v: Tensor) -> str:
     """What `backend="auto"` is for these tensors: `triton` for bfloat16 and float16 on a GPU, else `torch`.
-
-    With gradients it is `torch`: the backward of `triton` is not to be trusted on a GPU yet (docs/kernels.md).
 
     Args:
         q: `[..., K]`.
         v: `[..., V]`.
-        needs_gradients: whether the call is to be differentiated.
     """
-    if needs_gradients or not q.is_cuda or q.dtype not in HALF_TYPES:
+    if not q.is_cuda or q.dtype not in HALF_TYPES:
         return "torch"
     return "torch" if _why_not_triton(q, v) else "triton"
 
@@ -259,9 +254,9 @@ def _why_not_triton(q: Tensor, v: Tensor) -> str | None:
     return obstacle
 
 
-def _checked_backend(q: Tensor, v: Tensor, backend: str, differentiable: bool) -> str:
+def _checked_backend(q: Tensor, v: Tensor, backend: str) -> str:
     if backend == "auto":
-        return kda_backend(q, v, needs_gradients=differentiable)
+        return kda_backend(q, v)
     if backend not in ("triton", "torch", "reference"):
         raise BackendError(f"kda: backend must be 'auto', 'triton', 'torch' or 'reference', got {backend!r}")
     reason = _why_not_triton(q, v) if backend == "triton" else None

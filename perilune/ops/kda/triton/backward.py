@@ -16,6 +16,7 @@ from perilune.ops.kda.triton.common import (
     exp2,
     load_beta,
     load_log_decay,
+    rounded,
     sigmoid,
 )
 
@@ -31,6 +32,7 @@ def load_values(x_ptr, rows, length, HV: tl.constexpr, V: tl.constexpr, BV: tl.c
 def store_near_grams(
     gram_ptr, do_ptr, dv_ptr, z_ptr, length, p_gain, q_gain, k_gain,
     C: tl.constexpr, HV: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr,
+    FAST: tl.constexpr,
 ) -> None:  # fmt: skip
     """Gradients of read and key products inside blocks of 16 rows, mirrored, into the diagonal of two squares `[C, C]`.
 
@@ -49,21 +51,21 @@ def store_near_grams(
         tl.dot(do, turned, input_precision=PRECISION) * earlier_gain,
         tl.dot(z, tl.permute(do, (0, 2, 1)), input_precision=PRECISION) * tl.reshape(q_gain, (BLOCKS, 16))[:, None, :],
     )
-    tl.store(gram_ptr + rows * C + columns, reads.to(gram_ptr.dtype.element_ty))
+    tl.store(gram_ptr + rows * C + columns, rounded(reads, PRECISION, FAST))
     dv = load_values(dv_ptr, rows, length, HV, V, BV)
     keys = tl.where(
         rows > columns,
         tl.dot(dv, turned, input_precision=PRECISION) * earlier_gain,
         tl.dot(z, tl.permute(dv, (0, 2, 1)), input_precision=PRECISION) * tl.reshape(k_gain, (BLOCKS, 16))[:, None, :],
     )
-    tl.store(gram_ptr + C * C + rows * C + columns, keys.to(gram_ptr.dtype.element_ty))
+    tl.store(gram_ptr + C * C + rows * C + columns, rounded(keys, PRECISION, FAST))
 
 
 @triton.jit
 def store_far_grams(
     gram_ptr, do_ptr, dv_ptr, z_ptr, length,
     SIZE: tl.constexpr, C: tl.constexpr, HV: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, OP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, FAST: tl.constexpr,
 ) -> None:  # fmt: skip
     """Gradients of the products of later halves of 2 SIZE rows with earlier ones, without gains, into the squares."""
     PAIRS: tl.constexpr = C // (2 * SIZE)
@@ -72,9 +74,9 @@ def store_far_grams(
     place = (earlier + SIZE) * C + corner + tl.arange(0, SIZE)[None, None, :]
     z = tl.permute(load_values(z_ptr, earlier, length, HV, V, BV), (0, 2, 1))
     do = load_values(do_ptr, earlier + SIZE, length, HV, V, BV).to(OP)
-    tl.store(gram_ptr + place, tl.dot(do, z, input_precision=PRECISION).to(gram_ptr.dtype.element_ty))
+    tl.store(gram_ptr + place, rounded(tl.dot(do, z, input_precision=PRECISION), PRECISION, FAST))
     dv = load_values(dv_ptr, earlier + SIZE, length, HV, V, BV)
-    tl.store(gram_ptr + C * C + place, tl.dot(dv, z, input_precision=PRECISION).to(gram_ptr.dtype.element_ty))
+    tl.store(gram_ptr + C * C + place, rounded(tl.dot(dv, z, input_precision=PRECISION), PRECISION, FAST))
 
 
 @triton.jit
@@ -107,9 +109,9 @@ def store_near_gradients(
         factor = decay_between(total, tl.load(total_ptr + anchor * BK + channels), FAST)
         is_later = ((rows >> level) & 1) == 1
         here = ((rows ^ columns) >> level) == 1
-        from_reads = (tl.where(is_later, q, k).to(tl.float32) * factor).to(gram_ptr.dtype.element_ty)
+        from_reads = rounded(tl.where(is_later, q, k).to(tl.float32) * factor, PRECISION, FAST)
         dreads = tl.dot(tl.where(here, reads, 0.0), from_reads, input_precision=PRECISION)
-        from_keys = (k.to(tl.float32) * factor).to(gram_ptr.dtype.element_ty)
+        from_keys = rounded(k.to(tl.float32) * factor, PRECISION, FAST)
         dkeys = tl.dot(tl.where(here, keys, 0.0), from_keys, input_precision=PRECISION)
         near_q += tl.where(is_later, factor * dreads, 0.0)
         near_k -= tl.where(is_later, factor * dkeys, 0.0)
@@ -140,17 +142,17 @@ def add_far_gradients(
     until = decay_between(tl.load(total_ptr + earlier * BK + channels), reference, FAST)
     since = decay_between(tl.load(total_ptr + later * BK + channels), reference, FAST)
     k = tl.load(k_ptr + earlier * k_stride + channels, mask=(earlier < length) & (channels < K), other=0.0)
-    p = (k.to(tl.float32) * (until * tl.load(gain_ptr + C + earlier))).to(gram_ptr.dtype.element_ty)
+    p = rounded(k.to(tl.float32) * (until * tl.load(gain_ptr + C + earlier)), PRECISION, FAST)
     place = sum_ptr + later * BT + inside
     tl.store(place, tl.load(place) + since * tl.dot(reads, p, input_precision=PRECISION))
     place += C * BT
     tl.store(place, tl.load(place) - since * tl.dot(keys, p, input_precision=PRECISION))
     mask = (later < length) & (channels < K)
     q = tl.load(q_ptr + later * q_stride + channels, mask=mask, other=0.0)
-    q = (q.to(tl.float32) * (since * tl.load(gain_ptr + 2 * C + later))).to(gram_ptr.dtype.element_ty)
+    q = rounded(q.to(tl.float32) * (since * tl.load(gain_ptr + 2 * C + later)), PRECISION, FAST)
     far = tl.dot(tl.permute(reads, (0, 2, 1)), q, input_precision=PRECISION)
     k = tl.load(k_ptr + later * k_stride + channels, mask=mask, other=0.0)
-    k = (k.to(tl.float32) * (since * tl.load(gain_ptr + later))).to(gram_ptr.dtype.element_ty)
+    k = rounded(k.to(tl.float32) * (since * tl.load(gain_ptr + later)), PRECISION, FAST)
     far -= tl.dot(tl.permute(keys, (0, 2, 1)), k, input_precision=PRECISION)
     place = sum_ptr + 2 * C * BT + earlier * BT + inside
     tl.store(place, tl.load(place) + until * far)
@@ -162,6 +164,7 @@ def differentiate_grams(
     v_ptr, cu_ptr, offset_ptr, sequence_ptr, gain_ptr, z_ptr, o_ptr, do_ptr, dv_ptr, gram_ptr, along_ptr,
     num_sequences, v_stride,
     HV: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    FAST: tl.constexpr,
 ) -> None:  # fmt: skip
     """Gradients of the products inside one chunk of one value head, `[2, C, C]`, and three sums over values `[3, C]`.
 
@@ -191,11 +194,13 @@ def differentiate_grams(
     do_rows = do_ptr + values_out
     dv_rows = dv_ptr + values_out
     z_rows = z_ptr + values_out
-    store_near_grams(gram_ptr, do_rows, dv_rows, z_rows, length, p_gain, q_gain, k_gain, C, HV, V, BV, OP, PRECISION)
+    store_near_grams(
+        gram_ptr, do_rows, dv_rows, z_rows, length, p_gain, q_gain, k_gain, C, HV, V, BV, OP, PRECISION, FAST
+    )
     if C >= 32:
-        store_far_grams(gram_ptr, do_rows, dv_rows, z_rows, length, 16, C, HV, V, BV, OP, PRECISION)
+        store_far_grams(gram_ptr, do_rows, dv_rows, z_rows, length, 16, C, HV, V, BV, OP, PRECISION, FAST)
     if C >= 64:
-        store_far_grams(gram_ptr, do_rows, dv_rows, z_rows, length, 32, C, HV, V, BV, OP, PRECISION)
+        store_far_grams(gram_ptr, do_rows, dv_rows, z_rows, length, 32, C, HV, V, BV, OP, PRECISION, FAST)
     out = rows[:, None] * (HV * V) + values[None, :]
     in_values = (rows < length)[:, None] & (values < V)[None, :]
     z = tl.load(z_rows + out, mask=in_values, other=0.0).to(tl.float32)
@@ -319,7 +324,7 @@ def differentiate_chunks(
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr, BOUNDED: tl.constexpr, HAS_RATE: tl.constexpr,
     HAS_BIAS: tl.constexpr, UNIT: tl.constexpr, SIGMOID: tl.constexpr, DOUBLED: tl.constexpr,
-    PRECISION: tl.constexpr, INNER_PRECISION: tl.constexpr, FAST: tl.constexpr,
+    PRECISION: tl.constexpr, FAST: tl.constexpr,
 ) -> None:  # fmt: skip
     """BT key channels of one value head of one chunk, from the gradients of products and states to those of the inputs.
 
@@ -356,7 +361,7 @@ def differentiate_chunks(
     sum_ptr += (place * TILES + tile) * (3 * C * BT)
     store_inner_gradients(
         sum_ptr, gram_ptr, gain_ptr, q_ptr, k_ptr, total_ptr, q_stride, k_stride, length, start,
-        C, K, BK, BT, INNER_PRECISION, FAST,
+        C, K, BK, BT, PRECISION, FAST,
     )  # fmt: skip
     mask = is_row[:, None] & (channels < K)[None, :]
     total = tl.load(total_ptr + rows[:, None] * BK + channels[None, :])

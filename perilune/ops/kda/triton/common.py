@@ -37,6 +37,15 @@ def sigmoid(x, FAST: tl.constexpr) -> Any:
 
 
 @triton.jit
+def rounded(x, PRECISION: tl.constexpr, FAST: tl.constexpr) -> Any:
+    """Round an operand of a product to the nearest tf32, where matrix units would cut the last bits off."""
+    if FAST and PRECISION == "tf32":
+        bits = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,f", [x], tl.int32, False, 1)
+        return bits.to(tl.float32, bitcast=True)
+    return x
+
+
+@triton.jit
 def running_sum(x, C: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr) -> Any:
     """Sums `[C, B]` of rows up to and including each one.
 

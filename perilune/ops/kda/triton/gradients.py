@@ -160,6 +160,7 @@ def _differentiate_grams(
         C=shape.C,
         UNIT=options.qk_l2norm,
         PRECISION=config.precision,
+        FAST=IS_COMPILED,
         num_warps=4,
         num_stages=1,
     )
@@ -232,7 +233,6 @@ def _differentiate(
         C=shape.C,
         **switches(inputs, options),
         PRECISION=config.precision,
-        INNER_PRECISION=config.inner_precision,
         FAST=IS_COMPILED,
         num_warps=config.differentiate_warps,
         num_stages=1,

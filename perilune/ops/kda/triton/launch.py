@@ -14,8 +14,6 @@ class LaunchConfig:
     """Of matrix operands: bfloat16 for half-width inputs (float16 would overflow), else float32."""
     precision: str
     """Of matrix products with float32 operands."""
-    inner_precision: str
-    """Of products inside chunks in the backward: gradients of the gate are differences of what they give."""
     prepare_keys: int
     """Key channels that the first kernel takes at once."""
     differentiate_keys: int
@@ -41,7 +39,6 @@ def launch_config(dtype: torch.dtype, key_dim: int) -> LaunchConfig:
         return LaunchConfig(
             operand_dtype=torch.float32,
             precision="ieee",
-            inner_precision="ieee",
             prepare_keys=32,
             differentiate_keys=32,
             differentiate_warps=8,
@@ -51,7 +48,6 @@ def launch_config(dtype: torch.dtype, key_dim: int) -> LaunchConfig:
     return LaunchConfig(
         operand_dtype=torch.bfloat16,
         precision="tf32",
-        inner_precision="tf32x3",
         prepare_keys=32,
         differentiate_keys=32,
         differentiate_warps=4,
