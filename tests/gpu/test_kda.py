@@ -63,6 +63,22 @@ GRID = {
     },
 }
 
+SEGMENTED = {
+    "empty and single": 1,
+    "128 x 256": 1,
+    "64": 3,
+    "100 x 60, doubled beta": 1,
+    "bounded, grouped": 3,
+    "chunks of 32": 2,
+    "16 x 32, chunks of 16": 1,
+    "gate zero, keys random, beta None": 1,
+    "gate init, keys correlated, beta 1.0": 2,
+    "gate hundred, keys repeated, beta None": 1,
+    "gate masks_and_init, keys random, beta None": 2,
+}
+"""Cases of the grid with the chunks of their segments."""
+BOTH_WALKS = pytest.mark.parametrize("segments", [None, 2], ids=["whole", "in segments"])
+
 
 def leaves(case, dtype=torch.bfloat16, seed=0):
     """Leaf tensors in `dtype` on the device; states and gate parameters in float32."""
@@ -71,8 +87,9 @@ def leaves(case, dtype=torch.bfloat16, seed=0):
     return {name: x.to(DEVICE).requires_grad_() for name, x in kept.items()}
 
 
-def options(case):
-    return {**case.options(), "cu_seqlens": SequenceLayout.from_lengths(case.lengths, DEVICE)}
+def options(case, segments=None):
+    layout = SequenceLayout.from_lengths(case.lengths, DEVICE)
+    return {**case.options(), "cu_seqlens": layout, "segment_chunks": segments}
 
 
 def pulled_back(case, tensors, **changes):
@@ -151,50 +168,76 @@ def test_values_and_gradients_stay_within_the_limits(case):
     check(case, torch.bfloat16, LIMITS)
 
 
+@pytest.mark.parametrize("name", SEGMENTED)
+def test_segments_stay_within_the_limits(name):
+    check(GRID[name], torch.bfloat16, LIMITS, segment_chunks=SEGMENTED[name])
+
+
+@pytest.mark.parametrize("gate", ["tiny", "zero"])
+def test_many_segments_of_slow_decay_stay_within_the_limits(gate):
+    """Whatever enters the first of 64 segments is still there at the end."""
+    case = Case(lengths=(4096, 77), gate=gate, keys="correlated", beta=0.5, **WIDE)
+    check(case, torch.bfloat16, LIMITS, segment_chunks=1)
+
+
+def test_one_segment_is_one_walk():
+    """But for what the fold hands on."""
+    tensors = leaves(MAIN)
+    whole, found = (pulled_back(MAIN, tensors, backend="triton", segment_chunks=chunks) for chunks in (None, 8))
+    assert_same_bits(found, whole, "final_state", "dinitial_state", *PARAMETERS)
+    assert max(relative_errors(found, whole).values()) < 1e-2
+
+
 def test_float16_stays_within_the_limits():
     check(GRID["64"], torch.float16, LIMITS)
 
 
-def test_float32_is_closer():
+@pytest.mark.parametrize("segments", [None, 1])
+def test_float32_is_closer(segments):
     case = Case(raw=True, lengths=(37, 0, 130), key_dim=32, value_dim=32, chunk_size=64)
-    check(case, torch.float32, dict.fromkeys(LIMITS, 1e-4))
+    check(case, torch.float32, dict.fromkeys(LIMITS, 1e-4), segment_chunks=segments)
 
 
-def test_what_the_forward_keeps_is_what_the_backward_computes_again():
-    tensors = leaves(MAIN)
-    again, kept = (pulled_back(MAIN, tensors, backend="triton", save_states=save) for save in (False, True))
+@BOTH_WALKS
+def test_what_the_forward_keeps_is_what_the_backward_computes_again(segments):
+    tensors, changes = leaves(MAIN), {"backend": "triton", "segment_chunks": segments}
+    again, kept = (pulled_back(MAIN, tensors, save_states=save, **changes) for save in (False, True))
     assert max(relative_errors(kept, again).values()) < 1e-3
 
 
+@BOTH_WALKS
 @pytest.mark.parametrize("save_states", [False, True])
-def test_chunk_states_are_right_and_leave_gradients_as_they_are(save_states):
-    tensors = leaves(MAIN)
-    plain = pulled_back(MAIN, tensors, backend="triton")
-    with_states = pulled_back(MAIN, tensors, backend="triton", save_states=save_states, return_chunk_states=True)
+def test_chunk_states_are_right_and_leave_gradients_as_they_are(save_states, segments):
+    tensors, changes = leaves(MAIN), {"backend": "triton", "segment_chunks": segments}
+    plain = pulled_back(MAIN, tensors, **changes)
+    with_states = pulled_back(MAIN, tensors, **changes, save_states=save_states, return_chunk_states=True)
     assert max(relative_errors(with_states, plain).values()) < 1e-3
     arguments = {**options(MAIN), "return_chunk_states": True}
-    found = kda(**constants(tensors), **arguments, backend="triton")[2]
+    found = kda(**constants(tensors), **{**arguments, **changes})[2]
     wanted = kda(**as_dtype(tensors, torch.float64), **arguments, backend="torch")[2]
     assert found.shape == wanted.shape
     assert relative_error(found, wanted) < LIMITS["final_state"]
 
 
+@BOTH_WALKS
 @pytest.mark.parametrize("cut", [64, 150, 299])
-def test_edits_after_a_token_change_no_bit_before_it(cut):
+def test_edits_after_a_token_change_no_bit_before_it(cut, segments):
     tensors = leaves(MAIN)
-    check_prefix(MAIN, tensors, edited_after(cut, tensors, leaves(MAIN, seed=3)), cut, **options(MAIN))
+    check_prefix(MAIN, tensors, edited_after(cut, tensors, leaves(MAIN, seed=3)), cut, **options(MAIN, segments))
 
 
-def test_cutting_a_sequence_off_changes_no_bit_before_the_cut():
+@BOTH_WALKS
+def test_cutting_a_sequence_off_changes_no_bit_before_the_cut(segments):
     tensors = leaves(MAIN)
-    whole = kda(**constants(tensors), **options(MAIN), backend="triton")[0]
+    whole = kda(**constants(tensors), **options(MAIN, segments), backend="triton")[0]
     layout = SequenceLayout.from_lengths((150, 1), DEVICE)
     part = constants(piece(tensors, slice(0, 151), slice(0, 2)))
-    o = kda(**part, **{**options(MAIN), "cu_seqlens": layout}, backend="triton")[0]
+    o = kda(**part, **{**options(MAIN, segments), "cu_seqlens": layout}, backend="triton")[0]
     assert torch.equal(o[:, :150], whole[:, :150])
 
 
-def test_permuting_sequences_permutes_results():
+@BOTH_WALKS
+def test_permuting_sequences_permutes_results(segments):
     order = [3, 1, 0, 2]
     tensors = leaves(MAIN)
     parts = {name: x.detach().split(MAIN.lengths, 1) for name, x in tensors.items() if name in PACKED}
@@ -202,56 +245,61 @@ def test_permuting_sequences_permutes_results():
     permuted["initial_state"] = tensors["initial_state"][order]
     permuted = as_leaves({**tensors, **permuted})
     layout = SequenceLayout.from_lengths([MAIN.lengths[i] for i in order], DEVICE)
-    wanted = squares(tensors, **options(MAIN), backend="triton")
-    found = squares(permuted, **{**options(MAIN), "cu_seqlens": layout}, backend="triton")
+    wanted = squares(tensors, **options(MAIN, segments), backend="triton")
+    found = squares(permuted, **{**options(MAIN, segments), "cu_seqlens": layout}, backend="triton")
     for name in wanted.keys() - PARAMETERS:
         before = by_sequence(name, wanted[name], MAIN.lengths)
         after = by_sequence(name, found[name], layout.lengths)
         assert all(torch.equal(part, before[i]) for part, i in zip(after, order, strict=True)), name
 
 
-def test_neighbors_in_a_pack_change_no_bit():
+@BOTH_WALKS
+def test_neighbors_in_a_pack_change_no_bit(segments):
     """With many of them slices of the state are wider, with none N is a constant."""
     case = Case(raw=True, lengths=(*(17,) * 19, 466), **WIDE)
     tensors, results = leaves(case), []
     for start, first, lengths in ((0, 0, case.lengths), (17 * 18, 18, (17, 466)), (17 * 19, 19, (466,))):
         part = piece(tensors, slice(start, None), slice(first, None))
         layout = SequenceLayout.from_lengths(lengths, DEVICE)
-        found = squares(part, **{**options(case), "cu_seqlens": layout}, backend="triton")
+        found = squares(part, **{**options(case, segments), "cu_seqlens": layout}, backend="triton")
         results.append({name: by_sequence(name, x, lengths)[-1] for name, x in found.items()})
     assert_same_bits(results[1], results[0], *PARAMETERS)
     assert_same_bits(results[2], results[0], *PARAMETERS)
 
 
-def test_a_sequence_of_nans_does_not_reach_the_others():
+@BOTH_WALKS
+def test_a_sequence_of_nans_does_not_reach_the_others(segments):
     tensors = leaves(MAIN)
     spoiled = as_leaves(tensors)
     for name in PACKED:
         spoiled[name].data[:, :300] = torch.nan
-    clean, found = (squares(x, **options(MAIN), backend="triton") for x in (tensors, spoiled))
+    clean, found = (squares(x, **options(MAIN, segments), backend="triton") for x in (tensors, spoiled))
     for name in clean.keys() - PARAMETERS:
         parts = (by_sequence(name, x[name], MAIN.lengths)[1:] for x in (clean, found))
         assert all(torch.equal(*pair) for pair in zip(*parts, strict=True)), name
 
 
-def test_a_split_at_a_chunk_with_the_state_carried_changes_no_bit():
+@pytest.mark.parametrize("segments", [None, 1])
+def test_a_split_at_a_chunk_with_the_state_carried_changes_no_bit(segments):
+    """At a segment, where there are any."""
     tensors = constants(leaves(MAIN))
-    whole, final = kda(**tensors, **options(MAIN), backend="triton")
+    whole, final = kda(**tensors, **options(MAIN, segments), backend="triton")
     state, parts = tensors["initial_state"][-1:], []
     for start, length in ((301, 128), (429, 64), (493, 274)):
         part = piece(tensors, slice(start, start + length), slice(3, None))
         part["initial_state"] = state
         layout = SequenceLayout.from_lengths([length], DEVICE)
-        o, state = kda(**constants(part), **{**options(MAIN), "cu_seqlens": layout}, backend="triton")
+        o, state = kda(**constants(part), **{**options(MAIN, segments), "cu_seqlens": layout}, backend="triton")
         parts.append(o)
     assert torch.equal(torch.cat(parts, 1), whole[:, 301:])
     assert torch.equal(state, final[-1:])
 
 
+@BOTH_WALKS
 @pytest.mark.parametrize("save_states", [False, True])
-def test_repeats_are_equal_to_the_last_bit(save_states):
+def test_repeats_are_equal_to_the_last_bit(save_states, segments):
     tensors = leaves(MAIN)
-    runs = [squares(tensors, **options(MAIN), backend="triton", save_states=save_states) for _ in range(4)]
+    runs = [squares(tensors, **options(MAIN, segments), backend="triton", save_states=save_states) for _ in range(4)]
     for run in runs[1:]:
         assert_same_bits(run, runs[0])
 
@@ -284,10 +332,11 @@ def lengths_argument(case, host_knows):
     return torch.tensor([0, 300, 300, 301, 700], dtype=torch.int32, device=DEVICE)
 
 
+@BOTH_WALKS
 @pytest.mark.parametrize("host_knows", [True, False])
-def test_a_captured_forward_is_the_eager_one(host_knows):
+def test_a_captured_forward_is_the_eager_one(host_knows, segments):
     tensors = constants(leaves(MAIN))
-    arguments = {**options(MAIN), "cu_seqlens": lengths_argument(MAIN, host_knows), "backend": "triton"}
+    arguments = {**options(MAIN, segments), "cu_seqlens": lengths_argument(MAIN, host_knows), "backend": "triton"}
     expected = kda(**tensors, **arguments)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -299,10 +348,11 @@ def test_a_captured_forward_is_the_eager_one(host_knows):
         assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
-def test_a_replay_follows_new_lengths():
+@BOTH_WALKS
+def test_a_replay_follows_new_lengths(segments):
     tensors = constants(leaves(MAIN))
     bounds = lengths_argument(MAIN, False)
-    arguments = {**options(MAIN), "cu_seqlens": bounds, "backend": "triton"}
+    arguments = {**options(MAIN, segments), "cu_seqlens": bounds, "backend": "triton"}
     kda(**tensors, **arguments)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -314,10 +364,11 @@ def test_a_replay_follows_new_lengths():
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@BOTH_WALKS
 @pytest.mark.parametrize("host_knows", [True, False])
-def test_nothing_waits_for_the_device(host_knows):
+def test_nothing_waits_for_the_device(host_knows, segments):
     tensors = leaves(MAIN)
-    arguments = {**options(MAIN), "cu_seqlens": lengths_argument(MAIN, host_knows), "backend": "triton"}
+    arguments = {**options(MAIN, segments), "cu_seqlens": lengths_argument(MAIN, host_knows), "backend": "triton"}
     expected = squares(tensors, **arguments)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -327,15 +378,16 @@ def test_nothing_waits_for_the_device(host_knows):
     assert_same_bits(found, expected)
 
 
-def test_uncovered_tokens_get_zeros_and_stay_unread():
+@BOTH_WALKS
+def test_uncovered_tokens_get_zeros_and_stay_unread(segments):
     tensors = constants(leaves(MAIN))
     for name in PACKED:
         tensors[name][:, 700:] = torch.nan
     bounds = lengths_argument(MAIN, False)
-    found = squares(as_leaves(tensors), **{**options(MAIN), "cu_seqlens": bounds}, backend="triton")
+    found = squares(as_leaves(tensors), **{**options(MAIN, segments), "cu_seqlens": bounds}, backend="triton")
     layout = SequenceLayout.from_lengths((300, 0, 1, 399), DEVICE)
     covered = piece(tensors, slice(0, 700), slice(None))
-    wanted = squares(covered, **{**options(MAIN), "cu_seqlens": layout}, backend="triton")
+    wanted = squares(covered, **{**options(MAIN, segments), "cu_seqlens": layout}, backend="triton")
     for name, x in wanted.items():
         if name in PARAMETERS:
             assert relative_error(found[name], x) < 1e-4
@@ -346,9 +398,10 @@ def test_uncovered_tokens_get_zeros_and_stay_unread():
             assert not is_token or not ours[:, 700:].any(), name
 
 
-def test_compiled_equals_eager():
+@BOTH_WALKS
+def test_compiled_equals_eager(segments):
     tensors = leaves(MAIN)
-    arguments = {**options(MAIN), "backend": "triton"}
+    arguments = {**options(MAIN, segments), "backend": "triton"}
     eager = squares(tensors, **arguments)
     compiled = squares(tensors, torch.compile(kda, fullgraph=True, backend="aot_eager"), **arguments)
     assert_same_bits(compiled, eager, *PARAMETERS)

@@ -1,16 +1,18 @@
 """Cases of the Triton backend that its interpreter runs; `python -m tests.ops.kda_triton_cases` checks them all.
 
-Run with TRITON_INTERPRET=1. Operands are float32: the interpreter multiplies no bfloat16.
+Run with TRITON_INTERPRET=1; names of `SECTIONS` as arguments choose among them. Operands are float32: the interpreter
+multiplies no bfloat16.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from perilune.ops import kda
+from perilune.ops import SequenceLayout, kda
 from tests.ops.kda_cases import Case, as_dtype, outputs_and_gradients
 
 PACKED = ("q", "k", "v", "g", "beta")
@@ -28,6 +30,24 @@ CASES = {
     "nothing written": Case(beta=0.0, keys="some_zero"),
     "one token": Case(lengths=(1,), scale=1.0),
 }
+SEGMENTED = {
+    "a ragged pack, grouped values": (Case(raw=True, lengths=(50, 0, 1, 17), groups=2, heads=1, value_dim=20), 1),
+    "slow decay": (Case(lengths=(16, 100), gate="tiny", beta=0.5, heads=1), 3),
+    "no decay, identical keys": (Case(gate="zero", keys="identical", lengths=(75,), heads=1, key_dim=24), 1),
+    "extreme gates": (Case(gate="hundred", lengths=(50,), heads=1), 1),
+    "bounded gate, negative eigenvalues": (
+        Case(
+            raw=True,
+            lower_bound=-0.1,
+            switches={"allow_neg_eigval": True},
+            lengths=(90, 17),
+            heads=1,
+            state=False,
+        ),
+        2,
+    ),
+}
+"""With the chunks of their segments."""
 LIMITS = {"masks, identical keys": 5e-5, "negative eigenvalues, chunks of 64": 5e-5}
 
 
@@ -63,12 +83,16 @@ def check_prefix(case: Case, tensors: dict[str, Tensor], edited: dict[str, Tenso
     assert not any(after[name][:, cut:].any() for name in PACKED)
 
 
+def in_segments(case: Case, tensors: dict[str, Tensor], chunks: int | None, **changes: Any) -> dict[str, Tensor]:
+    return outputs_and_gradients(case, tensors, backend="triton", segment_chunks=chunks, **changes)
+
+
 def assert_close_to_the_reference(
-    case: Case, tensors: dict[str, Tensor], limit: float = ROUNDING, **changes: Any
+    case: Case, tensors: dict[str, Tensor], limit: float = ROUNDING, segments: int | None = None, **changes: Any
 ) -> dict[str, Tensor]:
     wanted = outputs_and_gradients(case, as_dtype(tensors, torch.float64), backend="reference", **changes)
     for save_states in (False, True):
-        found = outputs_and_gradients(case, tensors, backend="triton", save_states=save_states, **changes)
+        found = in_segments(case, tensors, segments, save_states=save_states, **changes)
         errors = relative_errors(found, wanted)
         assert all(error < limit for error in errors.values()), (case, save_states, errors)
     return found
@@ -143,12 +167,12 @@ def check_a_batch_is_a_pack() -> None:
     assert torch.equal(batched[1], packed[1])
 
 
-def check_compiled_is_eager() -> None:
+def check_compiled_is_eager(**changes: Any) -> None:
     case = Case(raw=True, lengths=(20, 0, 1))
     tensors = as_dtype(case.tensors(), torch.float32)
 
     def run(x: dict[str, Tensor]) -> Any:
-        return kda(**x, **case.options(), backend="triton")
+        return kda(**x, **case.options(), **changes, backend="triton")
 
     results = []
     for call in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
@@ -158,13 +182,149 @@ def check_compiled_is_eager() -> None:
     assert all(torch.equal(eager, compiled) for eager, compiled in zip(*results, strict=True))
 
 
+def constants(case: Case, seed: int = 0) -> dict[str, Tensor]:
+    return {name: x.detach() for name, x in case.tensors(torch.float32, seed).items()}
+
+
+def check_segments_equal_the_reference() -> None:
+    """They are taken: where anything is left to carry, not all bits are those of one walk."""
+    for name, (case, chunks) in SEGMENTED.items():
+        tensors = as_dtype(case.tensors(), torch.float32)
+        found = assert_close_to_the_reference(case, tensors, segments=chunks)
+        whole = kda(**constants(case), **case.options(), backend="triton")[0]
+        assert relative_error(found["o"], whole) < ROUNDING, name
+        assert torch.equal(found["o"], whole) == (case.gate == "hundred"), name
+
+
+def check_one_segment_is_one_walk() -> None:
+    """But for what the fold hands on."""
+    case = Case(lengths=(40, 0, 17))
+    tensors = as_dtype(case.tensors(), torch.float32)
+    found, whole = (in_segments(case, tensors, chunks) for chunks in (2**40, None))
+    for name in whole.keys() - {"final_state", "dinitial_state"}:
+        assert torch.equal(found[name], whole[name]), name
+    assert max(relative_errors(found, whole).values()) < ROUNDING
+
+
+def check_segments_see_no_later_token() -> None:
+    case = Case(raw=True, lengths=(75,))
+    tensors = as_dtype(case.tensors(), torch.float32)
+    edited = edited_after(41, tensors, case.tensors(torch.float32, seed=9))
+    check_prefix(case, tensors, edited, 41, segment_chunks=2)
+    for cut in (16, 41, 64):
+        parts = {name: x.detach()[:, :cut] if name in PACKED else x.detach() for name, x in tensors.items()}
+        options = {**case.options(), "segment_chunks": 2, "backend": "triton"}
+        whole = kda(**constants(case), **options)[0][:, :cut]
+        part = kda(**parts, **{**options, "cu_seqlens": SequenceLayout.from_lengths((cut,))})[0]
+        assert torch.equal(part, whole), cut
+
+
+def check_segments_see_no_other_sequence() -> None:
+    """Whoever stands beside it in the pack, and whatever: a sequence keeps its bits, gradients included."""
+    case, alone = Case(lengths=(3, 50, 0, 60), heads=1), Case(lengths=(50,), heads=1)
+    tensors = {name: x.detach().clone() for name, x in case.tensors(torch.float32).items()}
+    cut = {name: x[:, 3:53] if name in PACKED else x[1:2] for name, x in tensors.items()}
+    for name in PACKED:
+        tensors[name][:, 53:] = torch.nan
+    options = {"segment_chunks": 1, "chunk_size": 16, "backend": "triton", "output_final_state": True}
+    results = []
+    for x, lengths, own in ((tensors, case.lengths, 1), (cut, alone.lengths, 0)):
+        leaves = as_dtype(x, torch.float32)
+        o, final_state = kda(**leaves, **options, cu_seqlens=SequenceLayout.from_lengths(lengths))
+        tokens = o.split(lengths, 1)[own]
+        loss = tokens.square().sum() + final_state[own].square().sum()
+        grads = torch.autograd.grad(loss, list(leaves.values()))
+        parts = [grad.split(lengths, 1)[own] for grad in grads[:5]]
+        results.append((tokens, final_state[own], *parts, grads[5][own]))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+def check_a_split_at_a_segment_carries_the_state() -> None:
+    case = Case(raw=True, lengths=(85,), lower_bound=-1.0)
+    tensors = constants(case)
+    options = {**case.options(), "segment_chunks": 2, "backend": "triton"}
+    whole, final_state = kda(**tensors, **options)
+    state, parts = tensors["initial_state"], []
+    for start, end in ((0, 64), (64, 85)):
+        part = {name: x[:, start:end] if name in PACKED else x for name, x in tensors.items()}
+        part["initial_state"] = state
+        o, state = kda(**part, **{**options, "cu_seqlens": SequenceLayout.from_lengths((end - start,))})
+        parts.append(o)
+    assert torch.equal(torch.cat(parts, 1), whole)
+    assert torch.equal(state, final_state)
+
+
+def check_chunk_states_of_segments() -> None:
+    case = Case(lengths=(50, 0, 33), switches={"return_chunk_states": True})
+    tensors = as_dtype(case.tensors(), torch.float32)
+    wanted = kda(**as_dtype(tensors, torch.float64), **case.options(), backend="reference")[2]
+    found = kda(**tensors, **case.options(), segment_chunks=2, backend="triton")[2].detach()
+    assert found.shape == wanted.shape == (4 + 3, 2, 16, 8)
+    assert relative_error(found, wanted) < ROUNDING
+
+
+def check_segments_of_uncovered_tokens() -> None:
+    """Lengths stay on the device: the last segments may be empty, and tokens behind are neither read nor left."""
+    case, end = Case(raw=True, lengths=(40, 9, 11)), 49
+    tensors = constants(case)
+    for name in PACKED:
+        tensors[name][:, end:] = torch.nan
+    tensors["initial_state"] = tensors["initial_state"][:2]
+    leaves = as_dtype(tensors, torch.float32)
+    found = assert_close_to_the_reference(case, leaves, cu_seqlens=torch.tensor([0, 40, end]), segments=1)
+    for name in ("o", "dq", "dk", "dv", "dg", "dbeta"):
+        assert not found[name][:, end:].any(), name
+    nothing = {**case.options(), "cu_seqlens": torch.zeros(3, dtype=torch.int32), "segment_chunks": 1}
+    o, final_state = kda(**tensors, **nothing, backend="triton")
+    assert not o.any()
+    assert torch.equal(final_state, tensors["initial_state"])
+
+
+def check_memory_is_written_before_it_is_read() -> None:
+    """Whatever is allocated is filled with NaN; deterministic algorithms also forbid anything that is not."""
+    case = Case(raw=True, lengths=(40, 0, 33), heads=1)
+    tensors = as_dtype(case.tensors(), torch.float32)
+    plain = in_segments(case, tensors, 2)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        for save_states in (False, True):
+            found = in_segments(case, tensors, 2, save_states=save_states)
+            assert all(torch.equal(found[name], plain[name]) for name in plain)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def check_a_compiled_call_with_segments_is_eager() -> None:
+    check_compiled_is_eager(segment_chunks=1)
+
+
+SECTIONS = {
+    "walks": (
+        check_values_and_gradients,
+        check_without_tokens_states_pass_through,
+        check_states_with_values_first,
+        check_uncovered_tokens,
+        check_chunk_states_of_covered_tokens,
+        check_prefix_invariance,
+        check_a_batch_is_a_pack,
+        check_compiled_is_eager,
+    ),
+    "segments": (
+        check_segments_equal_the_reference,
+        check_one_segment_is_one_walk,
+        check_segments_see_no_later_token,
+        check_segments_see_no_other_sequence,
+        check_a_split_at_a_segment_carries_the_state,
+        check_chunk_states_of_segments,
+        check_segments_of_uncovered_tokens,
+        check_memory_is_written_before_it_is_read,
+        check_a_compiled_call_with_segments_is_eager,
+    ),
+}
+
 if __name__ == "__main__":
-    check_values_and_gradients()
-    check_without_tokens_states_pass_through()
-    check_states_with_values_first()
-    check_uncovered_tokens()
-    check_chunk_states_of_covered_tokens()
-    check_prefix_invariance()
-    check_a_batch_is_a_pack()
-    check_compiled_is_eager()
+    for section in sys.argv[1:] or SECTIONS:
+        for check in SECTIONS[section]:
+            check()
     print("equal")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from itertools import accumulate
+from math import isqrt
 from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
-from torch import Size, Tensor, compiler, dtype, int32, tensor
+from torch import Size, Tensor, compiler, dtype, int32, is_grad_enabled, tensor
 
 from perilune.errors import BackendError
 from perilune.ops.kda.arguments import (
     CHUNK_SIZES,
+    check_segments,
     check_state,
     check_switches,
     check_tensors,
@@ -30,10 +32,12 @@ from perilune.ops.triton_support import HALF_TYPES, triton_obstacle
 if TYPE_CHECKING:
     from perilune.ops.kda.triton import ChunkPlan
 
-__all__ = ["dplr", "kda", "kda_backend", "kda_step"]
+__all__ = ["dplr", "kda", "kda_backend", "kda_step", "suggest_segment_chunks"]
 
 _WIDEST = 256
 """Largest K and V of the Triton kernels."""
+_PROCESSORS = 132
+"""Multiprocessors of an H100."""
 
 
 def kda(
@@ -58,6 +62,7 @@ def kda(
     state_v_first: bool = False,
     return_chunk_states: bool = False,
     save_states: bool = False,
+    segment_chunks: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]:
     """Kimi Delta Attention over a batch or a pack of sequences.
@@ -93,6 +98,10 @@ def kda(
         return_chunk_states: also return the state entering each chunk, `[chunks, HV, K, V]`, sequence by sequence.
         save_states: `triton` only: whether the forward keeps for the backward what it computed (about 2.3 kB per token
             and head at K = V = 128), or has it computed again. Under `torch.compile` it is always computed again.
+        segment_chunks: `triton` only: walk segments of so many chunks at once, counted from the start of each sequence,
+            which keeps a GPU busy where few heads meet long sequences (`suggest_segment_chunks`) at the price of a
+            second walk. It changes rounding, so it has to be one number wherever bits are compared; for that number
+            outputs still do not see later tokens or other sequences. None, for a single walk, is the default.
         backend: `auto` (what `kda_backend` says), `triton` (GPU kernels, K and
             V up to 256), `torch` (chunkwise, any device) or `reference` (token by token). `triton` does not read
             `cu_seqlens` given as a tensor, and so does not check it; only `return_chunk_states` then waits for it.
@@ -131,8 +140,10 @@ def kda(
         allow_neg_eigval=allow_neg_eigval,
         chunk_size=chunk_size,
         return_chunk_states=return_chunk_states,
+        segment_chunks=segment_chunks,
     )
     chosen = _checked_backend(q, v, backend)
+    check_segments("kda", segment_chunks, chosen)
     if chosen != "reference" and compiler.is_compiling():
         state = _initial_state(initial_state, _num_sequences(q, cu_seqlens), q, v, compute, state_v_first)
         tensors = (*_packed(q, k, v, g, beta, q.shape[0] * q.shape[1]), A_log, dt_bias, state)
@@ -145,7 +156,7 @@ def kda(
         if tokens > q.shape[0] * q.shape[1]:
             raise ValueError(f"kda: cu_seqlens ends with {tokens}, past q's T={q.shape[1]} tokens")
         inputs = KdaInputs(*_packed(q, k, v, g, beta, tokens), A_log, dt_bias, state)
-        result = kda_triton(inputs, _plan(q, cu_seqlens, chunk_size), options, save_states=save_states)
+        result = kda_triton(inputs, _plan(q, cu_seqlens, options), options, save_states=save_states)
     else:
         layout = _layout(q, cu_seqlens)
         state = _initial_state(initial_state, layout.num_sequences, q, v, compute, state_v_first)
@@ -231,6 +242,7 @@ def kda_step(
         allow_neg_eigval=allow_neg_eigval,
         chunk_size=CHUNK_SIZES[0],
         return_chunk_states=False,
+        segment_chunks=None,
     )
     return advance_states(inputs, options, state_v_first, out_state)
 
@@ -238,13 +250,38 @@ def kda_step(
 def kda_backend(q: Tensor, v: Tensor) -> str:
     """What `backend="auto"` is for these tensors: `triton` for bfloat16 and float16 on a GPU, else `torch`.
 
+    Where they need gradients it is `torch` too, for now: the kernels' backward has run in the interpreter alone.
+
     Args:
         q: `[..., K]`.
         v: `[..., V]`.
     """
     if not q.is_cuda or q.dtype not in HALF_TYPES:
         return "torch"
+    if is_grad_enabled() and (q.requires_grad or v.requires_grad):
+        return "torch"
     return "torch" if _why_not_triton(q, v) else "triton"
+
+
+def suggest_segment_chunks(tokens: int, walks: int, value_dim: int, *, chunk_size: int = 64) -> int | None:
+    """A value for `segment_chunks` that fills an H100, or None where one walk per sequence and head is about as good.
+
+    Segments are walked twice, and folding them costs a step or two each. As many are proposed as give every
+    multiprocessor a program of 32 values, whose operands fill its shared memory, but no more than the square root of
+    the number of chunks; and none if a sequence falls into less than three or has less than 8192 tokens. A rule of
+    thumb, not measured.
+
+    Args:
+        tokens: of the longest sequence that matters. A value that is to leave bits as they are must not follow it.
+        walks: sequences of about that length, times value heads.
+        value_dim: V.
+        chunk_size: as in `kda`.
+
+    Source: this project; the costs are those of walking every chunk twice.
+    """
+    chunks, programs = -(-tokens // chunk_size), walks * -(-value_dim // 32)
+    segments = min(_PROCESSORS // programs, isqrt(chunks)) if programs else 0
+    return -(-chunks // segments) if tokens >= 8192 and segments >= 3 else None
 
 
 def _why_not_triton(q: Tensor, v: Tensor) -> str | None:
@@ -265,7 +302,7 @@ def _checked_backend(q: Tensor, v: Tensor, backend: str) -> str:
     return backend
 
 
-def _plan(q: Tensor, cu_seqlens: Tensor | SequenceLayout | None, chunk_size: int) -> ChunkPlan:
+def _plan(q: Tensor, cu_seqlens: Tensor | SequenceLayout | None, options: KdaOptions) -> ChunkPlan:
     """Chunks without reading anything from the device."""
     from perilune.ops.kda.triton import plan_chunks, plan_layout
 
@@ -273,8 +310,8 @@ def _plan(q: Tensor, cu_seqlens: Tensor | SequenceLayout | None, chunk_size: int
     if cu_seqlens is None:
         cu_seqlens = SequenceLayout((length,) * batch, q.device)
     if isinstance(cu_seqlens, SequenceLayout):
-        return plan_layout(cu_seqlens, chunk_size)
-    return plan_chunks(cu_seqlens, length, chunk_size)
+        return plan_layout(cu_seqlens, options.chunk_size, options.segment_chunks)
+    return plan_chunks(cu_seqlens, length, options.chunk_size, options.segment_chunks)
 
 
 def _num_sequences(q: Tensor, cu_seqlens: Tensor | SequenceLayout | None) -> int:
@@ -306,6 +343,7 @@ def _run_operator(
         options.chunk_size,
         options.return_chunk_states,
         backend,
+        options.segment_chunks,
     )
     return KdaOutputs(o, final_state, chunk_states if options.return_chunk_states else None)
 

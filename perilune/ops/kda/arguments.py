@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from perilune.errors import BackendError
+
 CHUNK_SIZES = (16, 32, 64)
 """Allowed tokens per chunk."""
 LOWEST_BOUND = -5.9
@@ -85,6 +87,23 @@ def check_switches(
         for label, x in (("A_log", A_log), ("dt_bias", dt_bias), ("lower_bound", lower_bound)):
             if x is not None:
                 raise ValueError(f"{name}: {label} has no effect with gate_in_kernel=False; leave it None")
+
+
+def check_segments(name: str, segment_chunks: int | None, backend: str) -> None:
+    """Check that the chosen backend can walk segments of `segment_chunks` chunks, if asked to.
+
+    Raises:
+        BackendError: it has no segments.
+        ValueError: a segment would hold no chunk.
+    """
+    if segment_chunks is None:
+        return
+    if segment_chunks < 1:
+        raise ValueError(f"{name}: segment_chunks must be >= 1, or None for whole sequences, got {segment_chunks}")
+    if backend != "triton":
+        raise BackendError(
+            f"{name}: segment_chunks={segment_chunks} needs backend 'triton', this call has {backend!r}; leave it None"
+        )
 
 
 def shaped_gate_parameters(

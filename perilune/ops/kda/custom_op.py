@@ -40,6 +40,7 @@ def kda_operator(
     chunk_size: int,
     return_chunk_states: bool,
     backend: str,
+    segment_chunks: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run KDA over packed tokens: `KdaInputs`, then where sequences begin, then `KdaOptions`.
 
@@ -62,6 +63,7 @@ def kda_operator(
         chunk_size: see there.
         return_chunk_states: see there.
         backend: `triton` or `torch`.
+        segment_chunks: see `KdaOptions`.
 
     Returns:
         `o` `[T, HV, V]`, the final states `[N, HV, K, V]`, and the chunk states (none of them unless asked for).
@@ -70,14 +72,22 @@ def kda_operator(
         ValueError: `cu_seqlens` does not partition the tokens.
     """
     options = _options(
-        scale, lower_bound, gate_in_kernel, qk_l2norm, beta_sigmoid, allow_neg_eigval, chunk_size, return_chunk_states
+        scale,
+        lower_bound,
+        gate_in_kernel,
+        qk_l2norm,
+        beta_sigmoid,
+        allow_neg_eigval,
+        chunk_size,
+        return_chunk_states,
+        segment_chunks,
     )
     tokens = q.shape[0]
     inputs = KdaInputs(q, k, v, g, beta, A_log, dt_bias, initial_state)
     if backend == "triton":
         from perilune.ops.kda.triton import kda_triton
 
-        o, final_state, chunk_states = kda_triton(inputs, _plan(inputs, cu_seqlens, chunk_size), options)
+        o, final_state, chunk_states = kda_triton(inputs, _plan(inputs, cu_seqlens, options), options)
     else:
         layout = _layout(tokens, initial_state.shape[0], cu_seqlens, q.device)
         o, final_state, chunk_states = kda_torch(_covered(inputs, layout.total), layout, options)
@@ -94,7 +104,7 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, A_log: Tensor | None, dt_bias: Tensor | None,
     initial_state: Tensor, cu_seqlens: Tensor | None, scale: float, lower_bound: float | None, gate_in_kernel: bool,
     qk_l2norm: bool, beta_sigmoid: bool, allow_neg_eigval: bool, chunk_size: int, return_chunk_states: bool,
-    backend: str,
+    backend: str, segment_chunks: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     num_chunks: Any = 0
     if return_chunk_states and cu_seqlens is not None:
@@ -127,15 +137,26 @@ def kda_backward_operator(
     allow_neg_eigval: bool,
     chunk_size: int,
     backend: str,
+    segment_chunks: int | None = None,
 ) -> list[Tensor]:
     """Return the gradients of `KdaInputs`, empty for absent ones; `do` and `dfinal` are those of the outputs."""
-    options = _options(scale, lower_bound, gate_in_kernel, qk_l2norm, beta_sigmoid, allow_neg_eigval, chunk_size, False)
+    options = _options(
+        scale,
+        lower_bound,
+        gate_in_kernel,
+        qk_l2norm,
+        beta_sigmoid,
+        allow_neg_eigval,
+        chunk_size,
+        False,
+        segment_chunks,
+    )
     tokens = q.shape[0]
     whole = KdaInputs(q, k, v, g, beta, A_log, dt_bias, initial_state)
     if backend == "triton":
         from perilune.ops.kda.triton import dense_inputs, kda_triton_gradients
 
-        plan = _plan(whole, cu_seqlens, chunk_size)
+        plan = _plan(whole, cu_seqlens, options)
         grads = kda_triton_gradients(do, dfinal, None, dense_inputs(whole), plan, options)
     else:
         layout = _layout(tokens, initial_state.shape[0], cu_seqlens, q.device)
@@ -152,15 +173,16 @@ def _(
     do: Tensor, dfinal: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, A_log: Tensor | None,
     dt_bias: Tensor | None, initial_state: Tensor, cu_seqlens: Tensor | None, scale: float, lower_bound: float | None,
     gate_in_kernel: bool, qk_l2norm: bool, beta_sigmoid: bool, allow_neg_eigval: bool, chunk_size: int, backend: str,
+    segment_chunks: int | None = None,
 ) -> list[Tensor]:  # fmt: skip
     inputs = (q, k, v, g, beta, A_log, dt_bias, initial_state)
     return [q.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, options = inputs[:9], inputs[9:-2]
+    tensors, options, (_, *rest) = inputs[:9], inputs[9:-3], inputs[-3:]
     ctx.save_for_backward(*tensors)
-    ctx.options = (*options, inputs[-1])
+    ctx.options = (*options, *rest)
     ctx.mark_non_differentiable(output[2])
 
 
@@ -183,6 +205,7 @@ def _options(
     allow_neg_eigval: bool,
     chunk_size: int,
     return_chunk_states: bool,
+    segment_chunks: int | None,
 ) -> KdaOptions:
     return KdaOptions(
         scale=scale,
@@ -193,6 +216,7 @@ def _options(
         allow_neg_eigval=allow_neg_eigval,
         chunk_size=chunk_size,
         return_chunk_states=return_chunk_states,
+        segment_chunks=segment_chunks,
     )
 
 
@@ -206,13 +230,14 @@ def _layout(tokens: int, sequences: int, cu_seqlens: Tensor | None, device: torc
     return layout
 
 
-def _plan(inputs: KdaInputs, cu_seqlens: Tensor | None, chunk_size: int) -> "ChunkPlan":
+def _plan(inputs: KdaInputs, cu_seqlens: Tensor | None, options: KdaOptions) -> "ChunkPlan":
     from perilune.ops.kda.triton import plan_chunks, plan_layout
 
     tokens, sequences = inputs.q.shape[0], inputs.initial_state.shape[0]
     if cu_seqlens is not None:
-        return plan_chunks(cu_seqlens, tokens, chunk_size)
-    return plan_layout(_layout(tokens, sequences, None, inputs.q.device), chunk_size)
+        return plan_chunks(cu_seqlens, tokens, options.chunk_size, options.segment_chunks)
+    layout = _layout(tokens, sequences, None, inputs.q.device)
+    return plan_layout(layout, options.chunk_size, options.segment_chunks)
 
 
 def _covered(inputs: KdaInputs, total: int) -> KdaInputs:

@@ -31,6 +31,8 @@ class KdaOptions:
     """Tokens per chunk."""
     return_chunk_states: bool
     """Whether to return the state that enters each chunk."""
+    segment_chunks: int | None
+    """Chunks of the segments that the Triton scans walk at once; None for whole sequences."""
 
 
 class KdaInputs(NamedTuple):

@@ -1,8 +1,9 @@
-"""KDA in five Triton kernels; docs/kernels.md explains them with their data movement.
+"""KDA in six Triton kernels; docs/kernels.md explains them with their data movement.
 
 prepare_chunks        raw inputs -> operands of the scan, all chunks at once
 scan_chunks           operands -> outputs, state by state; again in the backward, for the states
 scan_chunks_backward  the same walk in reverse
+fold_states           only with segments, between two walks of each kind: the states that enter them
 differentiate_grams   gradients of the products inside chunks
 differentiate_chunks  everything else of the backward, all chunks at once
 """
@@ -51,7 +52,7 @@ def _forward(
         states_dtype=states_dtype,
         with_corrections=keep,
     )
-    saved = Saved(operands, scanned.states, scanned.z) if keep else None
+    saved = Saved(operands, scanned.states, scanned.z, scanned.transitions) if keep else None
     return zero_uncovered(scanned.o, plan), scanned.final_state, scanned.states, saved
 
 
@@ -63,7 +64,7 @@ class _TritonKda(torch.autograd.Function):
         inputs = KdaInputs(*tensors)  # pyright: ignore[reportArgumentType]
         keep = save_states and any(ctx.needs_input_grad)
         o, final_state, states, saved = _forward(inputs, plan, options, keep)
-        flat = () if saved is None else (*saved.operands, saved.states, saved.z)
+        flat = () if saved is None else (*saved.operands, *saved[1:])
         ctx.plan, ctx.options = plan, options
         ctx.save_for_backward(*inputs, o, *flat)
         ctx.set_materialize_grads(False)
@@ -80,7 +81,7 @@ class _TritonKda(torch.autograd.Function):
         tensors = ctx.saved_tensors
         cut = len(KdaInputs._fields)
         inputs, o, flat = KdaInputs(*tensors[:cut]), tensors[cut], tensors[cut + 1 :]
-        saved = Saved(Operands(*flat[:-2]), *flat[-2:]) if flat else None
+        saved = Saved(Operands(*flat[:-3]), *flat[-3:]) if flat else None
         do = torch.zeros_like(o) if do is None else do
         found = kda_triton_gradients(do, dfinal, o, inputs, ctx.plan, ctx.options, saved)
         return None, None, None, *found

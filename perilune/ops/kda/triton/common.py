@@ -10,8 +10,11 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-128.0)
-"""Lowest base-2 log decay of a step: 2^-128 is below every normal float32, and sums of 64 of them keep their digits."""
+LOWEST = tl.constexpr(-32.0)
+"""Lowest base-2 log decay of a step. What it leaves, 2^-32, is lost in the rounding of a float32 sum; seven such steps
+still have an inverse."""
+CENTRE = tl.constexpr(112.0)
+"""Half the base-2 range of decays that one anchor serves: 7 steps of 32, or of a bounded gate 15 of 8.6."""
 
 
 @triton.jit
@@ -33,36 +36,78 @@ def log2(x, FAST: tl.constexpr) -> Any:
 @triton.jit
 def sigmoid(x, FAST: tl.constexpr) -> Any:
     """1 / (1 + 2^(-x log2 e))."""
-    return 1.0 / (1.0 + exp2(-x * LOG2E, FAST))
+    grown = 1.0 + exp2(-x * LOG2E, FAST)
+    if FAST:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [grown], tl.float32, False, 1)
+    return 1.0 / grown
 
 
 @triton.jit
-def rounded(x, PRECISION: tl.constexpr, FAST: tl.constexpr) -> Any:
-    """Round an operand of a product to the nearest tf32, where matrix units would cut the last bits off."""
-    if FAST and PRECISION == "tf32":
-        bits = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,f", [x], tl.int32, False, 1)
-        return bits.to(tl.float32, bitcast=True)
+def as_operand(x, OP: tl.constexpr, FAST: tl.constexpr) -> Any:
+    """Return x as an operand of a product, two values an instruction however it is used."""
+    if FAST and tl.bfloat16 == OP:
+        return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], tl.bfloat16, False, 2)
+    return x.to(OP)
+
+
+@triton.jit
+def laid_out_as(x, found, FAST: tl.constexpr) -> Any:
+    """Return x spread over threads as a matrix product `found` of the same shape is.
+
+    The compiler lays values out as they were loaded until they meet a product, and moves each of them at that point.
+    This has them meet at once, so that what is computed from x is not moved again and again. No instruction is left.
+    """
+    if FAST:
+        if x.dtype.primitive_bitwidth == 16:
+            x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r,r", [x, found], x.dtype, False, 2)
+        else:
+            x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r", [x, found], x.dtype, False, 1)
     return x
 
 
 @triton.jit
-def running_sum(x, C: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr) -> Any:
-    """Sums `[C, B]` of rows up to and including each one.
+def through_registers(x, FAST: tl.constexpr) -> Any:
+    """Return x so that a product takes it from registers as its left operand.
 
-    A product with a triangle of ones, exact in any operand dtype; x is split into three parts of 8 bits each where
-    operands are bfloat16. No row adds anything of a row it does not reach.
+    Straight from memory it would be read from shared memory by the matrix units, and with 32 columns to the right they
+    gave wrong results under Triton 3.6 (docs/kernels.md).
     """
-    rows = tl.arange(0, C)
-    ones = tl.where(rows[:, None] >= rows[None, :], 1.0, 0.0).to(OP)
+    if FAST and x.dtype.primitive_bitwidth == 16:
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], x.dtype, False, 2)
+    return x
+
+
+@triton.jit
+def marked_sums(marks, x, OP: tl.constexpr, PRECISION: tl.constexpr) -> Any:
+    """Sums `[C, B]` of the rows of x that `marks` `[C, C]` has as ones, the others as zeros.
+
+    Exact in any operand dtype: x is split into three parts of 8 bits each where operands are bfloat16. No row adds
+    anything of a row that it leaves out.
+    """
     high = x.to(OP)
     if tl.float32 == OP:
-        return tl.dot(ones, high, input_precision=PRECISION)
+        return tl.dot(marks, high, input_precision=PRECISION)
     rest = x - high.to(tl.float32)
     middle = rest.to(OP)
     low = (rest - middle.to(tl.float32)).to(OP)
-    total = tl.dot(ones, low)
-    total = tl.dot(ones, middle, total)
-    return tl.dot(ones, high, total)
+    total = tl.dot(marks, low)
+    total = tl.dot(marks, middle, total)
+    return tl.dot(marks, high, total)
+
+
+@triton.jit
+def running_sum(x, C: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr) -> Any:
+    """Sums `[C, B]` of rows up to and including each one."""
+    rows = tl.arange(0, C)
+    return marked_sums(tl.where(rows[:, None] >= rows[None, :], 1.0, 0.0).to(OP), x, OP, PRECISION)
+
+
+@triton.jit
+def sum_from(x, C: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr) -> Any:
+    """Sums `[C, B]` of rows from each one on."""
+    rows = tl.arange(0, C)
+    ones = tl.where(rows[:, None] <= rows[None, :], 1.0, 0.0).to(OP)
+    return marked_sums(through_registers(ones, FAST), x, OP, PRECISION)
 
 
 @triton.jit

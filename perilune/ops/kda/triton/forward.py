@@ -1,6 +1,7 @@
 """Launching the forward kernels, and what they hand to each other."""
 
-# T tokens (packed)  N sequences  n chunk slots  C chunk length  H query/key heads  HV value heads  K, V key/value dim
+# T tokens (packed)  N sequences  W segments  n chunk slots  C chunk length
+# H query/key heads  HV value heads  K, V key/value dim
 # pyright: reportCallIssue=false
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from perilune.ops.kda.options import L2NORM_EPS, KdaInputs, KdaOptions
 from perilune.ops.kda.triton.launch import LaunchConfig
-from perilune.ops.kda.triton.plan import ChunkPlan
+from perilune.ops.kda.triton.plan import ChunkPlan, SegmentPlan
 from perilune.ops.kda.triton.prep import prepare_chunks
 from perilune.ops.kda.triton.scan import scan_chunks
+from perilune.ops.kda.triton.segments import fold_segments
 
 IS_COMPILED = isinstance(prepare_chunks, triton.JITFunction)
 """Whether kernels are compiled: the interpreter has no inline assembly."""
@@ -40,6 +42,11 @@ class Operands(NamedTuple):
     """`[n, HV, 4, C]` float32: of keys, of write keys, of scaled queries, of unit queries."""
     total: Tensor
     """`[n, HV, C, BK]` float32, base-2 log decays summed up since the chunk's start."""
+
+    def without_scans(self) -> Operands:
+        """Let go of what only the scans read: a backward's largest buffers come after them."""
+        none = self.decay.new_empty(0)
+        return self._replace(read=none, key=none, write=none, mix=none, solve=none)
 
 
 class Sizes(NamedTuple):
@@ -150,6 +157,8 @@ class Scanned(NamedTuple):
     """`[n, HV, K, V]`, state entering each chunk; empty if not asked for."""
     z: Tensor
     """`[T, HV, V]`, corrections; empty if not asked for."""
+    transitions: Tensor
+    """`[W, HV, K, K]` float32, what segments make of the identity; empty without segments."""
 
 
 def scan(
@@ -163,47 +172,79 @@ def scan(
     states_dtype: torch.dtype | None,
     with_corrections: bool,
 ) -> Scanned:
-    """Walk over the chunks of every sequence; asks for what it is to keep."""
+    """Walk over the chunks of every sequence, or of all segments at once; asks for what it is to keep."""
     shape = sizes(inputs, options)
     tokens, make = inputs.v.shape[0], inputs.v.new_empty
-    block = config.scan_values(plan.num_sequences * shape.HV, shape.V)
     with_states = states_dtype is not None
     result = Scanned(
         o=make(tokens if with_outputs else 0, shape.HV, shape.V),
         final_state=torch.empty_like(inputs.initial_state),
         states=make(plan.num_slots if with_states else 0, shape.HV, shape.K, shape.V, dtype=states_dtype),
         z=make(tokens if with_corrections else 0, shape.HV, shape.V, dtype=config.operand_dtype),
+        transitions=make(0, dtype=torch.float32),
     )
-    scan_chunks[(triton.cdiv(shape.V, block), shape.HV, plan.num_sequences)](
+    if plan.segments is None:
+        _walk(operands, inputs.v, inputs.initial_state, result, plan, shape, config)
+        return result
+    empty, make, lead = make(0), inputs.initial_state.new_empty, (plan.segments.num_segments, shape.HV, shape.K)
+    alone = Scanned(empty, make(*lead, shape.V), empty, empty, make(*lead, shape.K))
+    _walk(operands, inputs.v, empty, alone, plan.segments, shape, config)
+    entering, final_state = fold_segments(
+        alone.final_state, alone.transitions, inputs.initial_state, plan.segments, config, backward=False
+    )
+    # The fold's final states stand: those of a walk over the last segment would not be the ones that a later call,
+    # which is handed them, would have found here. So the states after segments may replace those before.
+    _walk(operands, inputs.v, entering, result._replace(final_state=entering), plan.segments, shape, config)
+    return result._replace(final_state=final_state, transitions=alone.transitions)
+
+
+def _walk(
+    operands: Operands,
+    v: Tensor,
+    start: Tensor,
+    result: Scanned,
+    walks: ChunkPlan | SegmentPlan,
+    shape: Sizes,
+    config: LaunchConfig,
+) -> None:
+    """Walk from the states `start`, which may be `result.final_state`; empty results are not asked for.
+
+    With `result.transitions`, every walk is from zeros and the identity, whatever `start`.
+    """
+    with_transition = result.transitions.numel() > 0
+    count, width = walks.offsets.shape[0] - 1, shape.V + (shape.K if with_transition else 0)
+    block = config.scan_values(count * shape.HV, width)
+    scan_chunks[(triton.cdiv(width, block), shape.HV, count)](
         operands.read,
         operands.key,
         operands.write,
         operands.mix,
         operands.solve,
         operands.decay,
-        inputs.v,
+        v,
         result.o,
         result.z,
-        inputs.initial_state,
+        start,
         result.final_state,
         result.states,
-        plan.cu_seqlens,
-        plan.offsets,
-        inputs.v.stride(0),
+        result.transitions,
+        walks.cu_seqlens,
+        walks.offsets,
+        v.stride(0),
         HV=shape.HV,
         K=shape.K,
         V=shape.V,
         BK=shape.BK,
         BV=block,
         C=shape.C,
-        WITH_OUTPUTS=with_outputs,
-        WITH_STATES=with_states,
-        WITH_CORRECTIONS=with_corrections,
+        WITH_OUTPUTS=result.o.numel() > 0,
+        WITH_STATES=result.states.numel() > 0,
+        WITH_CORRECTIONS=result.z.numel() > 0,
+        WITH_TRANSITION=with_transition,
         STAGES=config.scan_stages,
         PRECISION=config.precision,
         num_warps=4,
     )
-    return result
 
 
 def zero_uncovered(x: Tensor, plan: ChunkPlan) -> Tensor:

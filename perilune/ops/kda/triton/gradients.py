@@ -1,6 +1,7 @@
 """Launching the backward kernels."""
 
-# T tokens (packed)  N sequences  n chunk slots  C chunk length  H query/key heads  HV value heads  K, V key/value dim
+# T tokens (packed)  N sequences  W segments  n chunk slots  C chunk length
+# H query/key heads  HV value heads  K, V key/value dim
 # pyright: reportCallIssue=false
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ import torch
 import triton
 from torch import Tensor
 
-from perilune.ops.kda.gate import beta_backward, beta_forward
 from perilune.ops.kda.options import KdaInputs, KdaOptions
 from perilune.ops.kda.triton.backward import differentiate_chunks, differentiate_grams
-from perilune.ops.kda.triton.forward import IS_COMPILED, Operands, prepare, scan, sizes, switches, zero_uncovered
+from perilune.ops.kda.triton.forward import IS_COMPILED, Operands, Sizes, prepare, scan, sizes, switches, zero_uncovered
 from perilune.ops.kda.triton.launch import LaunchConfig, launch_config
-from perilune.ops.kda.triton.plan import ChunkPlan
+from perilune.ops.kda.triton.plan import ChunkPlan, SegmentPlan
 from perilune.ops.kda.triton.scan import scan_chunks_backward
+from perilune.ops.kda.triton.segments import fold_segments
 
 
 class Saved(NamedTuple):
@@ -29,6 +30,8 @@ class Saved(NamedTuple):
     """`[n, HV, K, V]`, state entering each chunk."""
     z: Tensor
     """`[T, HV, V]`, corrections."""
+    transitions: Tensor
+    """`[W, HV, K, K]`, what segments make of the identity; empty without segments."""
 
 
 def kda_triton_gradients(
@@ -58,21 +61,10 @@ def kda_triton_gradients(
         return [*(None if x is None else torch.zeros_like(x) for x in inputs[:-1]), dfinal.clone()]
     do = do.contiguous()
     if saved is None:
-        operands = prepare(inputs, plan, options, config, for_backward=True)
-        scanned = scan(
-            operands,
-            inputs,
-            plan,
-            options,
-            config,
-            with_outputs=o is None,
-            states_dtype=config.operand_dtype,
-            with_corrections=True,
-        )
-        o = scanned.o if o is None else o
-        saved = Saved(operands, scanned.states, scanned.z)
+        saved, o = _computed_again(o, inputs, plan, options, config)
     assert o is not None
-    dv, dstates, dinitial = _scan_backward(do, dfinal, saved.operands, inputs, plan, options, config)
+    dv, dstates, dinitial = _scan_backward(do, dfinal, saved, inputs, plan, options, config)
+    saved = saved._replace(operands=saved.operands.without_scans())
     grads = _differentiate(do, dv, dstates, o, saved, inputs, plan, options, config)
     dv = dv.to(inputs.v.dtype)
     dq, dk, dg, dbeta, dA_log, ddt_bias = grads
@@ -82,22 +74,68 @@ def kda_triton_gradients(
     return [dq, dk, dv, dg, dbeta, dA_log, ddt_bias, dinitial]
 
 
+def _computed_again(
+    o: Tensor | None, inputs: KdaInputs, plan: ChunkPlan, options: KdaOptions, config: LaunchConfig
+) -> tuple[Saved, Tensor]:
+    """Return what a forward would have kept, and its outputs."""
+    operands = prepare(inputs, plan, options, config, for_backward=True)
+    scanned = scan(
+        operands,
+        inputs,
+        plan,
+        options,
+        config,
+        with_outputs=o is None,
+        states_dtype=config.operand_dtype,
+        with_corrections=True,
+    )
+    return Saved(operands, scanned.states, scanned.z, scanned.transitions), scanned.o if o is None else o
+
+
 def _scan_backward(
     do: Tensor,
     dfinal: Tensor,
-    operands: Operands,
+    saved: Saved,
     inputs: KdaInputs,
     plan: ChunkPlan,
     options: KdaOptions,
     config: LaunchConfig,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return gradients of the values `[T, HV, V]`, of the state after each chunk, and of the initial states."""
-    shape = sizes(inputs, options)
-    block = config.scan_values(plan.num_sequences * shape.HV, shape.V)
+    shape, operands = sizes(inputs, options), saved.operands
     dv = torch.empty(inputs.v.shape, dtype=config.operand_dtype, device=do.device)
     dstates = do.new_empty(plan.num_slots, shape.HV, shape.K, shape.V, dtype=config.operand_dtype)
-    dinitial = torch.empty_like(inputs.initial_state)
-    scan_chunks_backward[(triton.cdiv(shape.V, block), shape.HV, plan.num_sequences)](
+    if plan.segments is None:
+        dinitial = torch.empty_like(inputs.initial_state)
+        _walk_back(operands, do, dfinal, dinitial, dv, dstates, plan, shape, config)
+        return dv, dstates, dinitial
+    empty = dv[:0]
+    external = dfinal.new_empty(plan.segments.num_segments, *dfinal.shape[1:])
+    _walk_back(operands, do, empty, external, empty, empty, plan.segments, shape, config)
+    leaving, dinitial = fold_segments(external, saved.transitions, dfinal, plan.segments, config, backward=True)
+    # As in the forward, the fold has the last word on the initial states' gradients, and the walk's may be overwritten.
+    _walk_back(operands, do, leaving, leaving, dv, dstates, plan.segments, shape, config)
+    return dv, dstates, dinitial
+
+
+def _walk_back(
+    operands: Operands,
+    do: Tensor,
+    start: Tensor,
+    end: Tensor,
+    dv: Tensor,
+    dstates: Tensor,
+    walks: ChunkPlan | SegmentPlan,
+    shape: Sizes,
+    config: LaunchConfig,
+) -> None:
+    """Walk from the last chunks, with gradients `start` of the states after them, to `end`, which may be `start`.
+
+    If `dv` and `dstates` are empty, they are not asked for, and every walk is from zeros, whatever `start`.
+    """
+    count = walks.offsets.shape[0] - 1
+    block = config.scan_values(count * shape.HV, shape.V)
+    scan_chunks_backward[(triton.cdiv(shape.V, block), shape.HV, count)](
         operands.read,
         operands.key,
         operands.write,
@@ -105,22 +143,22 @@ def _scan_backward(
         operands.decay,
         do,
         dv,
-        dfinal,
-        dinitial,
+        start,
+        end,
         dstates,
-        plan.cu_seqlens,
-        plan.offsets,
+        walks.cu_seqlens,
+        walks.offsets,
         HV=shape.HV,
         K=shape.K,
         V=shape.V,
         BK=shape.BK,
         BV=block,
         C=shape.C,
+        FROM_ZERO=dv.numel() == 0,
         STAGES=config.scan_stages,
         PRECISION=config.precision,
         num_warps=4,
     )
-    return dv, dstates, dinitial
 
 
 def _padded(size: int) -> int:
@@ -136,35 +174,43 @@ def _differentiate_grams(
     plan: ChunkPlan,
     options: KdaOptions,
     config: LaunchConfig,
-) -> tuple[Tensor, Tensor]:
-    """Return gradients `[n, HV, 2, C, C]` of products inside chunks, and sums over values `[n, HV, 3, C]`."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return gradients `[n, HV, 2, C, C]` of products in chunks, sums over values `[n, HV, 3, C]`, and dbeta `[T, HV]`.
+
+    dbeta lacks those of raw betas that are zero.
+    """
     shape = sizes(inputs, options)
     lead = (plan.num_slots, shape.HV)
-    grams = do.new_empty(*lead, 2, shape.C, shape.C, dtype=torch.float32)
+    grams = do.new_empty(*lead, 2, shape.C, shape.C, dtype=config.operand_dtype)
     along = do.new_empty(*lead, 3, shape.C, dtype=torch.float32)
+    found_dtype = inputs.beta.dtype if options.beta_sigmoid else torch.float32
+    dbeta = torch.empty(inputs.beta.shape, dtype=found_dtype, device=do.device)
     differentiate_grams[(plan.num_slots * shape.HV,)](
         inputs.v,
+        inputs.beta,
         *plan[:3],
-        saved.operands.gain,
         saved.z,
         o,
         do,
         dv,
         grams,
         along,
+        dbeta,
         plan.num_sequences,
         inputs.v.stride(0),
+        inputs.beta.stride(0),
         HV=shape.HV,
         V=shape.V,
         BV=_padded(shape.V),
         C=shape.C,
         UNIT=options.qk_l2norm,
+        SIGMOID=options.beta_sigmoid,
+        DOUBLED=options.allow_neg_eigval,
         PRECISION=config.precision,
-        FAST=IS_COMPILED,
         num_warps=4,
         num_stages=1,
     )
-    return grams, along
+    return grams, along, dbeta
 
 
 def _differentiate(
@@ -181,12 +227,12 @@ def _differentiate(
     """Return gradients of q, k (per value head if they differ in number), g, beta, A_log and dt_bias."""
     shape, operands = sizes(inputs, options), saved.operands
     tokens, heads, lead = inputs.v.shape[0], shape.HV, (plan.num_slots, shape.HV)
-    grams, along = _differentiate_grams(do, dv, o, saved, inputs, plan, options, config)
+    grams, along, dbeta = _differentiate_grams(do, dv, o, saved, inputs, plan, options, config)
     width = min(shape.BK, config.differentiate_keys)
     tiles = shape.BK // width
     per_head = inputs.q.dtype if shape.HV == shape.H else torch.float32
     dq, dk, dg = (do.new_empty(tokens, heads, shape.K, dtype=x) for x in (per_head, per_head, inputs.g.dtype))
-    dbeta = do.new_empty(tiles, tokens, heads, dtype=torch.float32)
+    dbeta_parts = do.new_empty(0 if options.beta_sigmoid else tiles, tokens, heads, dtype=torch.float32)
     gate = options.gate_in_kernel
     drate = do.new_empty(*(lead if gate else (0, 0)), tiles, dtype=torch.float32)
     dbias = do.new_empty(*(lead if gate else (0, 0)), shape.BK, dtype=torch.float32)
@@ -208,11 +254,10 @@ def _differentiate(
         dstates,
         grams,
         along,
-        do.new_empty(*lead, tiles, 3, shape.C, width, dtype=torch.float32),
         dq,
         dk,
         dg,
-        dbeta,
+        dbeta_parts,
         drate,
         dbias,
         plan.num_sequences,
@@ -237,7 +282,8 @@ def _differentiate(
         num_warps=config.differentiate_warps,
         num_stages=1,
     )
-    dbeta = _beta_gradient(dbeta.sum(0), inputs.beta, options)
+    if not options.beta_sigmoid:
+        dbeta = (dbeta + dbeta_parts.sum(0)).to(inputs.beta.dtype)
     return dq, dk, dg, dbeta, *_gate_gradients(drate, dbias, inputs, options)
 
 
@@ -251,10 +297,3 @@ def _gate_gradients(
     if inputs.dt_bias is None:
         return dA_log, None
     return dA_log, dbias.sum(0)[:, : inputs.dt_bias.shape[1]].to(inputs.dt_bias.dtype)
-
-
-def _beta_gradient(dbeta: Tensor, raw: Tensor, options: KdaOptions) -> Tensor:
-    """From the gradient of the write strength to that of `beta` as given."""
-    if options.beta_sigmoid:
-        dbeta = beta_backward(dbeta, beta_forward(raw.float(), options.allow_neg_eigval), options.allow_neg_eigval)
-    return dbeta.to(raw.dtype)

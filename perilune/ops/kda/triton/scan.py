@@ -1,4 +1,7 @@
-"""Kernels 2 and 3: the walks over the chunks of a sequence, forward with the state, backward with its gradient."""
+"""Kernels 2 and 3: the walks over the chunks of a sequence, forward with the state, backward with its gradient.
+
+A walk over a segment of a sequence is the same with the segment's first token and chunk.
+"""
 
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false, reportCallIssue=false
 
@@ -11,14 +14,16 @@ import triton.language as tl
 @triton.jit
 def scan_chunks(
     read_ptr, key_ptr, write_ptr, mix_ptr, solve_ptr, decay_ptr, v_ptr, o_ptr, z_ptr, initial_ptr, final_ptr,
-    states_ptr, cu_ptr, offset_ptr, v_stride,
+    states_ptr, transition_ptr, cu_ptr, offset_ptr, v_stride,
     HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    WITH_OUTPUTS: tl.constexpr, WITH_STATES: tl.constexpr, WITH_CORRECTIONS: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WITH_OUTPUTS: tl.constexpr, WITH_STATES: tl.constexpr, WITH_CORRECTIONS: tl.constexpr,
+    WITH_TRANSITION: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One slice of BV values of one value head of one sequence.
+    """One slice of BV values of one value head of one sequence, or of one segment of a sequence.
 
     Per chunk: `r = v - key S`, `o = read S + mix r`, `S <- decay S + write^T r`, and for the backward `z = solve r`.
+    WITH_TRANSITION starts from the K columns of the identity after V of zeros, and takes v to be zero for the former:
+    it ends with all that a segment does to a state.
 
     Source: Kimi Linear, eq. 8 and 9, rearranged (docs/kernels.md).
     """
@@ -38,7 +43,10 @@ def scan_chunks(
     square = rows[:, None] * C + rows[None, :]
     in_pack = rows[:, None] * (HV * V) + column
     walk = (sequence.to(tl.int64) * HV + head) * (K * V)
-    state = tl.load(initial_ptr + walk + corner, mask=in_state, other=0.0)
+    if WITH_TRANSITION:
+        state = tl.where(channels[:, None] == column - V, 1.0, 0.0)
+    else:
+        state = tl.load(initial_ptr + walk + corner, mask=in_state, other=0.0)
     for step in tl.range(0, count, num_stages=STAGES):
         place = (begin + step).to(tl.int64) * HV + head
         token = first + step * C
@@ -61,6 +69,9 @@ def scan_chunks(
             tl.store(z_ptr + out + in_pack, z.to(OP), mask=in_tokens)
         state = tl.dot(tl.trans(write), wrong, state * decay[:, None], input_precision=PRECISION)
     tl.store(final_ptr + walk + corner, state, mask=in_state)
+    if WITH_TRANSITION:
+        turned = transition_ptr + (sequence.to(tl.int64) * HV + head) * (K * K) + channels[:, None] * K + column - V
+        tl.store(turned, state, mask=(channels < K)[:, None] & (column >= V) & (column < V + K))
 
 
 @triton.jit
@@ -68,12 +79,12 @@ def scan_chunks_backward(
     read_ptr, key_ptr, write_ptr, mix_ptr, decay_ptr, do_ptr, dv_ptr, dfinal_ptr, dinitial_ptr, dstates_ptr,
     cu_ptr, offset_ptr,
     HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    FROM_ZERO: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
     """The same slice from the last chunk to the first.
 
     Per chunk, with dS the gradient of the state after it: `dv = mix^T do + write dS`, and
-    `dS <- decay dS + read^T do - key^T dv`.
+    `dS <- decay dS + read^T do - key^T dv`. FROM_ZERO starts from a dS of zero and keeps the last dS alone.
 
     Source: derived in this project; Kimi Linear gives no backward.
     """
@@ -93,7 +104,10 @@ def scan_chunks_backward(
     square = rows[:, None] * C + rows[None, :]
     in_pack = rows[:, None] * (HV * V) + column
     walk = (sequence.to(tl.int64) * HV + head) * (K * V)
-    dstate = tl.load(dfinal_ptr + walk + corner, mask=in_state, other=0.0)
+    if FROM_ZERO:
+        dstate = tl.zeros([BK, BV], tl.float32)
+    else:
+        dstate = tl.load(dfinal_ptr + walk + corner, mask=in_state, other=0.0)
     for step in tl.range(0, count, num_stages=STAGES):
         number = count - 1 - step
         place = (begin + number).to(tl.int64) * HV + head
@@ -107,10 +121,12 @@ def scan_chunks_backward(
         key = tl.load(key_ptr + place * (C * BK) + tile)
         decay = tl.load(decay_ptr + place * BK + channels)
         operand = dstate.to(OP)
-        tl.store(dstates_ptr + place * (K * V) + corner, operand, mask=in_state)
+        if not FROM_ZERO:
+            tl.store(dstates_ptr + place * (K * V) + corner, operand, mask=in_state)
         dv = tl.dot(tl.trans(mix), do, input_precision=PRECISION)
         dv = tl.dot(write, operand, dv, input_precision=PRECISION).to(OP)
-        tl.store(dv_ptr + out + in_pack, dv, mask=in_tokens)
+        if not FROM_ZERO:
+            tl.store(dv_ptr + out + in_pack, dv, mask=in_tokens)
         dstate = tl.dot(tl.trans(read), do, dstate * decay[:, None], input_precision=PRECISION)
         dstate -= tl.dot(tl.trans(key), dv, input_precision=PRECISION)
     tl.store(dinitial_ptr + walk + corner, dstate, mask=in_state)
