@@ -12,9 +12,12 @@ GATES = ({}, {"lower_bound": -5.0}, {"allow_neg_eigval": True})
 
 def make_inputs(
     count: int, length: int, heads: int, value_heads: int, key_dim: int, value_dim: int, *, taps: int = 4,
-    dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0, gated: bool = True,
+    dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0, gated: bool = True, kept: bool = False,
 ) -> dict[str, Tensor | None]:  # fmt: skip
-    """Random arguments of `kda_decode` for pools of `count + 2` slots in random order."""
+    """Random arguments of `kda_decode` for pools of `count + 2` slots in random order.
+
+    With `kept`, the sequences keep 0, L, 1, L - 1, 2, ... of their L tokens.
+    """
     generator = torch.Generator(device=device).manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -34,7 +37,14 @@ def make_inputs(
         "A_log": 0.3 * draw(value_heads),
         "dt_bias": draw(value_heads, key_dim) - 3,
         "slots": order.to(torch.int32),
+        "keep": _kept(count, length).to(device) if kept else None,
     }
+
+
+def _kept(count: int, length: int) -> Tensor:
+    rows = torch.arange(count, dtype=torch.int32)
+    low = (rows // 2) % (length + 1)
+    return torch.where(rows % 2 == 0, low, length - low)
 
 
 def copied(inputs: dict[str, Tensor | None], dtype: torch.dtype | None = None) -> dict[str, Tensor | None]:
