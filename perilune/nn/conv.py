@@ -36,7 +36,9 @@ class ShortConv(nn.Module):
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Filter one token per sequence: `[N, D]` and state `[N, D, W - 1]`."""
-        return short_conv_step(x, self.weight, state, "silu")
+        y, state = short_conv_step(x, self.weight, state, "silu")
+        # not a view of the wider window: steps in place (`kda_decode`) may follow
+        return y, state.contiguous()
 
     def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
         """U(-W^-1/2, W^-1/2), the usual default of a depthwise convolution."""

@@ -13,6 +13,11 @@ def is_step(layout: SequenceLayout) -> bool:
     return layout.max_length == 1 and layout.is_uniform
 
 
+def is_draft(layout: SequenceLayout, longest: int) -> bool:
+    """Whether every row gets equally many tokens, 1 to `longest`, so that they are a view `[N, L, ...]`."""
+    return layout.is_uniform and layout.max_length <= longest
+
+
 def check_rows(layout: SequenceLayout, entry: CacheEntry) -> None:
     """Require one sequence per cache row.
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from perilune.ops import kda_decode
+from perilune.nn import KDAConfig, KimiDeltaAttention, initialize
+from perilune.ops import SequenceLayout, kda_decode
 from tests.ops.kda_decode_cases import GATES, copied, errors, make_inputs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -58,6 +59,54 @@ def test_other_slots_keep_every_bit_and_skipped_ones_give_zeros():
     for slot in range(18):
         same = torch.equal(ours["states"][slot], inputs["states"][slot])
         assert same == (slot not in used)
+
+
+@pytest.mark.parametrize("shape", [(9, 8, 4, 4, 128, 128), (5, 2, 1, 2, 64, 64), (9, 5, 2, 2, 24, 20)])
+@pytest.mark.parametrize("taps", [2, 4, 7])
+def test_states_after_the_tokens_that_are_kept(shape, taps):
+    for dtype, limit in ((torch.float32, 2e-6), (torch.bfloat16, 4e-3)):
+        inputs = make_inputs(*shape, taps=taps, dtype=dtype, device="cuda", kept=True)
+        inputs["slots"][3] = -1
+        found = errors(inputs, "triton")
+        assert found["o"] < limit
+        assert max(found["states"], found["conv_states"]) < 2e-6
+
+
+def test_a_draft_that_is_not_kept_leaves_every_bit():
+    inputs = make_inputs(16, 4, 2, 4, 64, 64, dtype=torch.bfloat16, device="cuda")
+    nothing, everything, plain = ({**copied(inputs), "keep": keep} for keep in (_keep(0), _keep(4), None))
+    outputs = [kda_decode(**each) for each in (nothing, everything, plain)]
+    torch.testing.assert_close(outputs[0], outputs[2])
+    torch.testing.assert_close(outputs[1], outputs[2])
+    for pool in ("states", "conv_states"):
+        assert torch.equal(nothing[pool], inputs[pool])
+        torch.testing.assert_close(everything[pool], plain[pool])
+
+
+def _keep(tokens):
+    return torch.full((16,), tokens, dtype=torch.int32, device="cuda")
+
+
+def test_without_slots_sequence_i_owns_slot_i():
+    inputs = {**make_inputs(8, 2, 4, 4, 128, 128, device="cuda"), "slots": torch.arange(8, device="cuda")}
+    named, in_order = copied(inputs), {**copied(inputs), "slots": None}
+    torch.testing.assert_close(kda_decode(**in_order), kda_decode(**named))
+    torch.testing.assert_close(in_order["states"], named["states"])
+    assert torch.equal(in_order["states"][8:], inputs["states"][8:])
+
+
+@pytest.mark.parametrize("draft", [1, 4])
+def test_the_layer_decodes_through_it_as_it_prefills(draft):
+    config = KDAConfig(num_heads=4, head_dim=64, num_value_heads=8)
+    layer = initialize(KimiDeltaAttention(config, 128), seed=0, init_range=0.1).cuda()
+    x = torch.randn(3, 24, 128, generator=torch.Generator().manual_seed(0)).cuda()
+    with torch.no_grad():
+        expected = layer(x.flatten(0, 1), SequenceLayout.from_lengths([24] * 3, "cuda")).view(3, 24, 128)
+        cache = layer.new_cache(3, "cuda", torch.float32)
+        layer(x[:, :12].flatten(0, 1), SequenceLayout.from_lengths([12] * 3, "cuda"), cache)
+        piece = SequenceLayout.from_lengths([draft] * 3, "cuda")
+        parts = [layer(part.flatten(0, 1), piece, cache).view(3, draft, 128) for part in x[:, 12:].split(draft, 1)]
+    assert (torch.cat(parts, 1) - expected[:, 12:]).norm() < 1e-3 * expected[:, 12:].norm()
 
 
 def test_it_can_be_captured_in_a_graph():

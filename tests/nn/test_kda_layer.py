@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perilune.nn import KDAConfig, KimiDeltaAttention, initialize
+from perilune.nn import kda as kda_module
+from perilune.ops.kda_decode import kda_decode
 from perilune.ops.layout import SequenceLayout
 from tests.nn.helpers import CONFIGS, D_MODEL, KDA, make_mixer, packed_input
 
@@ -145,14 +147,129 @@ def test_initial_values_follow_the_release():
     assert torch.equal(bounded.A_log, torch.zeros(32))
 
 
-def test_decode_in_place_does_not_touch_a_clone():
+STEP = SequenceLayout.from_lengths([1, 1])
+
+
+@pytest.mark.parametrize("draft", [1, 4])
+def test_decode_in_place_does_not_touch_a_clone(draft):
     mixer = make_mixer("kda")
-    x, layout = packed_input((3, 3))
+    x, layout = packed_input((4, 4))
     with torch.no_grad():
         cache = mixer.new_cache(2, "cpu", torch.float64)
         mixer(x, layout, cache)
         kept = cache.clone()
-        before = kept["state"].clone()
-        mixer(x[:2], SequenceLayout.from_lengths([1, 1]), cache)
-    assert torch.equal(kept["state"], before)
-    assert not torch.equal(cache["state"], before)
+        before = {name: kept[name].clone() for name in ("state", "conv")}
+        mixer(*packed_input((draft, draft), seed=1), cache)
+    for name, old in before.items():
+        assert torch.equal(kept[name], old)
+        assert not torch.equal(cache[name], old)
+
+
+def test_decode_allocates_no_states():
+    mixer = make_mixer("kda")
+    x, layout = packed_input((4, 3))
+    with torch.no_grad():
+        cache = mixer.new_cache(2, "cpu", torch.float64)
+        mixer(x, layout, cache)
+        places = [cache[name].data_ptr() for name in ("state", "conv")]
+        mixer(x[:2], STEP, cache)
+    assert [cache[name].data_ptr() for name in ("state", "conv")] == places
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(("length", "with_grad"), [(9, False), (1, False), (1, True)])
+def test_the_entry_holds_the_memory_as_steps_take_it(name, length, with_grad):
+    """Value channels first for the delta rule, key channels first without, whatever path wrote it."""
+    mixer = make_mixer(name)
+    x, layout = packed_input((1,))
+    cache = mixer.new_cache(1, "cpu", torch.float64)
+    with torch.set_grad_enabled(with_grad):
+        # tokens of zeros write nothing, and the last one writes beta k v^T to an empty memory
+        mixer(torch.cat([x.new_zeros(length - 1, D_MODEL), x]), SequenceLayout.from_lengths([length]), cache)
+    with torch.no_grad():
+        qkv, _, beta, _ = mixer._project(x)
+        qkv = F.silu(qkv) if mixer.conv is None else mixer.conv(qkv, layout)[0]
+        _, k, v = mixer._heads(qkv)
+    k = k.repeat_interleave(v.shape[1] // k.shape[1], dim=1)
+    k = k / (k.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+    write = torch.sigmoid(beta)[..., None, None] * k[..., :, None] * v[..., None, :]
+    write = write * 2 if mixer.config.allow_neg_eigval else write
+    torch.testing.assert_close(cache["state"], write.mT if mixer.config.delta_rule else write)
+    assert cache["state"].is_contiguous()
+
+
+def spied(monkeypatch):
+    """Count the tokens of every call of `kda_decode` by the layer."""
+    calls = []
+
+    def spy(qkv, *args, **kwargs):
+        calls.append(qkv.shape[1])
+        return kda_decode(qkv, *args, **kwargs)
+
+    monkeypatch.setattr(kda_module, "kda_decode", spy)
+    return calls
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_the_fused_step_serves(monkeypatch, name):
+    calls = spied(monkeypatch)
+    mixer = make_mixer(name)
+    cache = mixer.new_cache(2, "cpu", torch.float64)
+    x, _ = packed_input((1, 1))
+    mixer(x, STEP, cache)
+    assert calls == []
+    with torch.no_grad():
+        mixer(x, STEP, cache)
+        mixer(x, STEP)
+        mixer(x, SequenceLayout.from_lengths([2, 0]), cache)
+    ablations = ("no-conv", "one-tap", "head-gate", "additive", "mamba2", "swish", "bounded-head")
+    assert calls == ([] if name.removeprefix("kda-") in ablations else [1])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("draft", [2, 8])
+def test_a_draft_is_taken_as_its_tokens_one_by_one(monkeypatch, name, draft):
+    calls = spied(monkeypatch)
+    mixer = make_mixer(name)
+    x, layout = packed_input((5, 5))
+    new, draft_layout = packed_input((draft, draft), seed=1)
+    with torch.no_grad():
+        cache = mixer.new_cache(2, "cpu", torch.float64)
+        mixer(x, layout, cache)
+        calls.clear()
+        one_by_one = cache.clone()
+        whole = mixer(new, draft_layout, cache)
+        assert calls in ([], [draft])
+        rows = new.view(2, draft, -1).unbind(1)
+        expected = torch.stack([mixer(row, STEP, one_by_one) for row in rows], 1).flatten(0, 1)
+        torch.testing.assert_close(whole, expected, rtol=1e-10, atol=1e-11)
+        torch.testing.assert_close(cache["state"], one_by_one["state"], rtol=1e-10, atol=1e-11)
+        calls.clear()
+        more, long_layout = packed_input((9, 9))
+        mixer(more, long_layout, cache)
+        mixer(more[:5], SequenceLayout.from_lengths([2, 3]), cache)
+    assert calls == []
+
+
+def test_steps_with_and_without_gradients_may_alternate():
+    mixer = make_mixer("kda")
+    x, layout = packed_input((12, 12))
+    expected = mixer(x, layout).view(2, 12, -1)
+    cache = mixer.new_cache(2, "cpu", torch.float64)
+    for token in range(12):
+        with torch.set_grad_enabled(token % 3 == 0):
+            found = mixer(x.view(2, 12, -1)[:, token], STEP, cache)
+        torch.testing.assert_close(found.detach(), expected[:, token].detach())
+
+
+def test_decoding_under_autocast_is_close():
+    mixer = make_mixer("kda", torch.float32)
+    x, layout = packed_input((12, 12), dtype=torch.float32)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = mixer(x, layout).view(2, 12, -1)
+        cache = mixer.new_cache(2, "cpu", torch.float32)
+        found = torch.stack([mixer(token, STEP, cache) for token in x.view(2, 12, -1).unbind(1)], 1)
+    assert found.dtype == expected.dtype
+    assert cache["state"].dtype == torch.float32
+    # both round their inputs to bfloat16, one of them what happens inside as well
+    assert (found.float() - expected.float()).norm() <= 0.02 * expected.float().norm()

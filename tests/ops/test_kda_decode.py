@@ -10,7 +10,7 @@ import torch
 from perilune.errors import BackendError
 from perilune.nn import KDAConfig, KimiDeltaAttention, initialize
 from perilune.ops import SequenceLayout
-from perilune.ops.kda_decode import kda_decode
+from perilune.ops.kda_decode import _fits, kda_decode
 from tests.ops.kda_decode_cases import GATES, copied, errors, make_inputs
 
 TOKENS = ("qkv", "g", "beta", "z")
@@ -27,24 +27,18 @@ for shape in ((3, 1, 2, 2, 16, 16), (3, 3, 2, 4, 16, 32), (2, 5, 1, 1, 24, 20)):
         inputs["slots"][-1] = -1
         found = errors(inputs, "triton", **gate)
         assert max(found.values()) < 1e-6, (shape, gate, found)
-for shape in ((6, 2, 1, 1, 16, 16), (9, 5, 1, 2, 8, 16)):
-    for taps in (2, 4, 7):
-        inputs = make_inputs(*shape, taps=taps, kept=True)
-        inputs["slots"][4] = -1
-        ours = copied(inputs)
-        found = errors(ours, "triton")
-        assert max(found.values()) < 1e-6, (shape, taps, found)
-        kda_decode(**ours, backend="triton")
-        for row in (0, 4):
-            if inputs["slots"][row] >= 0:
-                slot = int(inputs["slots"][row])
-                for pool in ("states", "conv_states"):
-                    assert torch.equal(ours[pool][slot], inputs[pool][slot]), (shape, taps, row)
-        every, plain = copied(inputs), {**copied(inputs), "keep": None}
-        every["keep"] = torch.full_like(inputs["keep"], shape[1])
-        assert torch.equal(kda_decode(**every, backend="triton"), kda_decode(**plain, backend="triton"))
-        assert all(torch.equal(every[pool], plain[pool]) for pool in ("states", "conv_states"))
-in_order = {**make_inputs(3, 2, 2, 2, 16, 16), "slots": None}
+for shape, taps in (((6, 2, 1, 1, 16, 16), 2), ((4, 3, 1, 2, 8, 16), 7), ((4, 4, 1, 1, 8, 8), 4)):
+    inputs = make_inputs(*shape, taps=taps, kept=True)
+    inputs["slots"][2] = -1
+    found = errors(inputs, "triton")
+    assert max(found.values()) < 1e-6, (shape, taps, found)
+none, every, plain = copied(inputs), copied(inputs), {**copied(inputs), "keep": None}
+none["keep"], every["keep"] = torch.zeros(4, dtype=torch.int32), torch.full((4,), 4)
+outputs = [kda_decode(**each, backend="triton") for each in (none, every, plain)]
+assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[2])
+for pool in ("states", "conv_states"):
+    assert torch.equal(none[pool], inputs[pool]) and torch.equal(every[pool], plain[pool])
+in_order = {**make_inputs(2, 2, 1, 2, 8, 8), "slots": None}
 assert max(errors(in_order, "triton").values()) < 1e-6
 print("equal")
 """
@@ -226,6 +220,21 @@ def test_it_is_what_the_layer_does_in_a_step_with_gradients():
 def test_wrong_arguments_are_named(change, words):
     with pytest.raises(ValueError, match=words):
         kda_decode(**{**make_inputs(3, 1, 2, 2, 16, 16), **change})
+
+
+def test_no_sequences_at_all():
+    inputs = {name: x[:0] if name in (*TOKENS, "slots") else x for name, x in make_inputs(2, 3, 1, 2, 8, 16).items()}
+    for slots in (inputs["slots"], None):
+        for keep in (inputs["slots"], None):
+            assert kda_decode(**{**inputs, "slots": slots, "keep": keep}).shape == (0, 3, 2, 16)
+
+
+@pytest.mark.parametrize(
+    ("value_dim", "key_dim", "fits"),
+    [(128, 128, True), (1, 64, True), (64, 256, True), (128, 129, False), (256, 256, False)],
+)
+def test_memories_that_would_spill_registers_do_not_go_to_the_kernel(value_dim, key_dim, fits):
+    assert _fits(torch.empty(2, 4, value_dim, key_dim, device="meta")) == fits
 
 
 def test_backends_that_cannot_serve_say_why(monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from torch import Tensor, arange, float32, int32, int64
+from torch import Tensor, float32, int32, int64
 
 from perilune.errors import BackendError
 from perilune.ops.kda.arguments import LOWEST_BOUND
@@ -17,6 +17,9 @@ __all__ = ["kda_decode"]
 
 MAX_TOKENS = 8
 """Most new tokens of a sequence in one call: a draft to be verified; longer pieces are prefill and go to `kda`."""
+
+LARGEST_TILE = 128 * 128
+"""Largest memory, V x K, that `auto` gives to the kernel: one of 256 x 256 spills 16 kB of registers a thread."""
 
 
 class _Backend(Protocol):
@@ -36,6 +39,7 @@ def kda_decode(
     A_log: Tensor,
     dt_bias: Tensor,
     slots: Tensor | None = None,
+    keep: Tensor | None = None,
     scale: float | None = None,
     lower_bound: float | None = None,
     allow_neg_eigval: bool = False,
@@ -47,6 +51,11 @@ def kda_decode(
     Per token: `q, k, v = silu(conv(qkv))`, `kda_step` with unit q and k, the gate of g and `sigmoid(beta)`, then
     `RMSNorm(o) * sigmoid(z)`. Both pools are updated in place; other slots keep every bit. No gradients. The tokens of
     a call are taken one after the other, so that one call of L tokens equals L calls of one.
+
+    A draft that may be rejected is run with `keep`. Either with 0, and once more, with the number accepted, on the same
+    projections (outputs of that call are not needed); or together with the draft before: each sequence's accepted
+    tokens come first and are kept, its new draft follows, and anything may fill up the L tokens. The second way moves a
+    state no more often than plain decoding.
 
     Args:
         qkv: `[N, L, D]` with D = 2 H K + HV V, projections side by side, any float dtype; 1 <= L <= 8.
@@ -61,11 +70,14 @@ def kda_decode(
         dt_bias: `[HV, K]`.
         slots: `[N]` int32 or int64, the slot of each sequence, all different, below S (a GPU does not check); a
             negative one is skipped: zeros come out and nothing is touched. None means slot i for sequence i.
+        keep: `[N]` int32 or int64, how many of its L tokens, 0 to L (a GPU does not check), each sequence leaves in the
+            pools; outputs are given for all. None keeps all.
         scale: factor on queries; None means `K ** -0.5`.
         lower_bound: floor of the log decay per token, in [-5.9, 0); selects the bounded gate.
         allow_neg_eigval: double the sigmoid of beta.
         norm_eps: inside the root of the norm.
-        backend: `triton` (one launch, on a GPU), `torch`, `reference` (float64-able), or `auto`: triton where it runs.
+        backend: `triton` (one launch, on a GPU), `torch`, `reference` (float64-able), or `auto`: triton where it runs,
+            for V x K up to 128 x 128.
 
     Returns:
         `[N, L, HV, V]` in qkv's dtype.
@@ -87,9 +99,11 @@ def kda_decode(
         norm_weight=norm_weight,
         A_log=A_log,
         dt_bias=dt_bias,
-        slots=arange(qkv.shape[0], device=qkv.device) if slots is None else slots,
+        slots=slots,
+        keep=keep,
     )
     _check(inputs, lower_bound)
+    _check_rows(inputs)
     options = DecodeOptions(
         scale=states.shape[3] ** -0.5 if scale is None else float(scale),
         lower_bound=lower_bound,
@@ -104,13 +118,19 @@ def _choose(backend: str, inputs: DecodeInputs) -> _Backend:
         raise BackendError(f"kda_decode: backend must be 'auto', 'triton', 'torch' or 'reference', got {backend!r}")
     if backend == "triton" or (backend == "auto" and inputs.qkv.is_cuda):
         obstacle = triton_obstacle(inputs.states, dtypes=(float32,))
-        if obstacle is None:
+        if obstacle is None and (backend == "triton" or _fits(inputs.states)):
             from perilune.ops.kda_decode.triton import kda_decode_triton
 
             return kda_decode_triton
         if backend == "triton":
             raise BackendError(f"kda_decode: backend 'triton' cannot hold these states: it {obstacle}; use 'torch'")
     return kda_decode_reference if backend == "reference" else kda_decode_torch
+
+
+def _fits(states: Tensor) -> bool:
+    """Whether a memory fits the registers of the threads that own it, spread over powers of two."""
+    value_dim, key_dim = states.shape[2:]
+    return 1 << ((value_dim - 1).bit_length() + (key_dim - 1).bit_length()) <= LARGEST_TILE
 
 
 def _check(inputs: DecodeInputs, lower_bound: float | None) -> None:
@@ -140,7 +160,6 @@ def _check(inputs: DecodeInputs, lower_bound: float | None) -> None:
         "norm_weight": (value_dim,),
         "A_log": (heads,),
         "dt_bias": (heads, key_dim),
-        "slots": (count,),
     }
     if inputs.z is not None:
         wanted["z"] = (count, length, heads, value_dim)
@@ -151,7 +170,23 @@ def _check(inputs: DecodeInputs, lower_bound: float | None) -> None:
     for name in ("conv_states", "states"):
         if not getattr(inputs, name).is_contiguous():
             raise ValueError(f"kda_decode: {name} is updated in place and must be contiguous")
-    if inputs.slots.dtype not in (int32, int64):
-        raise ValueError(f"kda_decode: slots must be int32 or int64, got {inputs.slots.dtype}")
     if lower_bound is not None and not LOWEST_BOUND <= lower_bound < 0:
         raise ValueError(f"kda_decode: lower_bound must be in [{LOWEST_BOUND}, 0), got {lower_bound}")
+
+
+def _check_rows(inputs: DecodeInputs) -> None:
+    """Check what there is one of for each sequence."""
+    count, length, _ = inputs.qkv.shape
+    if inputs.slots is None and count > inputs.states.shape[0]:
+        raise ValueError(f"kda_decode: {count} sequences but {inputs.states.shape[0]} slots; name them in slots")
+    for name, rows in (("slots", inputs.slots), ("keep", inputs.keep)):
+        if rows is None:
+            continue
+        if tuple(rows.shape) != (count,):
+            raise ValueError(f"kda_decode: {name} must have shape [{count}], got {list(rows.shape)}")
+        if rows.dtype not in (int32, int64):
+            raise ValueError(f"kda_decode: {name} must be int32 or int64, got {rows.dtype}")
+    keep = inputs.keep
+    # reading the values of a GPU's tensor would wait for the GPU
+    if keep is not None and keep.device.type == "cpu" and bool(((keep < 0) | (keep > length)).any()):
+        raise ValueError(f"kda_decode: keep must be in [0, {length}], got {keep.tolist()}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -21,13 +21,19 @@ class DecodeInputs:
     norm_weight: Tensor
     A_log: Tensor
     dt_bias: Tensor
-    slots: Tensor
+    slots: Tensor | None
+    keep: Tensor | None
 
     @property
     def num_heads(self) -> int:
         """H, query and key heads."""
         _, heads, value_dim, key_dim = self.states.shape
         return (self.qkv.shape[2] - heads * value_dim) // (2 * key_dim)
+
+    def of_rows(self, rows: Tensor) -> DecodeInputs:
+        """The inputs of sequences `rows` `[M]` int64; pools and weights are shared."""
+        z, slots, keep = (None if x is None else x[rows] for x in (self.z, self.slots, self.keep))
+        return replace(self, qkv=self.qkv[rows], g=self.g[rows], beta=self.beta[rows], z=z, slots=slots, keep=keep)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -43,7 +43,8 @@ def kda_decode_triton(inputs: DecodeInputs, options: DecodeOptions) -> Tensor:
         inputs.A_log.contiguous(),
         inputs.dt_bias.contiguous(),
         inputs.states,
-        inputs.slots.contiguous(),
+        o if inputs.slots is None else inputs.slots.contiguous(),
+        o if inputs.keep is None else inputs.keep.contiguous(),
         o,
         options.scale,
         0.0 if options.lower_bound is None else options.lower_bound,
@@ -60,6 +61,8 @@ def kda_decode_triton(inputs: DecodeInputs, options: DecodeOptions) -> Tensor:
         IS_BOUNDED=options.lower_bound is not None,
         IS_DOUBLED=options.allow_neg_eigval,
         IS_GATED=inputs.z is not None,
+        IS_LISTED=inputs.slots is not None,
+        IS_PARTIAL=inputs.keep is not None,
         num_warps=_WARPS,
     )
     return o
@@ -86,19 +89,34 @@ def _convolve(
 
 
 @triton.jit
-def _remember(x_ptr, conv_ptr, channels, mask, L: tl.constexpr, W: tl.constexpr, D: tl.constexpr) -> None:
+def _kept_input(x_ptr, conv_ptr, channels, mask, token, W: tl.constexpr, D: tl.constexpr) -> Any:
+    """`_input` at a token that only the GPU knows."""
+    is_new = tl.zeros_like(channels) + token >= 0  # a vector: the interpreter does not join scalars to masks
+    x = tl.load(x_ptr + token * D + channels, mask=mask & is_new, other=0.0).to(tl.float32)
+    old = tl.load(conv_ptr + channels * (W - 1) + (token + W - 1), mask=mask & ~is_new, other=0.0).to(tl.float32)
+    return tl.where(is_new, x, old)
+
+
+@triton.jit
+def _remember(
+    x_ptr, conv_ptr, channels, mask, keep, L: tl.constexpr, W: tl.constexpr, D: tl.constexpr, IS_PARTIAL: tl.constexpr
+) -> None:
     """Keep the last inputs; in rising order, so that an entry is read before it is overwritten."""
     for entry in tl.static_range(W - 1):
-        x = _input(x_ptr, conv_ptr, channels, mask, L - (W - 1) + entry, W, D)
+        if IS_PARTIAL:
+            x = _kept_input(x_ptr, conv_ptr, channels, mask, keep - (W - 1) + entry, W, D)
+        else:
+            x = _input(x_ptr, conv_ptr, channels, mask, L - (W - 1) + entry, W, D)
         tl.store(conv_ptr + channels * (W - 1) + entry, x.to(conv_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _decode(
-    x_ptr, conv_ptr, weight_ptr, g_ptr, beta_ptr, z_ptr, norm_ptr, rate_ptr, bias_ptr, state_ptr, slot_ptr, o_ptr,
-    scale, lower_bound, norm_eps, unit_eps,
+    x_ptr, conv_ptr, weight_ptr, g_ptr, beta_ptr, z_ptr, norm_ptr, rate_ptr, bias_ptr, state_ptr, slot_ptr, keep_ptr,
+    o_ptr, scale, lower_bound, norm_eps, unit_eps,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     L: tl.constexpr, W: tl.constexpr, IS_BOUNDED: tl.constexpr, IS_DOUBLED: tl.constexpr, IS_GATED: tl.constexpr,
+    IS_LISTED: tl.constexpr, IS_PARTIAL: tl.constexpr,
 ) -> None:  # fmt: skip
     """One key head (program axis 0) of one sequence (axis 1).
 
@@ -107,7 +125,8 @@ def _decode(
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     GROUP: tl.constexpr = HV // H
     D: tl.constexpr = 2 * H * K + HV * V
-    slot = tl.load(slot_ptr + row).to(tl.int64)
+    slot = tl.load(slot_ptr + row).to(tl.int64) if IS_LISTED else row
+    keep = tl.load(keep_ptr + row).to(tl.int32) if IS_PARTIAL else 0
     keys, values = tl.arange(0, BK), tl.arange(0, BV)
     in_keys, in_values = keys < K, values < V
     if slot < 0:
@@ -150,9 +169,13 @@ def _decode(
             if IS_GATED:
                 o = o * tl.sigmoid(tl.load(z_ptr + place * V + values, mask=in_values, other=0.0).to(tl.float32))
             tl.store(o_ptr + place * V + values, o.to(o_ptr.dtype.element_ty), mask=in_values)
-        tl.store(tile, state, mask=in_tile)
+            if IS_PARTIAL:  # noqa: SIM102 (known to the compiler, the other is not)
+                if keep == token + 1:
+                    tl.store(tile, state, mask=in_tile)
+        if not IS_PARTIAL:
+            tl.store(tile, state, mask=in_tile)
         tl.debug_barrier()
-        _remember(x_ptr, conv_ptr, channels, in_values, L, W, D)
+        _remember(x_ptr, conv_ptr, channels, in_values, keep, L, W, D, IS_PARTIAL)
     tl.debug_barrier()
-    _remember(x_ptr, conv_ptr, head * K + keys, in_keys, L, W, D)
-    _remember(x_ptr, conv_ptr, (H + head) * K + keys, in_keys, L, W, D)
+    _remember(x_ptr, conv_ptr, head * K + keys, in_keys, keep, L, W, D, IS_PARTIAL)
+    _remember(x_ptr, conv_ptr, (H + head) * K + keys, in_keys, keep, L, W, D, IS_PARTIAL)
