@@ -7,7 +7,7 @@ from math import isqrt
 from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
-from torch import Size, Tensor, compiler, dtype, int32, is_grad_enabled, tensor
+from torch import Size, Tensor, compiler, dtype, int32, tensor
 
 from perilune.errors import BackendError
 from perilune.ops.kda.arguments import (
@@ -18,6 +18,7 @@ from perilune.ops.kda.arguments import (
     check_tensors,
     check_writable,
     compute_dtype,
+    needs_gradients,
     shaped_gate_parameters,
     state_shape,
 )
@@ -142,7 +143,8 @@ def kda(
         return_chunk_states=return_chunk_states,
         segment_chunks=segment_chunks,
     )
-    chosen = _checked_backend(q, v, backend)
+    differentiable = needs_gradients(q, k, v, g, beta, A_log, dt_bias, initial_state)
+    chosen = _checked_backend(q, v, backend, differentiable)
     check_segments("kda", segment_chunks, chosen)
     if chosen != "reference" and compiler.is_compiling():
         state = _initial_state(initial_state, _num_sequences(q, cu_seqlens), q, v, compute, state_v_first)
@@ -247,18 +249,17 @@ def kda_step(
     return advance_states(inputs, options, state_v_first, out_state)
 
 
-def kda_backend(q: Tensor, v: Tensor) -> str:
+def kda_backend(q: Tensor, v: Tensor, *, needs_gradients: bool) -> str:
     """What `backend="auto"` is for these tensors: `triton` for bfloat16 and float16 on a GPU, else `torch`.
 
-    Where they need gradients it is `torch` too, for now: the kernels' backward has run in the interpreter alone.
+    With gradients it is `torch`: the backward of `triton`, as it is now, has run in the interpreter alone.
 
     Args:
         q: `[..., K]`.
         v: `[..., V]`.
+        needs_gradients: whether the call is to be differentiated, by whichever argument.
     """
-    if not q.is_cuda or q.dtype not in HALF_TYPES:
-        return "torch"
-    if is_grad_enabled() and (q.requires_grad or v.requires_grad):
+    if needs_gradients or not q.is_cuda or q.dtype not in HALF_TYPES:
         return "torch"
     return "torch" if _why_not_triton(q, v) else "triton"
 
@@ -291,9 +292,9 @@ def _why_not_triton(q: Tensor, v: Tensor) -> str | None:
     return obstacle
 
 
-def _checked_backend(q: Tensor, v: Tensor, backend: str) -> str:
+def _checked_backend(q: Tensor, v: Tensor, backend: str, differentiable: bool) -> str:
     if backend == "auto":
-        return kda_backend(q, v)
+        return kda_backend(q, v, needs_gradients=differentiable)
     if backend not in ("triton", "torch", "reference"):
         raise BackendError(f"kda: backend must be 'auto', 'triton', 'torch' or 'reference', got {backend!r}")
     reason = _why_not_triton(q, v) if backend == "triton" else None
