@@ -102,7 +102,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", action="store_true", help="time a model's training step instead of the operator")
     parser.add_argument("--no-compile-ahead", action="store_true", help="let the autotuners compile one by one")
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
-    parser.add_argument("--backend", default="triton", help=argparse.SUPPRESS)
+    parser.add_argument("--backend", default="cuda", help="ours: cuda (default), triton, or torch")
     parser.add_argument("--dim", type=int, default=128, help=argparse.SUPPRESS)
     parser.add_argument("--compile-part", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -61,7 +61,7 @@ def compile_part(shapes: list[str], part: int, parts: int) -> None:
 
     Autotuner.prune_configs = every_nth  # pyright: ignore[reportAttributeAccessIssue]
     Autotuner.do_bench = property(lambda self: compile_only)
-    contenders, _ = load_contenders("triton")
+    contenders, _ = load_contenders("cuda")
     for shape in shapes:
         for gate in GATES:
             x = make_inputs(Case.parse(shape, gate, 128), "cuda")

@@ -1,4 +1,4 @@
-"""The Triton kernels of KDA on a GPU, against the chunkwise backend in float64 and against themselves.
+"""The kernels of KDA on a GPU, against the chunkwise backend in float64 and against themselves.
 
 Totals are odd and packs have several sequences wherever it does not matter: Triton compiles anew for sizes that are 1
 or multiples of 16. Every new combination of widths, chunk size and switches compiles for some seconds.
@@ -7,7 +7,8 @@ or multiples of 16. Every new combination of widths, chunk size and switches com
 import pytest
 import torch
 
-from perilune.ops import SequenceLayout, kda
+from perilune.ops import SequenceLayout, kda, kda_backend
+from perilune.ops.kda.cuda import kda_cuda_obstacle
 from tests.ops.kda_cases import Case, as_dtype
 from tests.ops.kda_triton_cases import (
     PACKED,
@@ -20,6 +21,13 @@ from tests.ops.kda_triton_cases import (
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 DEVICE = "cuda"
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def backend(request):
+    return request.param
+
+
 LIMITS = {
     "o": 5e-3, "final_state": 5e-3, "dq": 8e-3, "dk": 8e-3, "dv": 8e-3, "dinitial_state": 8e-3, "dg": 2e-2,
     "dbeta": 2e-2, "ddt_bias": 8e-3, "dA_log": 2e-2,
@@ -119,9 +127,11 @@ def worst_errors(case, found, wanted):
     return errors
 
 
-def check(case, dtype, limits, **changes):
+def check(backend, case, dtype, limits, **changes):
     tensors = leaves(case, dtype)
-    found = pulled_back(case, tensors, backend="triton", **changes)
+    if backend == "cuda" and (obstacle := kda_cuda_obstacle(tensors["q"], tensors["v"], case.chunk_size)):
+        pytest.skip(f"backend 'cuda' {obstacle}")
+    found = pulled_back(case, tensors, backend=backend, **changes)
     wanted = pulled_back(case, as_dtype(tensors, torch.float64), backend="torch")
     errors = worst_errors(case, found, wanted)
     beyond = {name: f"{error:.1e}" for name, error in errors.items() if not error < limits[name]}
@@ -164,51 +174,80 @@ GRID_CASES = [
 
 
 @pytest.mark.parametrize("case", GRID_CASES)
-def test_values_and_gradients_stay_within_the_limits(case):
-    check(case, torch.bfloat16, LIMITS)
+def test_values_and_gradients_stay_within_the_limits(case, backend):
+    check(backend, case, torch.bfloat16, LIMITS)
 
 
 @pytest.mark.parametrize("name", SEGMENTED)
-def test_segments_stay_within_the_limits(name):
-    check(GRID[name], torch.bfloat16, LIMITS, segment_chunks=SEGMENTED[name])
+def test_segments_stay_within_the_limits(name, backend):
+    check(backend, GRID[name], torch.bfloat16, LIMITS, segment_chunks=SEGMENTED[name])
 
 
 @pytest.mark.parametrize("gate", ["tiny", "zero"])
-def test_many_segments_of_slow_decay_stay_within_the_limits(gate):
+def test_many_segments_of_slow_decay_stay_within_the_limits(gate, backend):
     """Whatever enters the first of 64 segments is still there at the end."""
     case = Case(lengths=(4096, 77), gate=gate, keys="correlated", beta=0.5, **WIDE)
-    check(case, torch.bfloat16, LIMITS, segment_chunks=1)
+    check(backend, case, torch.bfloat16, LIMITS, segment_chunks=1)
 
 
-def test_one_segment_is_one_walk():
+@pytest.mark.parametrize(
+    ("dtype", "key_dim", "value_dim", "chunk_size", "wanted"),
+    [
+        (torch.bfloat16, 128, 128, 64, "cuda"),
+        (torch.float16, 64, 256, 64, "cuda"),
+        (torch.bfloat16, 128, 128, 32, "triton"),
+        (torch.bfloat16, 100, 128, 64, "triton"),
+        (torch.bfloat16, 128, 96, 64, "triton"),
+        (torch.float32, 128, 128, 64, "torch"),
+        (torch.bfloat16, 300, 128, 64, "torch"),
+    ],
+)
+def test_auto_is_the_fastest_that_takes_a_call(dtype, key_dim, value_dim, chunk_size, wanted):
+    q, v = (torch.empty(1, 1, 2, width, dtype=dtype, device=DEVICE) for width in (key_dim, value_dim))
+    assert kda_backend(q, v, chunk_size=chunk_size) == wanted
+
+
+def test_strided_and_misaligned_inputs_are_copied(backend):
+    tensors = constants(leaves(MAIN))
+    apart = dict(tensors)
+    for name in PACKED:
+        x = tensors[name].flatten(2)
+        rows = torch.empty(*x.shape[:2], 1 + x.shape[2], dtype=x.dtype, device=DEVICE)[..., 1:]
+        apart[name] = rows.copy_(x).view_as(tensors[name])
+    wanted = squares(as_leaves(tensors), **options(MAIN), backend=backend)
+    found = squares({name: x.requires_grad_() for name, x in apart.items()}, **options(MAIN), backend=backend)
+    assert_same_bits(found, wanted)
+
+
+def test_one_segment_is_one_walk(backend):
     """But for what the fold hands on."""
     tensors = leaves(MAIN)
-    whole, found = (pulled_back(MAIN, tensors, backend="triton", segment_chunks=chunks) for chunks in (None, 8))
+    whole, found = (pulled_back(MAIN, tensors, backend=backend, segment_chunks=chunks) for chunks in (None, 8))
     assert_same_bits(found, whole, "final_state", "dinitial_state", *PARAMETERS)
     assert max(relative_errors(found, whole).values()) < 1e-2
 
 
-def test_float16_stays_within_the_limits():
-    check(GRID["64"], torch.float16, LIMITS)
+def test_float16_stays_within_the_limits(backend):
+    check(backend, GRID["64"], torch.float16, LIMITS)
 
 
 @pytest.mark.parametrize("segments", [None, 1])
 def test_float32_is_closer(segments):
     case = Case(raw=True, lengths=(37, 0, 130), key_dim=32, value_dim=32, chunk_size=64)
-    check(case, torch.float32, dict.fromkeys(LIMITS, 1e-4), segment_chunks=segments)
+    check("triton", case, torch.float32, dict.fromkeys(LIMITS, 1e-4), segment_chunks=segments)
 
 
 @BOTH_WALKS
-def test_what_the_forward_keeps_is_what_the_backward_computes_again(segments):
-    tensors, changes = leaves(MAIN), {"backend": "triton", "segment_chunks": segments}
+def test_what_the_forward_keeps_is_what_the_backward_computes_again(segments, backend):
+    tensors, changes = leaves(MAIN), {"backend": backend, "segment_chunks": segments}
     again, kept = (pulled_back(MAIN, tensors, save_states=save, **changes) for save in (False, True))
     assert max(relative_errors(kept, again).values()) < 1e-3
 
 
 @BOTH_WALKS
 @pytest.mark.parametrize("save_states", [False, True])
-def test_chunk_states_are_right_and_leave_gradients_as_they_are(save_states, segments):
-    tensors, changes = leaves(MAIN), {"backend": "triton", "segment_chunks": segments}
+def test_chunk_states_are_right_and_leave_gradients_as_they_are(save_states, segments, backend):
+    tensors, changes = leaves(MAIN), {"backend": backend, "segment_chunks": segments}
     plain = pulled_back(MAIN, tensors, **changes)
     with_states = pulled_back(MAIN, tensors, **changes, save_states=save_states, return_chunk_states=True)
     assert max(relative_errors(with_states, plain).values()) < 1e-3
@@ -221,23 +260,25 @@ def test_chunk_states_are_right_and_leave_gradients_as_they_are(save_states, seg
 
 @BOTH_WALKS
 @pytest.mark.parametrize("cut", [64, 150, 299])
-def test_edits_after_a_token_change_no_bit_before_it(cut, segments):
+def test_edits_after_a_token_change_no_bit_before_it(cut, segments, backend):
     tensors = leaves(MAIN)
-    check_prefix(MAIN, tensors, edited_after(cut, tensors, leaves(MAIN, seed=3)), cut, **options(MAIN, segments))
+    check_prefix(
+        MAIN, tensors, edited_after(cut, tensors, leaves(MAIN, seed=3)), cut, **options(MAIN, segments), backend=backend
+    )
 
 
 @BOTH_WALKS
-def test_cutting_a_sequence_off_changes_no_bit_before_the_cut(segments):
+def test_cutting_a_sequence_off_changes_no_bit_before_the_cut(segments, backend):
     tensors = leaves(MAIN)
-    whole = kda(**constants(tensors), **options(MAIN, segments), backend="triton")[0]
+    whole = kda(**constants(tensors), **options(MAIN, segments), backend=backend)[0]
     layout = SequenceLayout.from_lengths((150, 1), DEVICE)
     part = constants(piece(tensors, slice(0, 151), slice(0, 2)))
-    o = kda(**part, **{**options(MAIN, segments), "cu_seqlens": layout}, backend="triton")[0]
+    o = kda(**part, **{**options(MAIN, segments), "cu_seqlens": layout}, backend=backend)[0]
     assert torch.equal(o[:, :150], whole[:, :150])
 
 
 @BOTH_WALKS
-def test_permuting_sequences_permutes_results(segments):
+def test_permuting_sequences_permutes_results(segments, backend):
     order = [3, 1, 0, 2]
     tensors = leaves(MAIN)
     parts = {name: x.detach().split(MAIN.lengths, 1) for name, x in tensors.items() if name in PACKED}
@@ -245,8 +286,8 @@ def test_permuting_sequences_permutes_results(segments):
     permuted["initial_state"] = tensors["initial_state"][order]
     permuted = as_leaves({**tensors, **permuted})
     layout = SequenceLayout.from_lengths([MAIN.lengths[i] for i in order], DEVICE)
-    wanted = squares(tensors, **options(MAIN, segments), backend="triton")
-    found = squares(permuted, **{**options(MAIN, segments), "cu_seqlens": layout}, backend="triton")
+    wanted = squares(tensors, **options(MAIN, segments), backend=backend)
+    found = squares(permuted, **{**options(MAIN, segments), "cu_seqlens": layout}, backend=backend)
     for name in wanted.keys() - PARAMETERS:
         before = by_sequence(name, wanted[name], MAIN.lengths)
         after = by_sequence(name, found[name], layout.lengths)
@@ -254,42 +295,42 @@ def test_permuting_sequences_permutes_results(segments):
 
 
 @BOTH_WALKS
-def test_neighbors_in_a_pack_change_no_bit(segments):
+def test_neighbors_in_a_pack_change_no_bit(segments, backend):
     """With many of them slices of the state are wider, with none N is a constant."""
     case = Case(raw=True, lengths=(*(17,) * 19, 466), **WIDE)
     tensors, results = leaves(case), []
     for start, first, lengths in ((0, 0, case.lengths), (17 * 18, 18, (17, 466)), (17 * 19, 19, (466,))):
         part = piece(tensors, slice(start, None), slice(first, None))
         layout = SequenceLayout.from_lengths(lengths, DEVICE)
-        found = squares(part, **{**options(case, segments), "cu_seqlens": layout}, backend="triton")
+        found = squares(part, **{**options(case, segments), "cu_seqlens": layout}, backend=backend)
         results.append({name: by_sequence(name, x, lengths)[-1] for name, x in found.items()})
     assert_same_bits(results[1], results[0], *PARAMETERS)
     assert_same_bits(results[2], results[0], *PARAMETERS)
 
 
 @BOTH_WALKS
-def test_a_sequence_of_nans_does_not_reach_the_others(segments):
+def test_a_sequence_of_nans_does_not_reach_the_others(segments, backend):
     tensors = leaves(MAIN)
     spoiled = as_leaves(tensors)
     for name in PACKED:
         spoiled[name].data[:, :300] = torch.nan
-    clean, found = (squares(x, **options(MAIN, segments), backend="triton") for x in (tensors, spoiled))
+    clean, found = (squares(x, **options(MAIN, segments), backend=backend) for x in (tensors, spoiled))
     for name in clean.keys() - PARAMETERS:
         parts = (by_sequence(name, x[name], MAIN.lengths)[1:] for x in (clean, found))
         assert all(torch.equal(*pair) for pair in zip(*parts, strict=True)), name
 
 
 @pytest.mark.parametrize("segments", [None, 1])
-def test_a_split_at_a_chunk_with_the_state_carried_changes_no_bit(segments):
+def test_a_split_at_a_chunk_with_the_state_carried_changes_no_bit(segments, backend):
     """At a segment, where there are any."""
     tensors = constants(leaves(MAIN))
-    whole, final = kda(**tensors, **options(MAIN, segments), backend="triton")
+    whole, final = kda(**tensors, **options(MAIN, segments), backend=backend)
     state, parts = tensors["initial_state"][-1:], []
     for start, length in ((301, 128), (429, 64), (493, 274)):
         part = piece(tensors, slice(start, start + length), slice(3, None))
         part["initial_state"] = state
         layout = SequenceLayout.from_lengths([length], DEVICE)
-        o, state = kda(**constants(part), **{**options(MAIN, segments), "cu_seqlens": layout}, backend="triton")
+        o, state = kda(**constants(part), **{**options(MAIN, segments), "cu_seqlens": layout}, backend=backend)
         parts.append(o)
     assert torch.equal(torch.cat(parts, 1), whole[:, 301:])
     assert torch.equal(state, final[-1:])
@@ -297,14 +338,14 @@ def test_a_split_at_a_chunk_with_the_state_carried_changes_no_bit(segments):
 
 @BOTH_WALKS
 @pytest.mark.parametrize("save_states", [False, True])
-def test_repeats_are_equal_to_the_last_bit(save_states, segments):
+def test_repeats_are_equal_to_the_last_bit(save_states, segments, backend):
     tensors = leaves(MAIN)
-    runs = [squares(tensors, **options(MAIN, segments), backend="triton", save_states=save_states) for _ in range(4)]
+    runs = [squares(tensors, **options(MAIN, segments), backend=backend, save_states=save_states) for _ in range(4)]
     for run in runs[1:]:
         assert_same_bits(run, runs[0])
 
 
-def test_extreme_raw_inputs_stay_finite():
+def test_extreme_raw_inputs_stay_finite(backend):
     tensors = constants(leaves(MAIN))
     q, k, v, g, beta = (tensors[name] for name in PACKED)
     g[:, :100], g[:, 100:200], g[:, 400:500] = 3e4, -3e4, -3e4
@@ -312,16 +353,16 @@ def test_extreme_raw_inputs_stay_finite():
     q[:, 350:400], k[:, 350:450], v[:, 600:650] = 0.0, 0.0, 1e4
     q[:, 500:550], k[:, 500:600] = 1e4, -1e4
     tensors["A_log"][0], tensors["A_log"][1] = 10.0, -10.0
-    found = squares(as_leaves(tensors), **options(MAIN), backend="triton")
+    found = squares(as_leaves(tensors), **options(MAIN), backend=backend)
     assert not [name for name, x in found.items() if not x.isfinite().all()]
 
 
 @pytest.mark.parametrize("strongest", [-1e4, -1e30])
-def test_extreme_log_decays_stay_finite(strongest):
+def test_extreme_log_decays_stay_finite(strongest, backend):
     case = Case(lengths=(200, 65), gate="masks_and_init", keys="identical", beta=1.0, **WIDE)
     tensors = constants(leaves(case))
     tensors["g"][:, ::7] = strongest
-    found = squares(as_leaves(tensors), **options(case), backend="triton")
+    found = squares(as_leaves(tensors), **options(case), backend=backend)
     assert not [name for name, x in found.items() if not x.isfinite().all()]
 
 
@@ -334,9 +375,9 @@ def lengths_argument(case, host_knows):
 
 @BOTH_WALKS
 @pytest.mark.parametrize("host_knows", [True, False])
-def test_a_captured_forward_is_the_eager_one(host_knows, segments):
+def test_a_captured_forward_is_the_eager_one(host_knows, segments, backend):
     tensors = constants(leaves(MAIN))
-    arguments = {**options(MAIN, segments), "cu_seqlens": lengths_argument(MAIN, host_knows), "backend": "triton"}
+    arguments = {**options(MAIN, segments), "cu_seqlens": lengths_argument(MAIN, host_knows), "backend": backend}
     expected = kda(**tensors, **arguments)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -349,10 +390,10 @@ def test_a_captured_forward_is_the_eager_one(host_knows, segments):
 
 
 @BOTH_WALKS
-def test_a_replay_follows_new_lengths(segments):
+def test_a_replay_follows_new_lengths(segments, backend):
     tensors = constants(leaves(MAIN))
     bounds = lengths_argument(MAIN, False)
-    arguments = {**options(MAIN, segments), "cu_seqlens": bounds, "backend": "triton"}
+    arguments = {**options(MAIN, segments), "cu_seqlens": bounds, "backend": backend}
     kda(**tensors, **arguments)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -366,9 +407,9 @@ def test_a_replay_follows_new_lengths(segments):
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @BOTH_WALKS
 @pytest.mark.parametrize("host_knows", [True, False])
-def test_nothing_waits_for_the_device(host_knows, segments):
+def test_nothing_waits_for_the_device(host_knows, segments, backend):
     tensors = leaves(MAIN)
-    arguments = {**options(MAIN, segments), "cu_seqlens": lengths_argument(MAIN, host_knows), "backend": "triton"}
+    arguments = {**options(MAIN, segments), "cu_seqlens": lengths_argument(MAIN, host_knows), "backend": backend}
     expected = squares(tensors, **arguments)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -379,15 +420,15 @@ def test_nothing_waits_for_the_device(host_knows, segments):
 
 
 @BOTH_WALKS
-def test_uncovered_tokens_get_zeros_and_stay_unread(segments):
+def test_uncovered_tokens_get_zeros_and_stay_unread(segments, backend):
     tensors = constants(leaves(MAIN))
     for name in PACKED:
         tensors[name][:, 700:] = torch.nan
     bounds = lengths_argument(MAIN, False)
-    found = squares(as_leaves(tensors), **{**options(MAIN, segments), "cu_seqlens": bounds}, backend="triton")
+    found = squares(as_leaves(tensors), **{**options(MAIN, segments), "cu_seqlens": bounds}, backend=backend)
     layout = SequenceLayout.from_lengths((300, 0, 1, 399), DEVICE)
     covered = piece(tensors, slice(0, 700), slice(None))
-    wanted = squares(covered, **{**options(MAIN, segments), "cu_seqlens": layout}, backend="triton")
+    wanted = squares(covered, **{**options(MAIN, segments), "cu_seqlens": layout}, backend=backend)
     for name, x in wanted.items():
         if name in PARAMETERS:
             assert relative_error(found[name], x) < 1e-4
@@ -399,16 +440,16 @@ def test_uncovered_tokens_get_zeros_and_stay_unread(segments):
 
 
 @BOTH_WALKS
-def test_compiled_equals_eager(segments):
+def test_compiled_equals_eager(segments, backend):
     tensors = leaves(MAIN)
-    arguments = {**options(MAIN, segments), "backend": "triton"}
+    arguments = {**options(MAIN, segments), "backend": backend}
     eager = squares(tensors, **arguments)
     compiled = squares(tensors, torch.compile(kda, fullgraph=True, backend="aot_eager"), **arguments)
     assert_same_bits(compiled, eager, *PARAMETERS)
     assert max(relative_error(compiled[name], eager[name]) for name in PARAMETERS) < 1e-5
 
 
-def test_offsets_beyond_32_bits():
+def test_offsets_beyond_32_bits(backend):
     if torch.cuda.get_device_properties(0).total_memory < 76e9:
         pytest.skip("needs 76 GB of memory")
     torch.cuda.empty_cache()
@@ -425,7 +466,7 @@ def test_offsets_beyond_32_bits():
     switches = {"gate_in_kernel": True, "qk_l2norm_in_kernel": True, "beta_sigmoid_in_kernel": True}
     switches["A_log"] = torch.zeros(heads, device=DEVICE)
     with torch.no_grad():
-        far = kda(**tensors, **switches, cu_seqlens=layout, backend="triton")[0][:, -300:].clone()
-        near = kda(**{name: x[:, -300:].contiguous() for name, x in tensors.items()}, **switches, backend="triton")[0]
+        far = kda(**tensors, **switches, cu_seqlens=layout, backend=backend)[0][:, -300:].clone()
+        near = kda(**{name: x[:, -300:].contiguous() for name, x in tensors.items()}, **switches, backend=backend)[0]
     assert near.any()
     assert torch.equal(far, near)

@@ -73,7 +73,7 @@ def check_prefix(case: Case, tensors: dict[str, Tensor], edited: dict[str, Tenso
     """Up to `cut` outputs keep every bit, as do all gradients of a loss on them, which are zero after it."""
     results = []
     for inputs in (tensors, edited):
-        o = kda(**inputs, **{**case.options(), **changes}, backend="triton")[0][:, :cut]
+        o = kda(**inputs, **{**case.options(), "backend": "triton", **changes})[0][:, :cut]
         grads = torch.autograd.grad(o.square().sum(), list(inputs.values()))
         results.append({"o": o, **dict(zip(inputs, grads, strict=True))})
     before, after = results

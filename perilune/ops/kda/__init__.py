@@ -18,12 +18,12 @@ from perilune.ops.kda.arguments import (
     check_tensors,
     check_writable,
     compute_dtype,
-    needs_gradients,
     shaped_gate_parameters,
     state_shape,
 )
+from perilune.ops.kda.cuda import kda_cuda_obstacle
 from perilune.ops.kda.custom_op import kda_operator
-from perilune.ops.kda.options import KdaInputs, KdaOptions, KdaOutputs
+from perilune.ops.kda.options import GPU_BACKENDS, KdaInputs, KdaOptions, KdaOutputs
 from perilune.ops.kda.reference import dplr, kda_reference
 from perilune.ops.kda.step import advance_states
 from perilune.ops.kda.torch import kda_torch
@@ -70,11 +70,11 @@ def kda(
 
     Per value head, with state S `[K, V]`: `S <- Diag(exp(g)) S`, `r = v - k^T S`, `S <- S + beta k r^T`,
     `o = scale * q^T S`. Differentiable in q, k, v, g, beta, A_log, dt_bias and initial_state, through o and the final
-    state. `torch` computes in float32 (float64 for float64 inputs), whatever the dtype of q; `triton` multiplies
-    matrices of bfloat16 where q is bfloat16 or float16 and keeps gates, sums and states in float32. Changing tokens
-    after position p does not change a bit of the outputs up to p. `torch.compile(fullgraph=True)` takes it whole, as
-    the operator `perilune::kda`, whose backward runs the forward again. On a CPU `chunk_size=16` is fastest for head
-    dims up to 64.
+    state. `torch` computes in float32 (float64 for float64 inputs), whatever the dtype of q; `cuda` and `triton`
+    multiply matrices of bfloat16 where q is bfloat16 or float16 and keep gates, sums and states in float32. Changing
+    tokens after position p does not change a bit of the outputs up to p. `torch.compile(fullgraph=True)` takes it
+    whole, as the operator `perilune::kda`, whose backward runs the forward again. On a CPU `chunk_size=16` is fastest
+    for head dims up to 64.
 
     Args:
         q: `[B, T, H, K]`, any float dtype.
@@ -97,15 +97,17 @@ def kda(
         chunk_size: 16, 32 or 64 tokens; affects speed and rounding only.
         state_v_first: states are `[N, HV, V, K]`, on the way in and out.
         return_chunk_states: also return the state entering each chunk, `[chunks, HV, K, V]`, sequence by sequence.
-        save_states: `triton` only: whether the forward keeps for the backward what it computed (about 2.3 kB per token
-            and head at K = V = 128), or has it computed again. Under `torch.compile` it is always computed again.
-        segment_chunks: `triton` only: walk segments of so many chunks at once, counted from the start of each sequence,
-            which keeps a GPU busy where few heads meet long sequences (`suggest_segment_chunks`) at the price of a
-            second walk. It changes rounding, so it has to be one number wherever bits are compared; for that number
-            outputs still do not see later tokens or other sequences. None, for a single walk, is the default.
-        backend: `auto` (what `kda_backend` says), `triton` (GPU kernels, K and
-            V up to 256), `torch` (chunkwise, any device) or `reference` (token by token). `triton` does not read
-            `cu_seqlens` given as a tensor, and so does not check it; only `return_chunk_states` then waits for it.
+        save_states: `cuda` and `triton` only: whether the forward keeps for the backward what it computed (about 2.3 kB
+            per token and head at K = V = 128), or has it computed again. Under `torch.compile` it is always computed
+            again.
+        segment_chunks: `cuda` and `triton` only: walk segments of so many chunks at once, counted from the start of
+            each sequence, which keeps a GPU busy where few heads meet long sequences (`suggest_segment_chunks`) at the
+            price of a second walk. It changes rounding, so it has to be one number wherever bits are compared; for that
+            number outputs still do not see later tokens or other sequences. None, for a single walk, is the default.
+        backend: `auto` (what `kda_backend` says), `cuda` (for bfloat16 and float16 on an NVIDIA GPU, chunks of 64, K of
+            64 or 128, V of 64, 128 or 256), `triton` (GPU kernels, K and V up to 256), `torch` (chunkwise, any device)
+            or `reference` (token by token). `cuda` and `triton` do not read `cu_seqlens` given as a tensor, and so do
+            not check it; only `return_chunk_states` then waits for it.
 
     Returns:
         `o` `[B, T, HV, V]` in q's dtype; the final state `[N, HV, K, V]` in float32, or None; and, if asked for, the
@@ -130,6 +132,7 @@ def kda(
     )
     if chunk_size not in CHUNK_SIZES:
         raise ValueError(f"kda: chunk_size must be one of {CHUNK_SIZES}, got {chunk_size}")
+    chosen = _checked_backend(q, v, backend, chunk_size)
     compute = compute_dtype(q)
     A_log, dt_bias = shaped_gate_parameters("kda", A_log, dt_bias, v.shape[2], q.shape[3], compute)
     options = KdaOptions(
@@ -142,15 +145,14 @@ def kda(
         chunk_size=chunk_size,
         return_chunk_states=return_chunk_states,
         segment_chunks=segment_chunks,
+        in_cuda=chosen == "cuda",
     )
-    differentiable = needs_gradients(q, k, v, g, beta, A_log, dt_bias, initial_state)
-    chosen = _checked_backend(q, v, backend, differentiable)
     check_segments("kda", segment_chunks, chosen)
     if chosen != "reference" and compiler.is_compiling():
         state = _initial_state(initial_state, _num_sequences(q, cu_seqlens), q, v, compute, state_v_first)
         tensors = (*_packed(q, k, v, g, beta, q.shape[0] * q.shape[1]), A_log, dt_bias, state)
         result = _run_operator(KdaInputs(*tensors), cu_seqlens, options, chosen)
-    elif chosen == "triton":
+    elif chosen in GPU_BACKENDS:
         from perilune.ops.kda.triton import kda_triton
 
         state = _initial_state(initial_state, _num_sequences(q, cu_seqlens), q, v, compute, state_v_first)
@@ -245,23 +247,22 @@ def kda_step(
         chunk_size=CHUNK_SIZES[0],
         return_chunk_states=False,
         segment_chunks=None,
+        in_cuda=False,
     )
     return advance_states(inputs, options, state_v_first, out_state)
 
 
-def kda_backend(q: Tensor, v: Tensor, *, needs_gradients: bool) -> str:
-    """What `backend="auto"` is for these tensors: `triton` for bfloat16 and float16 on a GPU, else `torch`.
-
-    With gradients it is `torch`: the backward of `triton`, as it is now, has run in the interpreter alone.
+def kda_backend(q: Tensor, v: Tensor, *, chunk_size: int = 64) -> str:
+    """What `backend="auto"` is for these tensors: for bfloat16 and float16 on a GPU `cuda` or `triton`, else `torch`.
 
     Args:
         q: `[..., K]`.
         v: `[..., V]`.
-        needs_gradients: whether the call is to be differentiated, by whichever argument.
+        chunk_size: as in `kda`.
     """
-    if needs_gradients or not q.is_cuda or q.dtype not in HALF_TYPES:
+    if not q.is_cuda or q.dtype not in HALF_TYPES or _why_not_triton(q, v):
         return "torch"
-    return "torch" if _why_not_triton(q, v) else "triton"
+    return "triton" if kda_cuda_obstacle(q, v, chunk_size) else "cuda"
 
 
 def suggest_segment_chunks(tokens: int, walks: int, value_dim: int, *, chunk_size: int = 64) -> int | None:
@@ -292,14 +293,17 @@ def _why_not_triton(q: Tensor, v: Tensor) -> str | None:
     return obstacle
 
 
-def _checked_backend(q: Tensor, v: Tensor, backend: str, differentiable: bool) -> str:
+def _checked_backend(q: Tensor, v: Tensor, backend: str, chunk_size: int) -> str:
     if backend == "auto":
-        return kda_backend(q, v, needs_gradients=differentiable)
-    if backend not in ("triton", "torch", "reference"):
-        raise BackendError(f"kda: backend must be 'auto', 'triton', 'torch' or 'reference', got {backend!r}")
-    reason = _why_not_triton(q, v) if backend == "triton" else None
+        return kda_backend(q, v, chunk_size=chunk_size)
+    if backend not in ("cuda", "triton", "torch", "reference"):
+        raise BackendError(f"kda: backend must be 'auto', 'cuda', 'triton', 'torch' or 'reference', got {backend!r}")
+    reason = _why_not_triton(q, v) if backend in GPU_BACKENDS else None
+    if backend == "cuda":
+        reason = kda_cuda_obstacle(q, v, chunk_size) or reason
     if reason is not None:
-        raise BackendError(f"kda: backend 'triton' {reason}; use 'torch'")
+        others = "'triton' or 'torch'" if backend == "cuda" else "'torch'"
+        raise BackendError(f"kda: backend {backend!r} {reason}; use {others}")
     return backend
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from perilune.errors import BackendError
+from perilune.ops.kda.options import GPU_BACKENDS
 
 CHUNK_SIZES = (16, 32, 64)
 """Allowed tokens per chunk."""
@@ -100,9 +101,10 @@ def check_segments(name: str, segment_chunks: int | None, backend: str) -> None:
         return
     if segment_chunks < 1:
         raise ValueError(f"{name}: segment_chunks must be >= 1, or None for whole sequences, got {segment_chunks}")
-    if backend != "triton":
+    if backend not in GPU_BACKENDS:
         raise BackendError(
-            f"{name}: segment_chunks={segment_chunks} needs backend 'triton', this call has {backend!r}; leave it None"
+            f"{name}: segment_chunks={segment_chunks} needs backend 'cuda' or 'triton', this call has {backend!r}; "
+            "leave it None"
         )
 
 

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from perilune.ops.context import ContextLayout, check_group, gather_ranks
 from perilune.ops.kda import kda, kda_backend
-from perilune.ops.kda.arguments import check_state, check_tensors, compute_dtype, needs_gradients, state_shape
+from perilune.ops.kda.arguments import check_state, check_tensors, compute_dtype, state_shape
 from perilune.ops.layout import SequenceLayout
 
 
@@ -108,8 +108,7 @@ def kda_context_parallel(
     if backend == "auto":
         # One choice for all calls of `kda` below, the widest of which has K more values.
         values = v.new_empty(0, v.shape[3] + q.shape[3])
-        differentiable = needs_gradients(q, k, v, g, beta, A_log, dt_bias, initial_state)
-        backend = kda_backend(q, values, needs_gradients=differentiable)
+        backend = kda_backend(q, values, chunk_size=chunk_size)
     switches = _Switches(
         scale=scale,
         lower_bound=lower_bound,

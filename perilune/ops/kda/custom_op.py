@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perilune.ops.kda.options import KdaInputs, KdaOptions
+from perilune.ops.kda.options import GPU_BACKENDS, KdaInputs, KdaOptions
 from perilune.ops.kda.torch import input_gradients, kda_torch
 from perilune.ops.layout import SequenceLayout
 
@@ -62,7 +62,7 @@ def kda_operator(
         allow_neg_eigval: see there.
         chunk_size: see there.
         return_chunk_states: see there.
-        backend: `triton` or `torch`.
+        backend: `cuda`, `triton` or `torch`.
         segment_chunks: see `KdaOptions`.
 
     Returns:
@@ -81,10 +81,11 @@ def kda_operator(
         chunk_size,
         return_chunk_states,
         segment_chunks,
+        backend,
     )
     tokens = q.shape[0]
     inputs = KdaInputs(q, k, v, g, beta, A_log, dt_bias, initial_state)
-    if backend == "triton":
+    if backend in GPU_BACKENDS:
         from perilune.ops.kda.triton import kda_triton
 
         o, final_state, chunk_states = kda_triton(inputs, _plan(inputs, cu_seqlens, options), options)
@@ -94,7 +95,7 @@ def kda_operator(
     if chunk_states is None:
         chunk_states = initial_state.new_empty(0, *initial_state.shape[1:])
     # An operator's results may not be its arguments, which they are where there is nothing to do.
-    if backend == "triton" and tokens and initial_state.shape[0]:
+    if backend in GPU_BACKENDS and tokens and initial_state.shape[0]:
         return o, final_state, chunk_states
     return _pad(o, tokens).clone(), final_state.clone(), chunk_states.clone()
 
@@ -150,10 +151,11 @@ def kda_backward_operator(
         chunk_size,
         False,
         segment_chunks,
+        backend,
     )
     tokens = q.shape[0]
     whole = KdaInputs(q, k, v, g, beta, A_log, dt_bias, initial_state)
-    if backend == "triton":
+    if backend in GPU_BACKENDS:
         from perilune.ops.kda.triton import dense_inputs, kda_triton_gradients
 
         plan = _plan(whole, cu_seqlens, options)
@@ -206,6 +208,7 @@ def _options(
     chunk_size: int,
     return_chunk_states: bool,
     segment_chunks: int | None,
+    backend: str,
 ) -> KdaOptions:
     return KdaOptions(
         scale=scale,
@@ -217,6 +220,7 @@ def _options(
         chunk_size=chunk_size,
         return_chunk_states=return_chunk_states,
         segment_chunks=segment_chunks,
+        in_cuda=backend == "cuda",
     )
 
 

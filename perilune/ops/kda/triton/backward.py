@@ -75,19 +75,23 @@ def add_split_gradients(
 
 @triton.jit
 def add_anchored_gradients(
-    sums, q, k, p, apart, reads, keys, is_later, is_earlier,
+    sums, q, k, p, apart, furthest, reads, keys, is_later, is_earlier,
     C: tl.constexpr, BT: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ) -> Any:  # fmt: skip
     """Add, as `add_split_gradients` does, pairs of rows that are both no earlier than their anchor.
 
-    The later row's factor has the earlier one's inverse: 2^(CENTRE + apart) and 2^(-CENTRE - apart).
+    The later row's factor has the earlier one's inverse: 2^(CENTRE + apart) and 2^(-CENTRE - apart), times a power of
+    two and its inverse that leave both no larger than the block's decay asks for. So large gradients do not overflow,
+    and that power, which follows later tokens, changes no bit.
 
-    `apart` has the base-2 log decays since the anchor, -2 CENTRE at the least. `is_later` and `is_earlier` mark, in
-    blocks `[C / 16, 16, 16]`, where the row of the block counts as the later or earlier one of the pair.
+    `apart` has the base-2 log decays since the anchor, -2 CENTRE at the least, `furthest` those of the block's last
+    row. `is_later` and `is_earlier` mark, in blocks `[C / 16, 16, 16]`, where the row of the block counts as the later
+    or earlier one of the pair.
     """
     dq, dk, dp, dtotal = sums
-    since = exp2(apart + CENTRE, FAST)
-    until = exp2(-(apart + CENTRE), FAST)
+    power = (0.5 * tl.maximum(furthest, -2.0 * CENTRE) + CENTRE).to(tl.int32) << 23
+    since = exp2(apart + CENTRE, FAST) * (-power + 0x3F800000).to(tl.float32, bitcast=True)
+    until = exp2(-(apart + CENTRE), FAST) * (power + 0x3F800000).to(tl.float32, bitcast=True)
     early = as_operand(p * until, OP, FAST)
     near = product(tl.where(is_later, reads, 0.0).to(OP), early, C, BT, PRECISION)
     late = as_operand(q * since, OP, FAST)
@@ -138,11 +142,13 @@ def add_inner_gradients(
     place = (corner + row) * C + corner + column
     reads = tl.load(gram_ptr + place)
     keys = tl.load(gram_ptr + C * C + place)
-    apart = total - load_total(total_ptr, rows // GROUP * GROUP, channels, found, BK, FAST)
+    anchor = load_total(total_ptr, rows // GROUP * GROUP, channels, found, BK, FAST)
+    apart = total - anchor
+    furthest = load_total(total_ptr, rows // GROUP * GROUP + (GROUP - 1), channels, found, BK, FAST) - anchor
     together = row // GROUP == column // GROUP
     sums = add_anchored_gradients(
-        sums, q, k, p, apart, reads, keys, together & (row > column), together & (row < column), C, BT, OP, PRECISION,
-        FAST,
+        sums, q, k, p, apart, furthest, reads, keys, together & (row > column), together & (row < column), C, BT, OP,
+        PRECISION, FAST,
     )  # fmt: skip
     if not BOUNDED:
         factor = decay_between(total, load_total(total_ptr, rows // 16 * 16 + 8, channels, found, BK, FAST), FAST)

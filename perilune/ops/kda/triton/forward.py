@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from perilune.ops.kda import cuda
 from perilune.ops.kda.options import L2NORM_EPS, KdaInputs, KdaOptions
 from perilune.ops.kda.triton.launch import LaunchConfig
 from perilune.ops.kda.triton.plan import ChunkPlan, SegmentPlan
@@ -39,9 +40,10 @@ class Operands(NamedTuple):
     decay: Tensor
     """`[n, HV, BK]` float32, of the whole chunk."""
     gain: Tensor
-    """`[n, HV, 4, C]` float32: of keys, of write keys, of scaled queries, of unit queries."""
+    """`[n, HV, 4, C]` float32: of keys, of write keys, of scaled queries, of unit queries; empty in CUDA unless for the
+    backward."""
     total: Tensor
-    """`[n, HV, C, BK]` float32, base-2 log decays summed up since the chunk's start."""
+    """`[n, HV, C, BK]` float32, base-2 log decays summed up since the chunk's start; empty in CUDA."""
 
     def without_scans(self) -> Operands:
         """Let go of what only the scans read: a backward's largest buffers come after them."""
@@ -101,7 +103,7 @@ def prepare(
     shape = sizes(inputs, options)
     lead, width = (plan.num_slots, shape.HV), shape.C
     make, dtype = inputs.q.new_empty, config.operand_dtype
-    kept = lead if for_backward else (0, 0)
+    kept, scratch = lead if for_backward else (0, 0), (0, 0) if options.in_cuda else lead
     operands = Operands(
         read=make(*lead, width, shape.BK, dtype=dtype),
         key=make(*lead, width, shape.BK, dtype=dtype),
@@ -109,9 +111,12 @@ def prepare(
         mix=make(*lead, width, width, dtype=dtype),
         solve=make(*kept, width, width, dtype=dtype),
         decay=make(*lead, shape.BK, dtype=torch.float32),
-        gain=make(*lead, 4, width, dtype=torch.float32),
-        total=make(*lead, width, shape.BK, dtype=torch.float32),
+        gain=make(*(kept if options.in_cuda else lead), 4, width, dtype=torch.float32),
+        total=make(*scratch, width, shape.BK, dtype=torch.float32),
     )
+    if options.in_cuda:
+        cuda.prepare_chunks(inputs, plan, options, operands, for_backward)
+        return operands
     prepare_chunks[(plan.num_slots * shape.HV,)](
         inputs.q,
         inputs.k,

@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from perilune.ops.kda import cuda
 from perilune.ops.kda.options import KdaInputs, KdaOptions
 from perilune.ops.kda.triton.backward import differentiate_chunks, differentiate_grams
 from perilune.ops.kda.triton.forward import IS_COMPILED, Operands, Sizes, prepare, scan, sizes, switches, zero_uncovered
@@ -19,6 +20,23 @@ from perilune.ops.kda.triton.launch import LaunchConfig, launch_config
 from perilune.ops.kda.triton.plan import ChunkPlan, SegmentPlan
 from perilune.ops.kda.triton.scan import scan_chunks_backward
 from perilune.ops.kda.triton.segments import fold_segments
+
+
+class KeyGradients(NamedTuple):
+    """What the last kernel writes."""
+
+    dq: Tensor
+    """`[T, HV, K]`, in q's dtype, or in float32 if value heads share queries."""
+    dk: Tensor
+    """`[T, HV, K]`, likewise."""
+    dg: Tensor
+    """`[T, HV, K]`."""
+    dbeta: Tensor
+    """`[parts, T, HV]` float32, of raw betas that are zero; empty for logits."""
+    drate: Tensor
+    """`[n, HV, parts]` float32, of A_log; empty without a gate."""
+    dbias: Tensor
+    """`[n, HV, BK]` float32, of dt_bias; empty without a gate."""
 
 
 class Saved(NamedTuple):
@@ -226,65 +244,73 @@ def _differentiate(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return gradients of q, k (per value head if they differ in number), g, beta, A_log and dt_bias."""
     shape, operands = sizes(inputs, options), saved.operands
-    tokens, heads, lead = inputs.v.shape[0], shape.HV, (plan.num_slots, shape.HV)
+    tokens, heads = inputs.v.shape[0], shape.HV
     grams, along, dbeta = _differentiate_grams(do, dv, o, saved, inputs, plan, options, config)
-    width = min(shape.BK, config.differentiate_keys)
+    width = cuda.WARP_CHANNELS if options.in_cuda else min(shape.BK, config.differentiate_keys)
     tiles = shape.BK // width
-    per_head = inputs.q.dtype if shape.HV == shape.H else torch.float32
-    dq, dk, dg = (do.new_empty(tokens, heads, shape.K, dtype=x) for x in (per_head, per_head, inputs.g.dtype))
-    dbeta_parts = do.new_empty(0 if options.beta_sigmoid else tiles, tokens, heads, dtype=torch.float32)
-    gate = options.gate_in_kernel
-    drate = do.new_empty(*(lead if gate else (0, 0)), tiles, dtype=torch.float32)
-    dbias = do.new_empty(*(lead if gate else (0, 0)), shape.BK, dtype=torch.float32)
-    differentiate_chunks[(plan.num_slots * heads * tiles,)](
-        inputs.q,
-        inputs.k,
-        inputs.g,
-        inputs.beta,
-        inputs.A_log,
-        inputs.dt_bias,
-        *plan[:3],
-        operands.decay,
-        operands.gain,
-        operands.total,
-        saved.states,
-        saved.z,
-        do,
-        dv,
-        dstates,
-        grams,
-        along,
-        dq,
-        dk,
-        dg,
-        dbeta_parts,
-        drate,
-        dbias,
-        plan.num_sequences,
-        tokens,
-        inputs.q.stride(0),
-        inputs.k.stride(0),
-        inputs.g.stride(0),
-        inputs.beta.stride(0),
-        options.scale,
-        options.lower_bound or 0.0,
-        H=shape.H,
-        HV=heads,
-        K=shape.K,
-        V=shape.V,
-        BK=shape.BK,
-        BT=width,
-        BV=_padded(shape.V),
-        C=shape.C,
-        **switches(inputs, options),
-        PRECISION=config.precision,
-        FAST=IS_COMPILED,
-        num_warps=config.differentiate_warps,
-        num_stages=1,
-    )
+    found = _empty_gradients(do, tiles, inputs, plan, options)
+    if options.in_cuda:
+        cuda.differentiate_chunks(do, dv, dstates, grams, along, saved, inputs, plan, options, found)
+    else:
+        differentiate_chunks[(plan.num_slots * heads * tiles,)](
+            inputs.q,
+            inputs.k,
+            inputs.g,
+            inputs.beta,
+            inputs.A_log,
+            inputs.dt_bias,
+            *plan[:3],
+            operands.decay,
+            operands.gain,
+            operands.total,
+            saved.states,
+            saved.z,
+            do,
+            dv,
+            dstates,
+            grams,
+            along,
+            *found,
+            plan.num_sequences,
+            tokens,
+            inputs.q.stride(0),
+            inputs.k.stride(0),
+            inputs.g.stride(0),
+            inputs.beta.stride(0),
+            options.scale,
+            options.lower_bound or 0.0,
+            H=shape.H,
+            HV=heads,
+            K=shape.K,
+            V=shape.V,
+            BK=shape.BK,
+            BT=width,
+            BV=_padded(shape.V),
+            C=shape.C,
+            **switches(inputs, options),
+            PRECISION=config.precision,
+            FAST=IS_COMPILED,
+            num_warps=config.differentiate_warps,
+            num_stages=1,
+        )
     if not options.beta_sigmoid:
-        dbeta = (dbeta + dbeta_parts.sum(0)).to(inputs.beta.dtype)
-    return dq, dk, dg, dbeta, *_gate_gradients(drate, dbias, inputs, options)
+        dbeta = (dbeta + found.dbeta.sum(0)).to(inputs.beta.dtype)
+    return *found[:3], dbeta, *_gate_gradients(found.drate, found.dbias, inputs, options)
+
+
+def _empty_gradients(like: Tensor, parts: int, inputs: KdaInputs, plan: ChunkPlan, options: KdaOptions) -> KeyGradients:
+    """Make what the last kernel writes; what is summed over key channels comes in `parts`."""
+    shape, tokens = sizes(inputs, options), inputs.v.shape[0]
+    per_head = inputs.q.dtype if shape.HV == shape.H else torch.float32
+    lead = (plan.num_slots, shape.HV) if options.gate_in_kernel else (0, 0)
+    return KeyGradients(
+        dq=like.new_empty(tokens, shape.HV, shape.K, dtype=per_head),
+        dk=like.new_empty(tokens, shape.HV, shape.K, dtype=per_head),
+        dg=like.new_empty(tokens, shape.HV, shape.K, dtype=inputs.g.dtype),
+        dbeta=like.new_empty(0 if options.beta_sigmoid else parts, tokens, shape.HV, dtype=torch.float32),
+        drate=like.new_empty(*lead, parts, dtype=torch.float32),
+        dbias=like.new_empty(*lead, shape.BK, dtype=torch.float32),
+    )
 
 
 def _gate_gradients(

@@ -49,7 +49,7 @@ def launch_config(dtype: torch.dtype, key_dim: int) -> LaunchConfig:
         operand_dtype=torch.bfloat16,
         precision="tf32",
         prepare_keys=32,
-        differentiate_keys=32,
+        differentiate_keys=64,
         differentiate_warps=4,
         scan_stages=1 if key_dim > 128 else 3,
         max_values=32,

@@ -1,0 +1,158 @@
+"""The two KDA kernels that work inside chunks in CUDA C++; the walks between them are those of the Triton backend.
+
+prepare.cu        raw inputs -> operands of the scan
+differentiate.cu  gradients of products and states -> gradients of the raw inputs
+"""
+
+# T tokens (packed)  n chunk slots  C chunk length  H query/key heads  HV value heads  K, V key/value dim
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from perilune.ops.cuda import CudaKernel, cuda_obstacle
+from perilune.ops.kda.options import L2NORM_EPS, KdaInputs, KdaOptions
+
+if TYPE_CHECKING:
+    from perilune.ops.kda.triton.forward import Operands
+    from perilune.ops.kda.triton.gradients import KeyGradients, Saved
+    from perilune.ops.kda.triton.plan import ChunkPlan
+
+CHUNK_SIZE = 64
+"""C."""
+KEY_DIMS = (64, 128)
+"""K that the kernels are written for."""
+VALUE_DIMS = (64, 128, 256)
+"""V that the kernels are written for."""
+WARP_CHANNELS = 32
+"""Key channels of a warp of the last kernel."""
+
+_FOLDER = Path(__file__).parent
+_PREPARE = CudaKernel(_FOLDER / "prepare.cu", "prepare_chunks", threads=128)
+_DIFFERENTIATE = {
+    key_dim: CudaKernel(_FOLDER / "differentiate.cu", "differentiate_chunks", threads=key_dim) for key_dim in KEY_DIMS
+}
+_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_ALIGNMENT = 16
+
+
+def kda_cuda_obstacle(q: Tensor, v: Tensor, chunk_size: int) -> str | None:
+    """Say why the kernels cannot take a call, as the end of "backend 'cuda' ..."; None if they can.
+
+    Args:
+        q: `[..., K]`.
+        v: `[..., V]`.
+        chunk_size: C.
+    """
+    obstacle = cuda_obstacle(q.device)
+    if obstacle is not None:
+        return obstacle
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"takes bfloat16 and float16, got {q.dtype}"
+    if chunk_size != CHUNK_SIZE:
+        return f"takes chunks of {CHUNK_SIZE} tokens, got chunk_size={chunk_size}"
+    if q.shape[-1] not in KEY_DIMS or v.shape[-1] not in VALUE_DIMS:
+        return f"takes K of {KEY_DIMS} and V of {VALUE_DIMS}, got K={q.shape[-1]} and V={v.shape[-1]}"
+    return None
+
+
+def prepare_chunks(
+    inputs: KdaInputs, plan: ChunkPlan, options: KdaOptions, operands: Operands, for_backward: bool
+) -> None:
+    """Fill what the scans read, and with `for_backward` also `solve` and `gain`; the rest is not touched."""
+    (_, heads, key_dim), value_heads = inputs.q.shape, inputs.v.shape[1]
+    q, k, g, beta = (_aligned(x) for x in (inputs.q, inputs.k, _gate(inputs.g), _gate(inputs.beta)))
+    _PREPARE.launch(
+        plan.num_slots * value_heads,
+        prepare_shared_bytes(key_dim),
+        [
+            *(q, k, g, beta, inputs.A_log, inputs.dt_bias),
+            *plan[:3],
+            *(operands.read, operands.key, operands.write, operands.mix, operands.solve),
+            *(operands.decay, operands.gain),
+            *(plan.num_sequences, value_heads, value_heads // heads),
+            *(x.stride(0) for x in (q, k, g, beta)),
+            *(options.scale, options.lower_bound or 0.0, L2NORM_EPS),
+        ],
+        {**_macros(q, g, beta, inputs, plan, options), "FOR_BACKWARD": for_backward},
+    )
+
+
+def differentiate_chunks(
+    do: Tensor,
+    dv: Tensor,
+    dstates: Tensor,
+    grams: Tensor,
+    along: Tensor,
+    saved: Saved,
+    inputs: KdaInputs,
+    plan: ChunkPlan,
+    options: KdaOptions,
+    grads: KeyGradients,
+) -> None:
+    """Fill `grads` from the gradients of outputs, values, states and of products inside chunks."""
+    (tokens, heads, key_dim), (value_heads, value_dim) = inputs.q.shape, inputs.v.shape[1:]
+    q, k, g, beta = (_aligned(x) for x in (inputs.q, inputs.k, _gate(inputs.g), _gate(inputs.beta)))
+    macros = _macros(q, g, beta, inputs, plan, options)
+    _DIFFERENTIATE[key_dim].launch(
+        plan.num_slots * value_heads,
+        differentiate_shared_bytes(value_dim),
+        [
+            *(q, k, g, beta, inputs.A_log, inputs.dt_bias),
+            *plan[:3],
+            *(saved.operands.gain, saved.states, dstates, saved.z, _aligned(do), dv, grams, along),
+            *grads,
+            *(plan.num_sequences, value_heads, value_heads // heads, tokens),
+            *(x.stride(0) for x in (q, k, g, beta)),
+            *(options.scale, options.lower_bound or 0.0),
+        ],
+        {**macros, "VALUE_DIM": value_dim, "WIDE_KEYS": value_heads != heads},
+    )
+
+
+def prepare_shared_bytes(key_dim: int) -> int:
+    """Shared memory of a block of prepare.cu, which has its parts."""
+    square, totals = CHUNK_SIZE * (CHUNK_SIZE + 4) * 4, CHUNK_SIZE * (key_dim + 4) * 4
+    mix, versions, carried = CHUNK_SIZE * (CHUNK_SIZE + 8) * 2, 2 * 6 * 2 * 32 * 16, CHUNK_SIZE * (key_dim + 8) * 2
+    return max(totals, square + mix) + versions + carried + CHUNK_SIZE * 4
+
+
+def differentiate_shared_bytes(value_dim: int) -> int:
+    """Shared memory of a block of differentiate.cu, which has its parts."""
+    return 3 * CHUNK_SIZE * value_dim * 2 + 2 * CHUNK_SIZE * 36 * 4 + 7 * CHUNK_SIZE * 4
+
+
+def _macros(
+    q: Tensor, g: Tensor, beta: Tensor, inputs: KdaInputs, plan: ChunkPlan, options: KdaOptions
+) -> dict[str, int | bool]:
+    return {
+        "KEY_DIM": q.shape[2],
+        "INPUT_TYPE": _TYPES[q.dtype],
+        "GATE_TYPE": _TYPES[g.dtype],
+        "BETA_TYPE": _TYPES[beta.dtype],
+        "LONG_LENGTHS": plan.cu_seqlens.dtype == torch.int64,
+        "GATE": options.gate_in_kernel,
+        "BOUNDED": options.lower_bound is not None,
+        "HAS_RATE": options.gate_in_kernel and inputs.A_log is not None,
+        "HAS_BIAS": options.gate_in_kernel and inputs.dt_bias is not None,
+        "UNIT": options.qk_l2norm,
+        "SIGMOID": options.beta_sigmoid,
+        "DOUBLED": options.allow_neg_eigval,
+    }
+
+
+def _gate(x: Tensor) -> Tensor:
+    """Gates and write strengths in a dtype that the kernels read."""
+    return x if x.dtype in _TYPES else x.float()
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """`x` as it is if the kernels can read 16 bytes of its rows at a time, else a copy."""
+    step = x.stride(0) * x.element_size() if x.ndim > 2 else 0
+    if x.data_ptr() % _ALIGNMENT == 0 and step % _ALIGNMENT == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format) if x.ndim > 2 else x
