@@ -669,7 +669,6 @@ inline void mma_tf32(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 
     emulator::multiply_add(emulator::MMA_TF32, d, a0, a1, a2, a3, b0, b1, where);
 }
 
-inline void prefetch(const void* global) { (void)*(const volatile char*)global; }
 inline void copy_async(uint4* shared, const void* global, bool is_there) {
     *shared = is_there ? *(const uint4*)global : uint4{0, 0, 0, 0};
 }

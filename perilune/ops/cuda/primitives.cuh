@@ -129,11 +129,6 @@ __device__ __forceinline__ void load_matrices_transposed(u32 (&y)[4], const void
                  : "=r"(y[0]), "=r"(y[1]), "=r"(y[2]), "=r"(y[3]) : "r"(address) : "memory");
 }
 
-// Has a line of 128 bytes on its way to the second-level cache.
-__device__ __forceinline__ void prefetch(const void* global) {
-    asm volatile("prefetch.global.L2 [%0];" : : "l"(global));
-}
-
 // Copies 16 bytes to shared memory, or as many zeros, and does not wait: wait_for_copies does, for all of the thread's.
 __device__ __forceinline__ void copy_async(uint4* shared, const void* global, bool is_there) {
     u32 address = (u32)__cvta_generic_to_shared(shared);

@@ -16,6 +16,7 @@ constexpr int C = 64;
 constexpr int K = KEY_DIM;
 constexpr int STEPS = K / 16;
 constexpr int PITCH = K + 4;  // of rows of floats in shared memory: 4 banks apart
+constexpr int GATE_BYTES = GATE_TYPE == 2 ? 4 : 2;
 constexpr float LOG2E = 1.4426950408889634f;
 // Lowest base-2 log decay of a step. What it leaves, 2^-28, is lost in the rounding of a float32 sum.
 constexpr float LOWEST = -28.0f;

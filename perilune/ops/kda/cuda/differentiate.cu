@@ -394,22 +394,7 @@ extern "C" __global__ void __launch_bounds__(K, 256 / K) differentiate_chunks(
 
     const u16* q_head = (const u16*)q_ptr + place.first * q_stride + key_head * K;
     const u16* k_head = (const u16*)k_ptr + place.first * k_stride + key_head * K;
-    constexpr int GATE_BYTES = GATE_TYPE == 2 ? 4 : 2;
     const char* g_head = (const char*)g_ptr + (place.first * g_stride + head * K) * GATE_BYTES;
-    // A thread has a channel of the states and a part of a row of the rest.
-#pragma unroll
-    for (int i = 0; i < V; i += 64) {
-        prefetch(states_ptr + (number * K + threadIdx.x) * V + i);
-        prefetch(dstates_ptr + (number * K + threadIdx.x) * V + i);
-    }
-    {
-        int row = threadIdx.x / (K / 64), part = threadIdx.x % (K / 64) * 64;
-        if (row < length) {
-            prefetch(q_head + row * q_stride + part);
-            prefetch(k_head + row * k_stride + part);
-            prefetch(g_head + (row * g_stride + part) * GATE_BYTES);
-        }
-    }
     float beta = 0.0f, gain[4], along[3] = {};
     if (threadIdx.x < C) {
         int i = threadIdx.x;

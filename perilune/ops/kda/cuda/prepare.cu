@@ -103,15 +103,17 @@ __device__ __forceinline__ void merge(float* square, int later, int earlier, int
 // Writes reads exp(G) q, keys exp(G) k, write keys Tz^T (beta exp(G_C - G) k) [C, K], the mixing matrix (Aqk beta) Tz
 // [C, C] and Tz, all bfloat16, and the decay of the whole chunk [K], with Tz = (I + stril(Akk beta))^-1.
 //
-// Products of blocks of 16 rows meet at the first row of the later block, those inside of one at its own (and at its
-// ninth where the gate is not bounded).
+// Products of blocks of 16 rows meet at the first row of the later block, those inside of one at its own; but those of
+// its rows 8 to 15 with one another, where the gate is not bounded, at its ninth. What of a product is lost there for
+// lack of range has decayed by 2^-18 at least, after the steepest decay in all of seven steps.
 //
 // Source: Kimi Linear, eq. 6 to 9, with the inverse moved to the write side (docs/kernels.md).
 extern "C" __global__ void __launch_bounds__(128, 3) prepare_chunks(
     const void* q_ptr, const void* k_ptr, const void* g_ptr, const void* beta_ptr, const float* rate_ptr,
     const float* bias_ptr, const void* lengths_ptr, const int* offsets_ptr, const int* sequences_ptr, u32* read_ptr,
-    u32* key_ptr, u32* write_ptr, u32* mix_ptr, u32* solve_ptr, float* decay_ptr, float* gain_ptr, i64 num_sequences, i64 heads,
-    i64 group, i64 q_stride, i64 k_stride, i64 g_stride, i64 beta_stride, float scale, float lower_bound, float eps) {
+    u32* key_ptr, u32* write_ptr, u32* mix_ptr, u32* solve_ptr, float* decay_ptr, float* gain_ptr, i64 num_sequences,
+    i64 heads, i64 group, i64 q_stride, i64 k_stride, i64 g_stride, i64 beta_stride, float scale, float lower_bound,
+    float eps) {
     SHARED_MEMORY(shared);
     float* total = (float*)shared;
     float* square = (float*)shared;
@@ -245,6 +247,7 @@ extern "C" __global__ void __launch_bounds__(128, 3) prepare_chunks(
                 late[0][i] = exp2_(x), early[0][i] = k[0][i] * exp2_(-x);
                 late[1][i] = exp2_(y), early[1][i] = k[1][i] * exp2_(-y);
             }
+            // Left operands of what meets at the block's first row, then of its later rows with one another.
             u32 a[4], b[4];
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
@@ -253,29 +256,21 @@ extern "C" __global__ void __launch_bounds__(128, 3) prepare_chunks(
                 b[j] = pack_bf16(k[w][i] * late[w][i], k[w][i + 1] * late[w][i + 1]);
                 far_q[half][j] = a[j], far_k[half][j] = b[j];
             }
-            u32 low = pack_bf16(early[0][0], early[0][1]), high = pack_bf16(early[0][2], early[0][3]);
-#if BOUNDED
-            mma_bf16(near_reads[0], a[0], a[1], a[2], a[3], low, high);
-            mma_bf16(near_links[0], b[0], b[1], b[2], b[3], low, high);
-#else
-            mma_bf16(near_reads[0], a[0], 0, a[2], 0, low, high);
-            mma_bf16(near_links[0], b[0], 0, b[2], 0, low, high);
-            // Later with earlier rows of the block, which meet at the ninth. The product is 2^CENTRE too large.
-            low = pack_bf16(early[0][0] * apart[0], early[0][1] * apart[1]);
-            high = pack_bf16(early[0][2] * apart[2], early[0][3] * apart[3]);
-            mma_bf16(near_reads[0], 0, a[1], 0, a[3], low, high);
-            mma_bf16(near_links[0], 0, b[1], 0, b[3], low, high);
+            u32 low = pack_bf16(early[1][0], early[1][1]), high = pack_bf16(early[1][2], early[1][3]);
+            mma_bf16(near_reads[1], a[0], a[1], a[2], a[3], low, high);
+            mma_bf16(near_links[1], b[0], b[1], b[2], b[3], low, high);
+#if !BOUNDED
 #pragma unroll
-            for (int i = 0; i < 4; ++i) late[1][i] *= apart[i] * UNCENTRE;
+            for (int i = 0; i < 4; ++i) late[1][i] = late[1][i] * UNCENTRE * apart[i];
 #pragma unroll
             for (int j = 0; j < 4; j += 2) {
                 far_q[half][j + 1] = pack_bf16(q[1][j] * late[1][j], q[1][j + 1] * late[1][j + 1]);
                 far_k[half][j + 1] = pack_bf16(k[1][j] * late[1][j], k[1][j + 1] * late[1][j + 1]);
             }
 #endif
-            low = pack_bf16(early[1][0], early[1][1]), high = pack_bf16(early[1][2], early[1][3]);
-            mma_bf16(near_reads[1], a[0], a[1], a[2], a[3], low, high);
-            mma_bf16(near_links[1], b[0], b[1], b[2], b[3], low, high);
+            low = pack_bf16(early[0][0], early[0][1]), high = pack_bf16(early[0][2], early[0][3]);
+            mma_bf16(near_reads[0], far_q[half][0], far_q[half][1], far_q[half][2], far_q[half][3], low, high);
+            mma_bf16(near_links[0], far_k[half][0], far_k[half][1], far_k[half][2], far_k[half][3], low, high);
             // Keys as later blocks meet them, and as the end of the chunk does.
             float rest[4], p[2][4];
             load_four(rest, last + at);
@@ -348,15 +343,14 @@ extern "C" __global__ void __launch_bounds__(128, 3) prepare_chunks(
 #pragma unroll
     for (int J = 0; J < 4; ++J) {
         if (J != warp) continue;
-        constexpr float SIZE = BOUNDED ? 1.0f : UNCENTRE;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             // Rows r and r + 8 with columns 2c + i, then row r + 8 with column 8 + 2c + i.
             int column = 2 * c + i;
             reads[2 * J][i] = r > column ? near_reads[0][i] : r == column ? own[0] : 0.0f;
             links[2 * J][i] = r > column ? near_links[0][i] : 0.0f;
-            reads[2 * J][2 + i] = near_reads[0][2 + i] * SIZE;
-            links[2 * J][2 + i] = near_links[0][2 + i] * SIZE;
+            reads[2 * J][2 + i] = near_reads[0][2 + i];
+            links[2 * J][2 + i] = near_links[0][2 + i];
             reads[2 * J + 1][2 + i] = r > column ? near_reads[1][2 + i] : r == column ? own[1] : 0.0f;
             links[2 * J + 1][2 + i] = r > column ? near_links[1][2 + i] : 0.0f;
         }
