@@ -35,6 +35,9 @@ CASES = {
     "steepest decay, repeated keys": Case(gate="hundred", keys="repeated", lengths=(65,), heads=1, **NARROW),
     "masks": Case(gate="masks_and_init", keys="correlated", beta=0.95, lengths=(65,), heads=1, **NARROW),
     "spikes": Case(gate="spiky", keys="some_zero", beta=2.0, lengths=(64,), heads=1, **WIDE),
+    "steep decay, small raw keys": Case(
+        gate="borderline", lengths=(66,), heads=1, switches={"qk_l2norm_in_kernel": True}, **WIDE
+    ),
     "nothing written": Case(beta=0.0, lengths=(20,), heads=1, **NARROW),
 }  # fmt: skip
 BEYOND = {"no decay, identical keys": {"dv": 1.2e-2}}
@@ -68,7 +71,7 @@ def prepared(case, tensors, lengths_dtype=torch.int32):
         scale=case.key_dim**-0.5 if case.scale is None else case.scale,
         lower_bound=case.lower_bound,
         gate_in_kernel=case.raw,
-        qk_l2norm=case.raw,
+        qk_l2norm=case.switches.get("qk_l2norm_in_kernel", case.raw),
         beta_sigmoid=case.raw,
         allow_neg_eigval=case.switches.get("allow_neg_eigval", False),
         chunk_size=64,
@@ -188,6 +191,8 @@ def test_the_kernels_make_the_recurrence_and_its_gradients(name, dtype):
     made = case.tensors()
     if name == "bounded without a rate":
         del made["A_log"]
+    if name == "steep decay, small raw keys":
+        made |= {x: made[x] * 1e-3 for x in ("q", "k")}
     tensors = {x: y.detach().to(dtype if x in PACKED else torch.float32) for x, y in made.items()}
     if name == "operands, two heads":
         tensors |= {x: tensors[x].float() for x in ("g", "beta")}
