@@ -206,5 +206,5 @@ def test_packing_needs_batch_one() -> None:
 
 
 def test_unknown_backends_are_refused() -> None:
-    with pytest.raises(BackendError, match="must be 'auto', 'triton', 'torch' or 'reference', got 'cuda'"):
-        kda(**tensors(), backend="cuda")
+    with pytest.raises(BackendError, match="must be 'auto', 'cuda', 'triton', 'torch' or 'reference', got 'metal'"):
+        kda(**tensors(), backend="metal")
