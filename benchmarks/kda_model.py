@@ -26,13 +26,14 @@ from perilune.ops import kda, linear_cross_entropy
 from perilune.ops.layout import SequenceLayout
 from perilune.seeding import make_generator
 
+# Shaped as the paper's scaling ladder (table 2): as many heads of 128 channels as layers, a width of 76 a layer.
 MODEL = ModelConfig(
     vocab_size=16384,
     d_model=768,
-    layers=hybrid_layers(12),
+    layers=hybrid_layers(10),
     d_ff=2048,
-    kda=KDAConfig(num_heads=6, head_dim=128),
-    mla=MLAConfig(num_heads=6, kv_rank=256, nope_dim=128, rope_dim=64, value_dim=128),
+    kda=KDAConfig(num_heads=10, head_dim=128),
+    mla=MLAConfig(num_heads=10, kv_rank=256, nope_dim=128, rope_dim=64, value_dim=128),
     tie_embeddings=True,
 )
 TINY_MODEL = replace(

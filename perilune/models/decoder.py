@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from perilune.models.config import ModelConfig
 from perilune.nn import MIXERS, MLP, CacheEntry, HybridCache, Mixer, MoE, QKClipSpec, RMSNorm, initialize
 from perilune.ops.layout import SequenceLayout, as_layout
+from perilune.ops.precision import autocast_dtype
 
 
 class Block(nn.Module):
@@ -30,8 +31,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, layout: SequenceLayout, cache: CacheEntry | None) -> Tensor:
         """Map the residual stream `[T, d]` to the next."""
-        x = x + self.mixer(self.mixer_norm(x), layout, cache)
-        y: Tensor = x + self.ffn(self.ffn_norm(x))
+        # Rounded once, to what the products take; but a router compares its scores in float32.
+        dtype = autocast_dtype(x)
+        x = x + self.mixer(self.mixer_norm(x, dtype=dtype), layout, cache)
+        y: Tensor = x + self.ffn(self.ffn_norm(x, dtype=x.dtype if isinstance(self.ffn, MoE) else dtype))
         return y
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perilune.nn.roles import MatrixLayout
+from perilune.ops.swiglu import swiglu
 
 
 class MLP(nn.Module):
@@ -22,8 +22,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., d]` to `[..., d]`."""
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        y: Tensor = self.down_proj(F.silu(gate) * up)
+        y: Tensor = self.down_proj(swiglu(self.gate_up_proj(x)))
         return y
 
     def logical_matrices(self) -> dict[str, MatrixLayout]:

@@ -17,13 +17,21 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(size))
 
-    def forward(self, x: Tensor, z: Tensor | None = None, gate: OutputGate = "sigmoid") -> Tensor:
-        """Normalize `x` `[..., size]` and, given logits `z` of its shape, gate it; the result has the dtype of `x`.
+    def forward(
+        self,
+        x: Tensor,
+        z: Tensor | None = None,
+        gate: OutputGate = "sigmoid",
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Normalize `x` `[..., size]` and, given logits `z` of its shape, gate it.
 
-        Equal to `gate_output(norm(x), z, gate)`, in one pass where the kernels run.
+        The result has the dtype of `x`, or `dtype`, which only a norm without gate takes. With a gate it is equal to
+        `gate_output(norm(x), z, gate)`, in one pass where the kernels run.
         """
         if z is None or gate == "none":
-            return rms_norm(x, self.weight, self.eps)
+            return rms_norm(x, self.weight, self.eps, dtype=dtype)
         return rms_norm_gated(x, self.weight, z, self.eps, gate=gate)
 
     def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:

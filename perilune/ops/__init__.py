@@ -16,6 +16,7 @@ from perilune.ops.loss import linear_cross_entropy, linear_logprobs
 from perilune.ops.moe import Routing, balance_bias_update, moe_experts, route, routed_scaling_factor
 from perilune.ops.newton_schulz import newton_schulz
 from perilune.ops.norm import rms_norm, rms_norm_gated
+from perilune.ops.swiglu import swiglu
 
 __all__ = [
     "ContextLayout",
@@ -43,5 +44,6 @@ __all__ = [
     "short_conv",
     "short_conv_context_parallel",
     "short_conv_step",
+    "swiglu",
     "varlen_attention",
 ]

@@ -42,6 +42,18 @@ def test_a_gate_of_another_dtype():
         assert_close(name, a, b, 4e-3)
 
 
+def test_the_result_is_rounded_once_to_the_dtype_asked_for():
+    x, weight, _ = make((300, 768), torch.float32, "cuda")
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    got, want = rms_norm(a, weight, 1e-5, dtype=torch.bfloat16), rms_norm(b, weight, 1e-5)
+    assert torch.equal(got, want.bfloat16())
+    seed = torch.randn_like(x).bfloat16()
+    for found, expected in zip(
+        torch.autograd.grad(got, a, seed), torch.autograd.grad(want, b, seed.float()), strict=True
+    ):
+        torch.testing.assert_close(found, expected)
+
+
 def test_repeats_and_neighbors_do_not_change_a_bit():
     inputs = make((8192, 16, 128), torch.bfloat16, "cuda")
     once = output_and_gradients(*inputs, gate="sigmoid")

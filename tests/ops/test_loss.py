@@ -3,39 +3,43 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
+from perilune.errors import BackendError
 from perilune.ops import linear_cross_entropy, linear_logprobs
 from perilune.ops import loss as loss_op
 from perilune.seeding import make_generator
 from tests.helpers import assert_close
+from tests.ops.loss_cases import make_inputs, run_with_gradients
 from tests.ops.spies import LargestTensor
 
 PROPERTY = settings(max_examples=25, deadline=None, derandomize=True)
 
 
-def make_inputs(
-    num_tokens: int, vocab: int = 11, d: int = 6, dtype: torch.dtype = torch.float64
-) -> tuple[Tensor, Tensor, Tensor]:
-    generator = make_generator(0, "loss", num_tokens, vocab)
-    hidden = torch.randn(num_tokens, d, generator=generator, dtype=torch.float64).to(dtype)
-    weight = torch.randn(vocab, d, generator=generator, dtype=torch.float64).to(dtype)
-    targets = torch.randint(vocab, (num_tokens,), generator=generator)
-    return hidden.requires_grad_(), weight.requires_grad_(), targets
-
-
-def run_with_gradients(backend: str, inputs: tuple[Tensor, Tensor, Tensor], **options) -> dict[str, Tensor]:
-    hidden, weight = (x.detach().clone().requires_grad_() for x in inputs[:2])
-    logprobs, entropy = linear_logprobs(hidden, weight, inputs[2], return_entropy=True, backend=backend, **options)
-    direction = torch.randn(logprobs.shape, generator=make_generator(1, "direction"), dtype=torch.float64)
-    gradients = torch.autograd.grad(logprobs, (hidden, weight), direction.to(logprobs.dtype))
-    return {"logprobs": logprobs.detach(), "entropy": entropy, "dhidden": gradients[0], "dweight": gradients[1]}
+INTERPRETED = """
+import itertools
+import torch
+from tests.ops.loss_cases import compare, make_inputs, run_with_gradients
+wide, half = torch.float32, torch.bfloat16
+for sizes in ((0, 5, 4), (1, 1, 3), (7, 2500, 16), (5, 11, 6), (3, 2048, 8)):
+    compare(sizes, (wide, wide))
+    compare(sizes, (wide, wide), autocast=True, chunk_size=3)
+    for dtypes in itertools.product((wide, half), repeat=2):
+        compare(sizes, dtypes, chunk_size=2, temperature=0.7)
+compare((5, 11, 6), (torch.float16, wide))
+hidden, weight, targets = make_inputs(6, dtype=wide)
+got = run_with_gradients("triton", (1e6 * hidden, weight, targets))
+assert all(value.isfinite().all() for value in got.values())
+print("equal")
+"""
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 4, 5, 17])
@@ -135,6 +139,26 @@ def test_logits_of_all_tokens_never_exist(monkeypatch, by_budget):
     assert spy.numel == chunk * vocab
 
 
+def test_the_triton_kernels_equal_the_reference_in_their_interpreter():
+    pytest.importorskip("triton", reason="triton is not installed")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", INTERPRETED],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout == "equal\n", done.stderr[-2000:]
+
+
+def test_calls_that_the_kernels_cannot_serve_say_why(monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    hidden, weight, targets = make_inputs(3)
+    with pytest.raises(BackendError, match="linear_logprobs: backend 'triton' needs tensors on a GPU, got cpu"):
+        linear_cross_entropy(hidden, weight, targets, backend="triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(BackendError, match=r"takes float32, bfloat16 and float16, got torch\.float64"):
+        linear_logprobs(hidden.float(), weight, targets, backend="triton")
+
+
 @PROPERTY
 @given(num_tokens=st.integers(1, 20), chunk_size=st.integers(1, 25), temperature=st.floats(0.2, 5))
 def test_chunk_size_never_changes_results(num_tokens, chunk_size, temperature):
@@ -174,7 +198,7 @@ def test_backward_may_run_twice():
         ({"temperature": 0.0}, "temperature must be > 0"),
         ({"temperature": math.nan}, "temperature must be > 0"),
         ({"chunk_size": 0}, "chunk_size must be >= 1"),
-        ({"backend": "cuda"}, "backend must be"),
+        ({"backend": "cuda"}, "backend must be 'auto', 'triton', 'torch' or 'reference'"),
     ],
 )
 def test_bad_arguments_are_named(change, message):

@@ -15,14 +15,22 @@ from tests.ops.norm_cases import NAMES, make, output_and_gradients
 
 INTERPRETED = """
 import torch
-from perilune.ops.norm import rms_norm_gated
-from tests.ops.norm_cases import GATES, compare
+from perilune.ops.norm import rms_norm, rms_norm_gated
+from tests.ops.norm_cases import GATES, compare, make
 for gate in GATES:
     for shape in ((1, 1), (5, 2, 7), (33, 128), (3, 300), (70, 4)):
         compare(shape, gate, torch.float32, 1e-6)
     compare((9, 24), gate, torch.bfloat16, 8e-3)
     compare((9, 24), gate, torch.float16, 1e-3)
     compare((6, 5, 16), gate, torch.float32, 1e-6, is_strided=True)
+for dtype in (torch.float32, torch.bfloat16):
+    x, weight, _ = make((9, 24), dtype)
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    got = rms_norm(a, weight, 1e-5, dtype=torch.bfloat16, backend="triton")
+    want = rms_norm(b, weight, 1e-5, backend="triton")
+    torch.testing.assert_close(got, want.bfloat16(), rtol=8e-3, atol=0)  # the interpreter cuts off
+    got.backward(x.bfloat16()), want.backward(x.bfloat16().to(dtype))
+    torch.testing.assert_close(a.grad, b.grad)
 x = torch.zeros(0, 3, 8, requires_grad=True)
 y = rms_norm_gated(x, torch.ones(8), x, 1e-5, backend="triton")
 assert y.shape == x.shape
@@ -107,6 +115,17 @@ def test_half_precision_is_computed_in_float32():
     assert found.dtype == torch.bfloat16
     # half a unit in the last place of bfloat16
     torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(64, 32), (0, 32)])
+def test_the_result_is_rounded_once_to_the_dtype_asked_for(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    weight = torch.linspace(0.5, 2.0, 32)
+    for backend in ("auto", "reference"):
+        found = rms_norm(x, weight, 1e-5, dtype=torch.bfloat16, backend=backend)
+        assert found.dtype == torch.bfloat16
+        assert torch.equal(found, rms_norm(x, weight, 1e-5, backend=backend).bfloat16())
+    assert RMSNorm(32, 1e-5)(x, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_wrong_weight_is_refused():

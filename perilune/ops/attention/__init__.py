@@ -6,7 +6,9 @@ from typing import Literal
 
 from torch import Tensor
 
+from perilune.errors import BackendError
 from perilune.ops.attention.decode import decode_attention_torch
+from perilune.ops.attention.flash import flash_obstacle, varlen_attention_flash
 from perilune.ops.attention.reference import decode_attention_reference, varlen_attention_reference
 from perilune.ops.attention.torch import varlen_attention_torch
 from perilune.ops.layout import SequenceLayout, as_layout
@@ -15,6 +17,7 @@ from perilune.ops.precision import follow_autocast
 __all__ = ["decode_attention", "varlen_attention"]
 
 Backend = Literal["auto", "reference", "torch"]
+VarlenBackend = Literal["auto", "reference", "torch", "flash"]
 
 
 def varlen_attention(
@@ -26,7 +29,7 @@ def varlen_attention(
     *,
     scale: float | None = None,
     return_max_logits: bool = False,
-    backend: Backend = "auto",
+    backend: VarlenBackend = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Causal softmax attention of packed sequences, each over its own keys only.
 
@@ -35,8 +38,8 @@ def varlen_attention(
     chunk of a longer prefill otherwise.
 
     Logits and softmax are computed in float32 (float64 for float64 inputs) whatever the inputs are; under autocast the
-    inputs are brought to its dtype first. Memory beyond the inputs and outputs is a few MiB of scores, plus at most
-    64 MiB of probabilities kept for the backward; longer inputs recompute them.
+    inputs are brought to its dtype first. Memory of `torch` beyond the inputs and outputs is a few MiB of scores, plus
+    at most 64 MiB of probabilities kept for the backward; longer inputs recompute them. `flash` keeps none.
 
     Args:
         q: `[Tq, H, Dk]`, floating.
@@ -46,7 +49,8 @@ def varlen_attention(
         layout_k: how Tk splits into the same N sequences; None means as `layout_q`.
         scale: factor of the logits; None means Dk ** -0.5.
         return_max_logits: also return each head's largest logit, for QK-Clip.
-        backend: "reference" is a slow loop in the inputs' dtype; "torch" and "auto" are the blocked path.
+        backend: `flash` (bfloat16 and float16 on a GPU, heads of up to 256 channels), `torch` (the blocked path),
+            `reference` (a slow loop in the inputs' dtype), or `auto`: flash where it takes the call, else torch.
 
     Returns:
         o `[Tq, H, Dv]` in q's dtype, and the maximum logits `[H]` float32 or None. The maximum is over every query and
@@ -54,6 +58,7 @@ def varlen_attention(
 
     Raises:
         ValueError: shapes, dtypes or layouts do not fit, a sequence has more queries than keys, or an unknown backend.
+        BackendError: `flash` cannot serve the call.
 
     Source: Kimi Linear, section 5.1 (global attention); maximum logits: Kimi K2, section 2.1.
     """
@@ -63,14 +68,20 @@ def varlen_attention(
     _check_varlen(q, k, v)
     _check_layouts(layout_q, layout_k)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
+    obstacle = flash_obstacle(q, v) if backend in ("auto", "flash") else None
     match backend:
+        case "flash" if obstacle is not None:
+            raise BackendError(f"varlen_attention: backend 'flash' {obstacle}; use 'torch'")
+        case "flash" | "auto" if obstacle is None:
+            return varlen_attention_flash(q, k, v, layout_q, layout_k, factor, return_max_logits)
         case "auto" | "torch":
             return varlen_attention_torch(q, k, v, layout_q, layout_k, factor, return_max_logits)
         case "reference":
             out, max_logits = varlen_attention_reference(q, k, v, layout_q, layout_k, factor)
             return out, max_logits if return_max_logits else None
         case _:
-            raise ValueError(f"varlen_attention: backend must be 'auto', 'reference' or 'torch', got {backend!r}")
+            known = "'auto', 'flash', 'reference' or 'torch'"
+            raise ValueError(f"varlen_attention: backend must be {known}, got {backend!r}")
 
 
 def decode_attention(

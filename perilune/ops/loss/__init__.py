@@ -6,15 +6,18 @@ from typing import Literal, overload
 
 from torch import Tensor
 
+from perilune.errors import BackendError
 from perilune.ops.loss.reference import linear_logprobs_reference
 from perilune.ops.loss.torch import linear_logprobs_torch
+from perilune.ops.triton_support import triton_is_default, triton_obstacle
 
 __all__ = ["linear_cross_entropy", "linear_logprobs"]
 
-Backend = Literal["auto", "reference", "torch"]
+Backend = Literal["auto", "reference", "torch", "triton"]
 
-# Float32 logits of one chunk, when no chunk size is given.
+# Float32 logits of one chunk, when no chunk size is given: what a CPU's cache nearly holds, and what fills a GPU.
 CHUNK_BYTES = 16 << 20
+GPU_CHUNK_BYTES = 256 << 20
 
 
 @overload
@@ -57,17 +60,19 @@ def linear_logprobs(
 
     Logits, softmax and the weight's gradient are summed in float32 (float64 for float64 inputs) whatever the inputs
     are, and under autocast too: rounded logits would shift the ratios of reinforcement learning. Only the two products
-    of the backward are in hidden's dtype, or autocast's.
+    of the backward are in hidden's dtype, or autocast's. Where that is bfloat16, `triton` finds the logits by products
+    of bfloat16 parts, to about 2^-17 of |W| |h|.
 
     Args:
         hidden: `[T, d]`, floating.
         weight: `[V, d]`, floating; its dtype may differ from hidden's.
         targets: `[T]` int64 in [0, V).
         temperature: > 0, the temperature the targets were sampled with.
-        chunk_size: tokens whose logits live at once; None takes 16 MiB of logits. Changes memory, never the result. If
-            all tokens fit in one chunk its logits are kept for the backward, else they are recomputed.
+        chunk_size: tokens whose logits live at once; None takes 16 MiB of logits, 256 MiB on a GPU. Changes memory,
+            never the result. If all tokens fit in one chunk its logits are kept for the backward, else recomputed.
         return_entropy: also return the entropy of each token's distribution.
-        backend: "reference" is a loop over tokens; "torch" and "auto" are chunked.
+        backend: `triton` (float32, bfloat16 and float16 on a GPU), `torch`, `reference` (a loop over tokens), or
+            `auto`: triton on a GPU, else, and under `torch.compile`, torch.
 
     Returns:
         logprobs `[T]`, natural log, float32 (float64 if an input is). With `return_entropy` also the entropy `[T]` in
@@ -76,18 +81,25 @@ def linear_logprobs(
     Raises:
         ValueError: shapes or dtypes do not fit, a target is not in [0, V), temperature or chunk_size is not positive,
             or an unknown backend.
+        BackendError: `triton` cannot serve the call.
 
     Source: Kimi k1.5, section 2.3.2 (log pi_theta); chunking and float32 logits: this project, to bound memory.
     """
     _check(hidden, weight, targets, temperature, chunk_size)
     match backend:
-        case "auto" | "torch":
-            size = chunk_size or max(1, CHUNK_BYTES // (4 * weight.shape[0]))
-            logprobs, entropy = linear_logprobs_torch(hidden, weight, targets, temperature, size, return_entropy)
+        case "auto" | "torch" | "triton":
+            size = chunk_size or max(1, (GPU_CHUNK_BYTES if hidden.is_cuda else CHUNK_BYTES) // (4 * weight.shape[0]))
+            in_triton = backend == "triton" or (backend == "auto" and triton_is_default(hidden, weight))
+            if in_triton and (obstacle := triton_obstacle(hidden, weight)) is not None:
+                raise BackendError(f"linear_logprobs: backend 'triton' {obstacle}; use 'torch'")
+            logprobs, entropy = linear_logprobs_torch(
+                hidden, weight, targets, temperature, size, return_entropy, in_triton=in_triton
+            )
         case "reference":
             logprobs, entropy = linear_logprobs_reference(hidden, weight, targets, temperature)
         case _:
-            raise ValueError(f"linear_logprobs: backend must be 'auto', 'reference' or 'torch', got {backend!r}")
+            known = "'auto', 'triton', 'torch' or 'reference'"
+            raise ValueError(f"linear_logprobs: backend must be {known}, got {backend!r}")
     return (logprobs, entropy) if return_entropy and entropy is not None else logprobs
 
 

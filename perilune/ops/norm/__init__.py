@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from perilune.errors import BackendError
@@ -20,7 +21,9 @@ MAX_TRITON_SIZE = 8192
 """Longest vector of backend `triton`, which keeps it in registers."""
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: Backend = "auto") -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, *, dtype: torch.dtype | None = None, backend: Backend = "auto"
+) -> Tensor:
     """Scale every vector to unit root mean square, then each channel by its gain.
 
     y = x / sqrt(mean(x^2) + eps) * weight
@@ -31,11 +34,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: Backend = "auto"
         x: `[..., D]`, any float dtype.
         weight: `[D]`, any float dtype.
         eps: added to the mean square.
+        dtype: of the result, which is rounded to it once; None means that of `x`.
         backend: `triton` (float32, bfloat16 and float16 on a GPU, D <= 8192), `torch`, `reference` (computes in the
             dtype of `x`), or `auto`: triton on a GPU, else, and under `torch.compile`, torch.
 
     Returns:
-        `[..., D]` in the dtype of `x`.
+        `[..., D]` in `dtype`.
 
     Raises:
         ValueError: `weight` does not fit `x`, or the backend is unknown.
@@ -44,14 +48,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: Backend = "auto"
     Source: Kimi Linear, section 4 (pre-norm blocks and the head-wise norm of eq. 10).
     """
     _check("rms_norm", x, weight, backend)
+    dtype = dtype or x.dtype
     if backend == "reference":
-        return rms_norm_reference(x, weight, eps)
+        return rms_norm_reference(x, weight, eps).to(dtype)
     if _use_triton(backend, x, x):
         _check_triton("rms_norm", x, x)
         from perilune.ops.norm.triton import rms_norm_triton
 
-        return rms_norm_triton(x, weight, eps)
-    return rms_norm_torch(x, weight, eps)
+        return rms_norm_triton(x, weight, eps, dtype)
+    return rms_norm_torch(x, weight, eps, dtype)
 
 
 def rms_norm_gated(

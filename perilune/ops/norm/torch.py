@@ -34,16 +34,16 @@ class _RMSNorm(torch.autograd.Function):
         return dx.add_(mean.mul_(rstd), alpha=1 / size), dweight, None
 
 
-def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm_torch(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """Same contract as `perilune.ops.norm.rms_norm`."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    wide = torch.promote_types(x.dtype, torch.float32)
     if not x.numel():
-        return x * weight.to(x.dtype)
-    y: Tensor = _RMSNorm.apply(x.to(dtype).contiguous(), weight.to(dtype), eps)  # pyright: ignore[reportAssignmentType]
-    return y.to(x.dtype)
+        return (x * weight.to(x.dtype)).to(dtype)
+    y: Tensor = _RMSNorm.apply(x.to(wide).contiguous(), weight.to(wide), eps)  # pyright: ignore[reportAssignmentType]
+    return y.to(dtype)
 
 
 def rms_norm_gated_torch(x: Tensor, weight: Tensor, z: Tensor, eps: float, *, use_swish: bool) -> Tensor:
     """Same contract as `perilune.ops.norm.rms_norm_gated`."""
     gate = F.silu(z) if use_swish else torch.sigmoid(z)
-    return rms_norm_torch(x, weight, eps) * gate.to(x.dtype)
+    return rms_norm_torch(x, weight, eps, x.dtype) * gate.to(x.dtype)

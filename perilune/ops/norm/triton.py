@@ -29,20 +29,20 @@ _FEW_ROWS = 65536
 """Below, a program of the backward pass takes four times fewer."""
 
 
-def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """Same contract as `perilune.ops.norm.rms_norm`."""
-    return _launch(x, weight, None, eps, use_swish=False)
+    return _launch(x, weight, None, eps, dtype, use_swish=False)
 
 
 def rms_norm_gated_triton(x: Tensor, weight: Tensor, z: Tensor, eps: float, *, use_swish: bool) -> Tensor:
     """Same contract as `perilune.ops.norm.rms_norm_gated`."""
-    return _launch(x, weight, z, eps, use_swish=use_swish)
+    return _launch(x, weight, z, eps, x.dtype, use_swish=use_swish)
 
 
-def _launch(x: Tensor, weight: Tensor, z: Tensor | None, eps: float, *, use_swish: bool) -> Tensor:
+def _launch(x: Tensor, weight: Tensor, z: Tensor | None, eps: float, dtype: torch.dtype, *, use_swish: bool) -> Tensor:
     if x.numel() == 0:
-        return x * weight.to(x.dtype) * (1 if z is None else z.to(x.dtype))
-    y: Tensor = _RMSNorm.apply(x, weight, z, eps, use_swish)  # pyright: ignore[reportAssignmentType]
+        return (x * weight.to(x.dtype) * (1 if z is None else z.to(x.dtype))).to(dtype)
+    y: Tensor = _RMSNorm.apply(x, weight, z, eps, dtype, use_swish)  # pyright: ignore[reportAssignmentType]
     return y
 
 
@@ -57,12 +57,14 @@ class _RMSNorm(torch.autograd.Function):
     """Keeps the inputs only."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, z: Tensor | None, eps: float, use_swish: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, z: Tensor | None, eps: float, dtype: torch.dtype, use_swish: bool
+    ) -> Tensor:
         x, weight = x.contiguous(), weight.contiguous()
         z = None if z is None else z.contiguous()
         ctx.save_for_backward(x, weight, z)
         ctx.eps, ctx.use_swish = eps, use_swish
-        y = torch.empty_like(x)
+        y = torch.empty_like(x, dtype=dtype)
         rows = x.numel() // x.shape[-1]
         sizes = _sizes(x.shape[-1], z is not None, use_swish)
         _rms_norm_fwd_kernel[(triton.cdiv(rows, sizes["BM"]),)](x, weight, x if z is None else z, y, eps, rows, **sizes)
@@ -85,7 +87,7 @@ class _RMSNorm(torch.autograd.Function):
             x, weight, x if z is None else z, dy, dx, dx if dz is None else dz, dweight, ctx.eps, rows,
             TILES=per_program // sizes["BM"], **sizes,
         )  # fmt: skip
-        return dx, dweight.sum(0).to(weight.dtype), dz, None, None
+        return dx, dweight.sum(0).to(weight.dtype), dz, None, None, None
 
 
 @triton.jit(do_not_specialize=["M"])
