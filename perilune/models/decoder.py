@@ -74,7 +74,7 @@ class Decoder(nn.Module):
         """
         if tokens.ndim != 1:
             raise ValueError(f"tokens must be [T], sequences back to back, got shape {tuple(tokens.shape)}")
-        layout = as_layout(cu_seqlens, tokens.shape[0])
+        layout = as_layout(cu_seqlens, tokens)
         if cache is not None and len(cache.entries) != self.config.num_layers:
             raise ValueError(f"cache has {len(cache.entries)} entries but the model {self.config.num_layers} layers")
         entries = [None] * self.config.num_layers if cache is None else cache.entries

@@ -37,7 +37,10 @@ class SequenceLayout:
         """
         if any(length < 0 for length in lengths):
             raise ValueError(f"sequence lengths must be >= 0, got {list(lengths)}")
-        return cls(tuple(int(length) for length in lengths), torch.device(device))
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())  # as tensors say it
+        return cls(tuple(int(length) for length in lengths), device)
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor, total: int) -> SequenceLayout:
@@ -64,6 +67,10 @@ class SequenceLayout:
         if bounds[-1] != total:
             raise ValueError(f"cu_seqlens must end with the number of tokens {total}, got {bounds[-1]}")
         return cls(lengths, cu_seqlens.device)
+
+    def to(self, device: torch.device) -> SequenceLayout:
+        """Return the same partition with index tensors on `device`; itself if they are there already."""
+        return self if self.device == device else SequenceLayout(self.lengths, device)
 
     @property
     def num_sequences(self) -> int:
@@ -113,14 +120,19 @@ class SequenceLayout:
         return self.cu_seqlens[1:].to(torch.int64) - 1
 
 
-def as_layout(cu_seqlens: Tensor | SequenceLayout, total: int) -> SequenceLayout:
-    """Accept either form of `cu_seqlens` at a front door.
+def as_layout(cu_seqlens: Tensor | SequenceLayout, tokens: Tensor) -> SequenceLayout:
+    """Accept either form of `cu_seqlens` at a front door, on any device.
+
+    Args:
+        cu_seqlens: partition of T, as `SequenceLayout.from_cu_seqlens` takes it, or a layout.
+        tokens: `[T, ...]`; the layout's index tensors will lie beside them.
 
     Raises:
-        ValueError: it does not partition `total` tokens.
+        ValueError: it does not partition T tokens.
     """
-    if isinstance(cu_seqlens, SequenceLayout):
-        if cu_seqlens.total != total:
-            raise ValueError(f"cu_seqlens must end with the number of tokens {total}, got {cu_seqlens.total}")
-        return cu_seqlens
-    return SequenceLayout.from_cu_seqlens(cu_seqlens, total)
+    total = tokens.shape[0]
+    if not isinstance(cu_seqlens, SequenceLayout):
+        cu_seqlens = SequenceLayout.from_cu_seqlens(cu_seqlens, total)
+    if cu_seqlens.total != total:
+        raise ValueError(f"cu_seqlens must end with the number of tokens {total}, got {cu_seqlens.total}")
+    return cu_seqlens.to(tokens.device)

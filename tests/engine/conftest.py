@@ -37,7 +37,7 @@ class RecurrentModel(nn.Module):
         return RecurrentCache(torch.zeros(num_sequences, self.mix.shape[0]))
 
     def hidden(self, tokens, cu_seqlens, cache=None):
-        layout = as_layout(cu_seqlens, tokens.shape[0])
+        layout = as_layout(cu_seqlens, tokens)
         self.calls.append(layout.lengths)
         states = self.new_cache(layout.num_sequences).state if cache is None else cache.state
         outputs, last = [], []

@@ -470,3 +470,16 @@ def test_offsets_beyond_32_bits(backend):
         near = kda(**{name: x[:, -300:].contiguous() for name, x in tensors.items()}, **switches, backend=backend)[0]
     assert near.any()
     assert torch.equal(far, near)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton", "torch"])
+def test_sequence_bounds_may_lie_on_the_cpu(backend):
+    """What reads them on the GPU would otherwise read anything."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v, g = (torch.randn(1, 200, 2, 64, generator=generator, device="cuda").bfloat16() for _ in range(4))
+    beta = torch.rand(1, 200, 2, generator=generator, device="cuda").bfloat16()
+    layout = SequenceLayout.from_lengths([70, 0, 130], "cuda")
+    options = {"A_log": None, "lower_bound": -5.0, "gate_in_kernel": True, "qk_l2norm_in_kernel": True}
+    want = kda(q, k, v, g, beta, cu_seqlens=layout, backend=backend, **options)[0]
+    for bounds in (SequenceLayout.from_lengths([70, 0, 130]), layout.cu_seqlens.cpu(), layout.cu_seqlens.cpu().long()):
+        assert torch.equal(kda(q, k, v, g, beta, cu_seqlens=bounds, backend=backend, **options)[0], want)

@@ -30,12 +30,13 @@ ROOT = Path(__file__).parents[2]
 DEADLINE_S = 90
 
 
-def run_ranks(world: int, folder: Path) -> list[str]:
-    """Run `context_parallel_cases` in `world` processes; return what each wrote to its standard error."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def run_ranks(module: str, world: int, folder: Path) -> list[str]:
+    """Run `python -m module RANK WORLD FOLDER` in `world` processes; return what each wrote to its standard error."""
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     if sys.platform == "linux":
         environment["GLOO_SOCKET_IFNAME"] = "lo"
-    command = [sys.executable, "-m", "tests.ops.context_parallel_cases"]
+    command = [sys.executable, "-m", module]
     logs = [folder / f"{rank}.log" for rank in range(world)]
     processes, deadline = [], time.monotonic() + DEADLINE_S
     try:
@@ -56,7 +57,7 @@ def run_ranks(world: int, folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_split_over_processes_equals_one_process(world: int, tmp_path: Path) -> None:
-    logs = run_ranks(world, tmp_path)
+    logs = run_ranks("tests.ops.context_parallel_cases", world, tmp_path)
     results = [tmp_path / f"{rank}.json" for rank in range(world)]
     assert all(path.exists() for path in results), "\n".join(logs)
     found = [json.loads(path.read_text()) for path in results]

@@ -20,7 +20,7 @@ class TinyModel(nn.Module):
         self.output_weight = nn.Parameter(torch.randn(VOCAB, width, generator=generator, dtype=dtype))
 
     def hidden(self, tokens: Tensor, cu_seqlens: Tensor | SequenceLayout) -> Tensor:
-        layout = as_layout(cu_seqlens, tokens.numel())
+        layout = as_layout(cu_seqlens, tokens)
         parts = self.embedding[tokens].split(list(layout.lengths))
         means = [part.cumsum(0) / torch.arange(1, len(part) + 1)[:, None] for part in parts]
         return torch.cat(means) @ self.mix

@@ -63,8 +63,8 @@ def varlen_attention(
     Source: Kimi Linear, section 5.1 (global attention); maximum logits: Kimi K2, section 2.1.
     """
     q, k, v = follow_autocast(q, k, v)
-    layout_q = as_layout(layout_q, q.shape[0])
-    layout_k = as_layout(layout_q if layout_k is None else layout_k, k.shape[0])
+    layout_q = as_layout(layout_q, q)
+    layout_k = as_layout(layout_q if layout_k is None else layout_k, k)
     _check_varlen(q, k, v)
     _check_layouts(layout_q, layout_k)
     factor = q.shape[-1] ** -0.5 if scale is None else scale

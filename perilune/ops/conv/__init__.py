@@ -53,7 +53,7 @@ def short_conv(
     Source: Kimi Linear, eq. 10 (ShortConv and Swish on q, k and v).
     """
     _check(x, weight, activation)
-    layout = as_layout(cu_seqlens, x.shape[0])
+    layout = as_layout(cu_seqlens, x)
     wanted = (layout.num_sequences, x.shape[1], weight.shape[1] - 1)
     if state is not None and tuple(state.shape) != wanted:
         raise ValueError(f"short_conv: state must be {wanted}, got {tuple(state.shape)}")

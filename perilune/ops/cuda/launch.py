@@ -45,10 +45,15 @@ class CudaKernel:
             shared_bytes: of shared memory of a block.
             arguments: in the order of the kernel's parameters.
             defines: macros, the same for every call that is to share a compiled kernel.
+
+        Raises:
+            ValueError: tensors are not on one device.
         """
         if not grid:
             return
-        device = next(x.device for x in arguments if isinstance(x, Tensor))
+        device, *others = {x.device for x in arguments if isinstance(x, Tensor)}
+        if others:
+            raise ValueError(f"{self.name}: tensors must be on one device, got {device} and {others[0]}")
         macros = tuple((name, int(value)) for name, value in defines.items())
         with torch.cuda.device(device):
             _enter_context(device)

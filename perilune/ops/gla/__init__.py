@@ -52,7 +52,7 @@ def gla(
     Source: Kimi Linear, section 5.1 (Mamba2 as the peer without the delta rule); GLA (2312.06635), eq. 3.
     """
     check_tensors("gla", q, k, v, _per_channel(g, q), beta, ("T",))
-    layout = as_layout(cu_seqlens, q.shape[0])
+    layout = as_layout(cu_seqlens, q)
     shape = (layout.num_sequences, v.shape[1], q.shape[2], v.shape[2])
     if initial_state is None:
         initial_state = q.new_zeros(shape, dtype=compute_dtype(q))

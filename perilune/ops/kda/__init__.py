@@ -86,7 +86,8 @@ def kda(
         initial_state: `[N, HV, K, V]`, a state per sequence (N = B without `cu_seqlens`); None for zeros.
         output_final_state: whether to return the states after the last tokens.
         cu_seqlens: `[N + 1]` int32 or int64 partition of T, B must be 1; empty sequences pass their state through;
-            tokens after the last entry belong to no sequence and get zeros. A `SequenceLayout` saves reading it.
+            tokens after the last entry belong to no sequence and get zeros. A `SequenceLayout` saves reading it; on
+            another device than q it is copied.
         A_log: `[HV]`, log rate of the gate; may be None for the bounded gate.
         dt_bias: `[HV, K]` or `[HV * K]`, added to the raw gate; None for zero.
         lower_bound: floor of the log decay per token, in [-5.9, 0); selects the bounded gate.
@@ -133,6 +134,7 @@ def kda(
     if chunk_size not in CHUNK_SIZES:
         raise ValueError(f"kda: chunk_size must be one of {CHUNK_SIZES}, got {chunk_size}")
     chosen = _checked_backend(q, v, backend, chunk_size)
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(q.device)
     compute = compute_dtype(q)
     A_log, dt_bias = shaped_gate_parameters("kda", A_log, dt_bias, v.shape[2], q.shape[3], compute)
     options = KdaOptions(
