@@ -151,8 +151,10 @@ class _Call:
     switches: _Switches
     """Of `kda`."""
 
-    def run(self, tensors: Sequence[Any], state: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
-        """Run `kda` from `state` `[N, HV, K, V]`."""
+    def run(
+        self, tensors: Sequence[Any], state: Tensor, layout: SequenceLayout, *, for_backward: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Run `kda` from `state` `[N, HV, K, V]`; `for_backward` keeps all that the backward, which is next, needs."""
         q, k, v, g, beta, A_log, dt_bias = tensors
         o, final_state = kda(
             q,
@@ -165,6 +167,7 @@ class _Call:
             cu_seqlens=layout,
             A_log=A_log,
             dt_bias=dt_bias,
+            save_states=for_backward,
             **self.switches,
         )[:2]
         assert final_state is not None
@@ -250,7 +253,7 @@ class _ContextParallelKda(torch.autograd.Function):
             leaves = [None if x is None else x.detach().requires_grad_() for x in tensors]
             *inputs, state = leaves
             assert state is not None
-            outputs = call.run(inputs, state, context.sequences)
+            outputs = call.run(inputs, state, context.sequences, for_backward=True)
         if not context.is_split:
             return None, *_pull_back(outputs, leaves, do, dfinal)
         grads: list[Any] | None = None
