@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from perilune.ops import varlen_attention
-from perilune.ops.attention.max_logits import max_logits
+from perilune.ops.attention.triton import max_logits
 from perilune.ops.layout import SequenceLayout
 from perilune.seeding import make_generator
 from tests.helpers import assert_close

@@ -340,7 +340,7 @@ def test_bad_decode_arguments_are_named(change, message):
 INTERPRETED = """
 import torch
 from perilune.ops import varlen_attention
-from perilune.ops.attention.max_logits import max_logits
+from perilune.ops.attention.triton import max_logits
 from perilune.ops.layout import SequenceLayout
 generator = torch.Generator().manual_seed(0)
 cases = [

@@ -52,7 +52,7 @@ def varlen_attention_flash(
     """
     top = None
     if with_max:
-        from perilune.ops.attention.max_logits import max_logits
+        from perilune.ops.attention.triton import max_logits
 
         top = max_logits(q.detach(), k.detach(), layout_q, layout_k, scale)
     if not layout_q.total:
