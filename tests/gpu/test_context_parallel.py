@@ -14,7 +14,13 @@ from tests.helpers import assert_close
 from tests.ops.kda_cases import Case
 from tests.ops.test_context_parallel import run_ranks
 
-LAYOUTS = [((1500,), None), ((300, 0, 900, 5), None), ((700, 20), (0, 650, 720)), ((64, 64), (0, 64, 128))]
+LAYOUTS = [
+    ((1500,), None),
+    ((300, 0, 900, 5), None),
+    ((700, 20), (0, 650, 720)),
+    ((64, 64), (0, 64, 128)),
+    ((70,), (0, 70, 70)),
+]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -51,6 +51,8 @@ GRID = {
     ),
     "bounded, grouped": Case(raw=True, lengths=(500, 1, 64), groups=2, lower_bound=-5.0, **WIDE),
     "chunks of 32": Case(raw=True, lengths=(129, 32), **{**WIDE, "chunk_size": 32}),
+    "32, chunks of 64": Case(raw=True, lengths=(130, 64), key_dim=32, value_dim=32, chunk_size=64),
+    "60 x 100": Case(raw=True, lengths=(130, 64), key_dim=60, value_dim=100, chunk_size=64, groups=2),
     "16 x 32, chunks of 16": Case(raw=True, lengths=(37, 0, 16), groups=4, key_dim=16, value_dim=32),
     **{
         f"gate {gate}, keys {keys}, beta {beta}": Case(lengths=(200, 65), gate=gate, keys=keys, beta=beta, **WIDE)
@@ -227,8 +229,32 @@ def test_one_segment_is_one_walk(backend):
     assert max(relative_errors(found, whole).values()) < 1e-2
 
 
-def test_float16_stays_within_the_limits(backend):
-    check(backend, GRID["64"], torch.float16, LIMITS)
+@pytest.mark.parametrize("name", ["64", "empty and single", "bounded, grouped", "gate masks, keys random, beta None"])
+def test_float16_stays_within_the_limits(name, backend):
+    check(backend, GRID[name], torch.float16, LIMITS)
+
+
+def test_queries_of_zeros_read_nothing(backend):
+    tensors = constants(leaves(MAIN))
+    tensors["q"][:, 310:400] = 0
+    found = squares(as_leaves(tensors), **options(MAIN), backend=backend)
+    assert not found["o"][:, 310:400].any()
+    assert found["dk"][:, 310:400].any()
+    assert not [name for name, x in found.items() if not x.isfinite().all()]
+
+
+def test_without_decay_orthonormal_keys_recall_their_values(backend):
+    """Beta 1 replaces what a key had, so that each finds the last value written with it."""
+    rotation = torch.linalg.qr(torch.randn(128, 128, generator=torch.Generator().manual_seed(0))).Q
+    keys = torch.cat((torch.eye(128), torch.eye(128).flip(0), rotation))[None, :, None].expand(1, 384, 2, 128)
+    v = torch.randn(1, 384, 2, 128, generator=torch.Generator().manual_seed(1))
+    k, v = keys.to(DEVICE, torch.bfloat16).contiguous(), v.to(DEVICE, torch.bfloat16)
+    g, beta = torch.zeros_like(k), torch.ones_like(k[..., 0])
+    o, state = kda(k, k, v, g, beta, scale=1.0, output_final_state=True, backend=backend)
+    assert torch.equal(o[:, :128], v[:, :128])
+    assert relative_error(o, v) < LIMITS["o"]
+    recalled = torch.einsum("thk,hkv->thv", k[0, -128:].double(), state[0].double())
+    assert relative_error(recalled, v[0, -128:]) < LIMITS["o"]
 
 
 @pytest.mark.parametrize("segments", [None, 1])
@@ -390,6 +416,21 @@ def test_a_captured_forward_is_the_eager_one(host_knows, segments, backend):
 
 
 @BOTH_WALKS
+def test_captured_gradients_are_the_eager_ones(segments, backend):
+    tensors = leaves(MAIN)
+    arguments = {**options(MAIN, segments), "backend": backend}
+    squares(tensors, **arguments)
+    expected = squares(tensors, **arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = squares(tensors, **arguments)
+    for x in found.values():
+        x.detach().fill_(torch.nan)
+    graph.replay()
+    assert_same_bits(found, expected)
+
+
+@BOTH_WALKS
 def test_a_replay_follows_new_lengths(segments, backend):
     tensors = constants(leaves(MAIN))
     bounds = lengths_argument(MAIN, False)
@@ -465,11 +506,43 @@ def test_offsets_beyond_32_bits(backend):
     tensors["beta"] = draw(1, tokens, heads)
     switches = {"gate_in_kernel": True, "qk_l2norm_in_kernel": True, "beta_sigmoid_in_kernel": True}
     switches["A_log"] = torch.zeros(heads, device=DEVICE)
+    last = {name: x[:, -300:].contiguous() for name, x in tensors.items()}
     with torch.no_grad():
         far = kda(**tensors, **switches, cu_seqlens=layout, backend=backend)[0][:, -300:].clone()
-        near = kda(**{name: x[:, -300:].contiguous() for name, x in tensors.items()}, **switches, backend=backend)[0]
+        near = kda(**last, **switches, backend=backend)[0]
     assert near.any()
     assert torch.equal(far, near)
+
+
+def test_gradients_beyond_32_bits(backend):
+    """Of states and their gradients, and of everything in bytes; more does not fit."""
+    if torch.cuda.get_device_properties(0).total_memory < 76e9:
+        pytest.skip("needs 76 GB of memory")
+    torch.cuda.empty_cache()
+    heads, tokens = 8, 1_070_000
+    layout = SequenceLayout.from_lengths([tokens - 300, 300], DEVICE)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    names = ("q", "k", "v", "g")
+    shapes = dict.fromkeys(names, (1, tokens, heads, 128)) | {"beta": (1, tokens, heads)}
+    whole = {
+        name: torch.randn(*shape, generator=generator, device=DEVICE, dtype=torch.bfloat16)
+        for name, shape in shapes.items()
+    }
+    assert tokens * heads * 128 * 2 > 2**31
+    assert tokens // 64 * heads * 128 * 128 > 2**31
+    switches = {"gate_in_kernel": True, "qk_l2norm_in_kernel": True, "beta_sigmoid_in_kernel": True}
+    switches["A_log"] = torch.zeros(heads, device=DEVICE)
+    results = []
+    for tensors, bounds in ((whole, layout), ({name: x[:, -300:].clone() for name, x in whole.items()}, None)):
+        for x in tensors.values():
+            x.requires_grad_()
+        o = kda(**tensors, **switches, cu_seqlens=bounds, backend=backend)[0]
+        grads = torch.autograd.grad(o, list(tensors.values()), o.detach())
+        results.append([x[:, -300:].clone() for x in (o.detach(), *grads)])
+        del o, grads
+    for far, near in zip(*results, strict=True):
+        assert near.any()
+        assert torch.equal(far, near)
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton", "torch"])

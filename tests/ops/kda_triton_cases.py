@@ -52,8 +52,10 @@ LIMITS = {"masks, identical keys": 5e-5, "negative eigenvalues, chunks of 64": 5
 
 
 def relative_error(found: Tensor, wanted: Tensor, floor: float = 1e-6) -> float:
-    """Of norms; what ought to be zero may be off by `floor`."""
+    """Of norms; what ought to be zero may be off by `floor`. NaN, which `max` would pass by, is infinitely far off."""
     found, wanted = found.double(), wanted.double()
+    if not (found.isfinite().all() and wanted.isfinite().all()):
+        return float("inf")
     if wanted.norm() < 1e-12:
         return 0.0 if found.norm() < floor else float("inf")
     return float((found - wanted).norm() / wanted.norm())
@@ -110,6 +112,10 @@ def check_without_tokens_states_pass_through() -> None:
     o, final_state = kda(**tensors, **case.options(), backend="triton")
     assert o.shape == (1, 0, 2, 8)
     assert torch.equal(final_state, tensors["initial_state"])
+    seeds = [torch.ones_like(x) for x in (o, final_state)]
+    grads = torch.autograd.grad((o, final_state), list(tensors.values()), seeds)
+    assert [x.numel() for x in grads[:5]] == [0] * 5
+    assert grads[5].eq(1).all()
 
 
 def check_states_with_values_first() -> None:

@@ -193,7 +193,7 @@ def test_bad_arguments_are_named() -> None:
         short_conv(x, weight, SequenceLayout.from_lengths((6,)))
     with pytest.raises(ValueError, match="activation must be None or 'silu', got 'gelu'"):
         short_conv(x, weight, layout, state, "gelu")  # type: ignore[arg-type]
-    with pytest.raises(BackendError, match="must be 'auto', 'triton', 'torch' or 'reference', got 'cuda'"):
+    with pytest.raises(ValueError, match="must be 'auto', 'triton', 'torch' or 'reference', got 'cuda'"):
         short_conv(x, weight, layout, state, backend="cuda")
     with pytest.raises(ValueError, match=r"short_conv_step: state must be \(7, 5, 3\)"):
         short_conv_step(x, weight, state)
@@ -219,7 +219,7 @@ def test_a_call_that_the_kernels_cannot_serve_says_why(
 
 
 def test_without_triton_the_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("perilune.ops.triton_support._HAS_TRITON", False)
+    monkeypatch.setattr("perilune.ops.backends._HAS_TRITON", False)
     x, weight, _, layout = make((4, 3))
     with pytest.raises(BackendError, match="needs the package triton"):
         short_conv(x, weight, layout, backend="triton")

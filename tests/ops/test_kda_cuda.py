@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from perilune.errors import BackendError
 from perilune.ops import SequenceLayout, kda
@@ -254,6 +255,35 @@ def test_rows_that_are_apart_and_misaligned_are_read_right():
     found = run_prepare(inputs._replace(q=apart[0], k=apart[1], g=apart[3]), plan, options)
     wanted = run_prepare(inputs, plan, options)
     assert all(torch.equal(x, y) for x, y in zip(found[:7], wanted[:7], strict=True))
+
+
+@pytest.mark.parametrize("log_rate", [-7.0, 0.0, 9.0])
+def test_gates_of_any_size_decay_as_their_softplus_says(log_rate):
+    case = Case(raw=True, lengths=(64,), heads=1, **NARROW)
+    tensors = {x: y.detach().to(BF16 if x in PACKED else torch.float32) for x, y in case.tensors().items()}
+    z = torch.linspace(-30, 130, 64).to(BF16)
+    tensors |= {
+        "g": z.expand(1, 64, 1, 64).contiguous(),
+        "dt_bias": torch.zeros(1, 64),
+        "A_log": torch.full((1,), log_rate),
+    }
+    decay = run_prepare(*prepared(case, tensors)).decay[0, 0].double()
+    wanted = -64 * torch.tensor(log_rate).double().exp() * F.softplus(z.double())
+    is_seen = wanted > -80
+    assert is_seen.sum() > 10
+    torch.testing.assert_close(decay.log()[is_seen], wanted[is_seen], atol=1e-5, rtol=1e-4)
+    assert not decay[wanted < -110].any()
+
+
+@pytest.mark.parametrize(("q_size", "k_size"), [(2.0**31, 1e19), (1e-12, 1e-12), (1e19, 1e-30)])
+def test_unit_vectors_of_raw_ones_of_any_size_are_finite(q_size, k_size):
+    case = Case(raw=True, lengths=(66,), heads=1, **NARROW)
+    tensors = {x: y.detach().to(BF16 if x in PACKED else torch.float32) for x, y in case.tensors().items()}
+    tensors |= {"q": tensors["q"] * q_size, "k": tensors["k"] * k_size}
+    assert all(tensors[x].isfinite().all() for x in "qk")
+    operands = run_prepare(*prepared(case, tensors))
+    for name, x in operands._asdict().items():
+        assert x.isfinite().all(), name
 
 
 def test_calls_that_the_kernels_do_not_take_are_refused_with_the_reason():

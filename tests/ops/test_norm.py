@@ -154,6 +154,6 @@ def test_calls_that_the_kernels_cannot_serve_say_why(monkeypatch):
             rms_norm_gated(*wide, 1e-6, backend="triton")
     with pytest.raises(BackendError, match="at most 8192 channels, got 8193"):
         rms_norm(torch.zeros(1, 8193), torch.ones(8193), 1e-6, backend="triton")
-    monkeypatch.setattr("perilune.ops.triton_support._HAS_TRITON", False)
+    monkeypatch.setattr("perilune.ops.backends._HAS_TRITON", False)
     with pytest.raises(BackendError, match="needs the package triton"):
         rms_norm_gated(x, weight, z, 1e-6, backend="triton")

@@ -11,6 +11,7 @@ from perilune.ops.attention.decode import decode_attention_torch
 from perilune.ops.attention.flash import flash_obstacle, varlen_attention_flash
 from perilune.ops.attention.reference import decode_attention_reference, varlen_attention_reference
 from perilune.ops.attention.torch import varlen_attention_torch
+from perilune.ops.backends import HALF_TYPES, note_slower
 from perilune.ops.layout import SequenceLayout, as_layout
 from perilune.ops.precision import follow_autocast
 
@@ -75,6 +76,8 @@ def varlen_attention(
         case "flash" | "auto" if obstacle is None:
             return varlen_attention_flash(q, k, v, layout_q, layout_k, factor, return_max_logits)
         case "auto" | "torch":
+            if obstacle is not None and q.is_cuda and q.dtype in HALF_TYPES:
+                note_slower("varlen_attention", "torch", f"'flash' {obstacle}")
             return varlen_attention_torch(q, k, v, layout_q, layout_k, factor, return_max_logits)
         case "reference":
             out, max_logits = varlen_attention_reference(q, k, v, layout_q, layout_k, factor)

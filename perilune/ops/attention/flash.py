@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
+from perilune.ops.backends import HALF_TYPES
 from perilune.ops.layout import SequenceLayout
-from perilune.ops.triton_support import HALF_TYPES
 
 WIDEST = 256
 """Most channels of a head that the kernels take."""

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perilune.errors import BackendError
+from perilune.ops.backends import triton_is_default, triton_obstacle
 from perilune.ops.conv.reference import short_conv_reference
 from perilune.ops.conv.torch import short_conv_step_torch, short_conv_torch
 from perilune.ops.layout import SequenceLayout, as_layout
-from perilune.ops.triton_support import triton_is_default, triton_obstacle
 
 __all__ = ["short_conv", "short_conv_step"]
 
@@ -47,8 +47,8 @@ def short_conv(
         `y` `[T, D]` in x's dtype, and the new state `[N, D, W - 1]` in the state's (without one, x's) dtype.
 
     Raises:
-        ValueError: shapes disagree, or `cu_seqlens` is not a partition of T.
-        BackendError: the backend is unknown or cannot serve the call.
+        ValueError: shapes disagree, `cu_seqlens` is not a partition of T, or an unknown backend.
+        BackendError: `triton` cannot serve the call.
 
     Source: Kimi Linear, eq. 10 (ShortConv and Swish on q, k and v).
     """
@@ -61,9 +61,9 @@ def short_conv(
         y, new_state = short_conv_reference(x, weight, layout, state)
         return (F.silu(y) if activation else y), new_state
     if backend not in ("auto", "triton", "torch"):
-        raise BackendError(f"short_conv: backend must be 'auto', 'triton', 'torch' or 'reference', got {backend!r}")
+        raise ValueError(f"short_conv: backend must be 'auto', 'triton', 'torch' or 'reference', got {backend!r}")
     if backend == "auto":
-        backend = "triton" if triton_is_default(x) and weight.shape[1] <= MAX_TRITON_TAPS else "torch"
+        backend = "triton" if triton_is_default("short_conv", x, obstacle=_too_many_taps(weight)) else "torch"
     if backend == "triton":
         _check_triton(x, weight)
         from perilune.ops.conv.triton import short_conv_triton
@@ -105,9 +105,12 @@ def _check(x: Tensor, weight: Tensor, activation: str | None) -> None:
         raise ValueError(f"short_conv: activation must be None or 'silu', got {activation!r}")
 
 
+def _too_many_taps(weight: Tensor) -> str | None:
+    taps = weight.shape[1]
+    return f"takes at most {MAX_TRITON_TAPS} taps, got {taps}" if taps > MAX_TRITON_TAPS else None
+
+
 def _check_triton(x: Tensor, weight: Tensor) -> None:
-    obstacle = triton_obstacle(x)
-    if obstacle is None and weight.shape[1] > MAX_TRITON_TAPS:
-        obstacle = f"takes at most {MAX_TRITON_TAPS} taps, got {weight.shape[1]}"
+    obstacle = triton_obstacle(x) or _too_many_taps(weight)
     if obstacle is not None:
         raise BackendError(f"short_conv: backend 'triton' {obstacle}; use 'torch'")

@@ -57,8 +57,8 @@ def short_conv_context_parallel(
         sequences that end on this rank (the rows `context.ending` of those of all sequences).
 
     Raises:
-        BackendError: the backend is unknown.
-        ValueError: shapes disagree, or `context` is not of this rank of `group`.
+        BackendError: `triton` cannot serve the call.
+        ValueError: shapes disagree, `context` is not of this rank of `group`, or an unknown backend.
 
     Source: this project; the convolution, Kimi Linear, eq. 10, sees W - 1 inputs back.
     """

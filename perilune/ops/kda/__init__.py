@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Size, Tensor, compiler, dtype, int32, tensor
 
 from perilune.errors import BackendError
+from perilune.ops.backends import HALF_TYPES, note_slower, triton_obstacle
 from perilune.ops.kda.arguments import (
     CHUNK_SIZES,
     check_segments,
@@ -28,7 +29,6 @@ from perilune.ops.kda.reference import dplr, kda_reference
 from perilune.ops.kda.step import advance_states
 from perilune.ops.kda.torch import kda_torch
 from perilune.ops.layout import SequenceLayout
-from perilune.ops.triton_support import HALF_TYPES, triton_obstacle
 
 if TYPE_CHECKING:
     from perilune.ops.kda.triton import ChunkPlan
@@ -108,7 +108,8 @@ def kda(
         backend: `auto` (what `kda_backend` says), `cuda` (for bfloat16 and float16 on an NVIDIA GPU, chunks of 64, K of
             64 or 128, V of 64, 128 or 256), `triton` (GPU kernels, K and V up to 256), `torch` (chunkwise, any device)
             or `reference` (token by token). `cuda` and `triton` do not read `cu_seqlens` given as a tensor, and so do
-            not check it; only `return_chunk_states` then waits for it.
+            not check it; only `return_chunk_states` then waits for it. Where `auto` takes a slower one for bfloat16 or
+            float16 on a GPU, it logs once at level INFO why.
 
     Returns:
         `o` `[B, T, HV, V]` in q's dtype; the final state `[N, HV, K, V]` in float32, or None; and, if asked for, the
@@ -117,7 +118,7 @@ def kda(
     Raises:
         BackendError: `backend` cannot serve the call.
         TypeError: an argument is not of a floating dtype.
-        ValueError: shapes, dtypes or switches disagree; the message names the argument.
+        ValueError: shapes, dtypes or switches disagree, or an unknown backend; the message names the argument.
 
     Source: Kimi Linear, eq. 1 (recurrence) and eq. 6 to 9 (chunkwise form).
     """
@@ -262,9 +263,7 @@ def kda_backend(q: Tensor, v: Tensor, *, chunk_size: int = 64) -> str:
         v: `[..., V]`.
         chunk_size: as in `kda`.
     """
-    if not q.is_cuda or q.dtype not in HALF_TYPES or _why_not_triton(q, v):
-        return "torch"
-    return "triton" if kda_cuda_obstacle(q, v, chunk_size) else "cuda"
+    return _fastest(q, v, chunk_size)[0]
 
 
 def suggest_segment_chunks(tokens: int, walks: int, value_dim: int, *, chunk_size: int = 64) -> int | None:
@@ -288,6 +287,17 @@ def suggest_segment_chunks(tokens: int, walks: int, value_dim: int, *, chunk_siz
     return -(-chunks // segments) if tokens >= 8192 and segments >= 3 else None
 
 
+def _fastest(q: Tensor, v: Tensor, chunk_size: int) -> tuple[str, str | None]:
+    """The backend, and why not a faster one where there is one for other such tensors."""
+    if not q.is_cuda or q.dtype not in HALF_TYPES:
+        return "torch", None
+    if (obstacle := _why_not_triton(q, v)) is not None:
+        return "torch", f"'triton' {obstacle}"
+    if (obstacle := kda_cuda_obstacle(q, v, chunk_size)) is not None:
+        return "triton", f"'cuda' {obstacle}"
+    return "cuda", None
+
+
 def _why_not_triton(q: Tensor, v: Tensor) -> str | None:
     obstacle = triton_obstacle(q)
     if obstacle is None and max(q.shape[-1], v.shape[-1]) > _WIDEST:
@@ -297,9 +307,12 @@ def _why_not_triton(q: Tensor, v: Tensor) -> str | None:
 
 def _checked_backend(q: Tensor, v: Tensor, backend: str, chunk_size: int) -> str:
     if backend == "auto":
-        return kda_backend(q, v, chunk_size=chunk_size)
+        chosen, reason = _fastest(q, v, chunk_size)
+        if reason is not None:
+            note_slower("kda", chosen, reason)
+        return chosen
     if backend not in ("cuda", "triton", "torch", "reference"):
-        raise BackendError(f"kda: backend must be 'auto', 'cuda', 'triton', 'torch' or 'reference', got {backend!r}")
+        raise ValueError(f"kda: backend must be 'auto', 'cuda', 'triton', 'torch' or 'reference', got {backend!r}")
     reason = _why_not_triton(q, v) if backend in GPU_BACKENDS else None
     if backend == "cuda":
         reason = kda_cuda_obstacle(q, v, chunk_size) or reason

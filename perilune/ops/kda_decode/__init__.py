@@ -7,11 +7,11 @@ from typing import Protocol
 from torch import Tensor, float32, int32, int64
 
 from perilune.errors import BackendError
+from perilune.ops.backends import note_slower, triton_obstacle
 from perilune.ops.kda.arguments import LOWEST_BOUND
 from perilune.ops.kda_decode.options import DecodeInputs, DecodeOptions
 from perilune.ops.kda_decode.reference import kda_decode_reference
 from perilune.ops.kda_decode.torch import kda_decode_torch
-from perilune.ops.triton_support import triton_obstacle
 
 __all__ = ["kda_decode"]
 
@@ -115,14 +115,19 @@ def kda_decode(
 
 def _choose(backend: str, inputs: DecodeInputs) -> _Backend:
     if backend not in ("auto", "triton", "torch", "reference"):
-        raise BackendError(f"kda_decode: backend must be 'auto', 'triton', 'torch' or 'reference', got {backend!r}")
+        raise ValueError(f"kda_decode: backend must be 'auto', 'triton', 'torch' or 'reference', got {backend!r}")
     if backend == "triton" or (backend == "auto" and inputs.qkv.is_cuda):
         obstacle = triton_obstacle(inputs.states, dtypes=(float32,))
-        if obstacle is None and (backend == "triton" or _fits(inputs.states)):
+        if obstacle is None and backend == "auto" and not _fits(inputs.states):
+            value_dim, key_dim = inputs.states.shape[2:]
+            obstacle = f"spills the registers of memories as large as V={value_dim} by K={key_dim}"
+        if obstacle is None:
             from perilune.ops.kda_decode.triton import kda_decode_triton
 
             return kda_decode_triton
-        if backend == "triton":
+        if backend == "auto":
+            note_slower("kda_decode", "torch", f"'triton' {obstacle}")
+        else:
             raise BackendError(f"kda_decode: backend 'triton' cannot hold these states: it {obstacle}; use 'torch'")
     return kda_decode_reference if backend == "reference" else kda_decode_torch
 

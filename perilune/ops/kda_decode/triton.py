@@ -157,7 +157,9 @@ def _decode(
             if IS_BOUNDED:
                 decay = lower_bound * tl.sigmoid(rate * f)
             else:
-                decay = -rate * (tl.maximum(f, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(f))))
+                e = tl.exp(-tl.abs(f))
+                small = e * (1.0 - e * (0.5 - e * (1.0 / 3.0 - e * 0.25)))  # where 1 would swallow e
+                decay = -rate * (tl.maximum(f, 0.0) + tl.where(e < 0.015625, small, tl.log(1.0 + e)))
             beta = tl.sigmoid(tl.load(beta_ptr + place).to(tl.float32))
             if IS_DOUBLED:
                 beta = 2.0 * beta

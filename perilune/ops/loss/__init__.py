@@ -7,9 +7,9 @@ from typing import Literal, overload
 from torch import Tensor
 
 from perilune.errors import BackendError
+from perilune.ops.backends import triton_is_default, triton_obstacle
 from perilune.ops.loss.reference import linear_logprobs_reference
 from perilune.ops.loss.torch import linear_logprobs_torch
-from perilune.ops.triton_support import triton_is_default, triton_obstacle
 
 __all__ = ["linear_cross_entropy", "linear_logprobs"]
 
@@ -89,8 +89,10 @@ def linear_logprobs(
     match backend:
         case "auto" | "torch" | "triton":
             size = chunk_size or max(1, (GPU_CHUNK_BYTES if hidden.is_cuda else CHUNK_BYTES) // (4 * weight.shape[0]))
-            in_triton = backend == "triton" or (backend == "auto" and triton_is_default(hidden, weight))
-            if in_triton and (obstacle := triton_obstacle(hidden, weight)) is not None:
+            in_triton = backend == "triton"
+            if backend == "auto":
+                in_triton = triton_is_default("linear_logprobs", hidden, weight)
+            elif in_triton and (obstacle := triton_obstacle(hidden, weight)) is not None:
                 raise BackendError(f"linear_logprobs: backend 'triton' {obstacle}; use 'torch'")
             logprobs, entropy = linear_logprobs_torch(
                 hidden, weight, targets, temperature, size, return_entropy, in_triton=in_triton

@@ -14,16 +14,23 @@ def bfloat16_parts(x: Tensor) -> list[Tensor]:
     return [high, (x.float() - high.float()).bfloat16()]
 
 
-def product_of_parts(left: list[Tensor], right: list[Tensor]) -> Tensor:
-    """Return `x @ y.T` in float32 for the sums x and y of `left` and `right`, to about 2^-17 of `|x| |y|`.
+class SplitWeight:
+    """A matrix `[V, d]` that float32 vectors are to be multiplied with, several times, on bfloat16 units.
 
     Of the four products of two parts each, the smallest is below what the parts leave out. The other three, side by
     side along the summed axis, are one product, of a fifth of the time that a float32 one takes.
-
-    Args:
-        left: `bfloat16_parts` of `[n, d]`.
-        right: `bfloat16_parts` of `[V, d]`.
     """
-    pairs = [(i, j) for i in range(len(left)) for j in range(len(right)) if i + j <= 1]
-    x, y = torch.cat([left[i] for i, _ in pairs], 1), torch.cat([right[j] for _, j in pairs], 1)
-    return torch.mm(x, y.T, out_dtype=torch.float32) if x.is_cuda else x.float() @ y.float().T
+
+    def __init__(self, weight: Tensor, *, is_single: bool) -> None:
+        """Split `weight` for vectors that are bfloat16 already (`is_single`) or are not."""
+        parts = bfloat16_parts(weight)
+        self._pairs = [(i, j) for i in range(1 if is_single else 2) for j in range(len(parts)) if i + j <= 1]
+        self._wide = torch.cat([parts[j] for _, j in self._pairs], 1) if len(self._pairs) > 1 else parts[0]
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return `x @ weight.T` `[n, V]` in float32, to about 2^-17 of `|x| |weight|`."""
+        parts = bfloat16_parts(x)
+        wide = torch.cat([parts[i] for i, _ in self._pairs], 1) if len(self._pairs) > 1 else parts[0]
+        if wide.is_cuda:
+            return torch.mm(wide, self._wide.T, out_dtype=torch.float32)
+        return wide.float() @ self._wide.float().T

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from perilune.ops.loss.product import bfloat16_parts, product_of_parts
+from perilune.ops.loss.product import SplitWeight
 from perilune.ops.precision import autocast_dtype
 
 
@@ -103,12 +103,14 @@ def _chunks_of_logits(
     """Rows of a chunk and their logits `[n, V]`, divided by the temperature, in float32 at least."""
     dtype = _logit_dtype(hidden, weight)
     is_split = options.in_triton and product_dtype == torch.bfloat16
-    weights = bfloat16_parts(weight) if is_split else [weight.to(dtype)]
+    is_single = hidden.dtype == torch.bfloat16 and options.temperature == 1
+    split = SplitWeight(weight, is_single=is_single) if is_split else None
+    wide = weight.to(dtype).T if split is None else weight
     for start in range(0, hidden.shape[0], options.chunk_size):
         rows = slice(start, min(start + options.chunk_size, hidden.shape[0]))
         h = hidden[rows] if options.temperature == 1 else hidden[rows].to(dtype) / options.temperature
         with torch.autocast(hidden.device.type, enabled=False):
-            logits = product_of_parts(bfloat16_parts(h), weights) if is_split else h.to(dtype) @ weights[0].T
+            logits = h.to(dtype) @ wide if split is None else split.logits(h)
         yield rows, logits
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from perilune.errors import BackendError
+from perilune.ops.backends import triton_is_default, triton_obstacle
 from perilune.ops.norm.reference import rms_norm_gated_reference, rms_norm_reference
 from perilune.ops.norm.torch import rms_norm_gated_torch, rms_norm_torch
-from perilune.ops.triton_support import triton_is_default, triton_obstacle
 
 __all__ = ["rms_norm", "rms_norm_gated"]
 
@@ -51,8 +51,7 @@ def rms_norm(
     dtype = dtype or x.dtype
     if backend == "reference":
         return rms_norm_reference(x, weight, eps).to(dtype)
-    if _use_triton(backend, x, x):
-        _check_triton("rms_norm", x, x)
+    if _use_triton("rms_norm", backend, x, x):
         from perilune.ops.norm.triton import rms_norm_triton
 
         return rms_norm_triton(x, weight, eps, dtype)
@@ -95,8 +94,7 @@ def rms_norm_gated(
     use_swish = gate == "swish"
     if backend == "reference":
         return rms_norm_gated_reference(x, weight, z, eps, use_swish=use_swish)
-    if _use_triton(backend, x, z):
-        _check_triton("rms_norm_gated", x, z)
+    if _use_triton("rms_norm_gated", backend, x, z):
         from perilune.ops.norm.triton import rms_norm_gated_triton
 
         return rms_norm_gated_triton(x, weight, z, eps, use_swish=use_swish)
@@ -110,15 +108,12 @@ def _check(name: str, x: Tensor, weight: Tensor, backend: str) -> None:
         raise ValueError(f"{name}: backend must be 'auto', 'triton', 'torch' or 'reference', got {backend!r}")
 
 
-def _use_triton(backend: str, x: Tensor, z: Tensor) -> bool:
-    if backend == "auto":
-        return x.shape[-1] <= MAX_TRITON_SIZE and triton_is_default(x, z)
-    return backend == "triton"
-
-
-def _check_triton(name: str, x: Tensor, z: Tensor) -> None:
-    obstacle = triton_obstacle(x, z)
-    if obstacle is None and x.shape[-1] > MAX_TRITON_SIZE:
-        obstacle = f"takes vectors of at most {MAX_TRITON_SIZE} channels, got {x.shape[-1]}"
-    if obstacle is not None:
+def _use_triton(name: str, backend: str, x: Tensor, z: Tensor) -> bool:
+    """Whether to; an error where `triton` is asked of what it does not take."""
+    channels = x.shape[-1]
+    too_wide = None
+    if channels > MAX_TRITON_SIZE:
+        too_wide = f"takes vectors of at most {MAX_TRITON_SIZE} channels, got {channels}"
+    if backend == "triton" and (obstacle := triton_obstacle(x, z) or too_wide) is not None:
         raise BackendError(f"{name}: backend 'triton' {obstacle}; use 'torch'")
+    return backend == "triton" or (backend == "auto" and triton_is_default(name, x, z, obstacle=too_wide))

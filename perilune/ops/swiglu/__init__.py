@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perilune.errors import BackendError
+from perilune.ops.backends import triton_is_default, triton_obstacle
 from perilune.ops.swiglu.reference import swiglu_reference
-from perilune.ops.triton_support import triton_is_default, triton_obstacle
 
 __all__ = ["swiglu"]
 
@@ -39,7 +39,7 @@ def swiglu(gate_up: Tensor, *, backend: Backend = "auto") -> Tensor:
     """
     if gate_up.ndim < 1 or gate_up.shape[-1] % 2:
         raise ValueError(f"swiglu: gate_up must be [..., 2 D], got shape {tuple(gate_up.shape)}")
-    if backend == "triton" or (backend == "auto" and triton_is_default(gate_up)):
+    if backend == "triton" or (backend == "auto" and triton_is_default("swiglu", gate_up)):
         if (obstacle := triton_obstacle(gate_up)) is not None:
             raise BackendError(f"swiglu: backend 'triton' {obstacle}; use 'torch'")
         from perilune.ops.swiglu.triton import swiglu_triton

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from perilune.ops.backends import shared_memory_bytes
 from perilune.ops.cuda import CudaKernel, cuda_obstacle
 from perilune.ops.kda.options import L2NORM_EPS, KdaInputs, KdaOptions
 
@@ -57,6 +58,9 @@ def kda_cuda_obstacle(q: Tensor, v: Tensor, chunk_size: int) -> str | None:
         return f"takes chunks of {CHUNK_SIZE} tokens, got chunk_size={chunk_size}"
     if q.shape[-1] not in KEY_DIMS or v.shape[-1] not in VALUE_DIMS:
         return f"takes K of {KEY_DIMS} and V of {VALUE_DIMS}, got K={q.shape[-1]} and V={v.shape[-1]}"
+    needed = max(prepare_shared_bytes(q.shape[-1]), differentiate_shared_bytes(v.shape[-1]))
+    if needed > (limit := shared_memory_bytes(q.device)):
+        return f"needs {needed:,} bytes of shared memory for K={q.shape[-1]} and V={v.shape[-1]}, the GPU has {limit:,}"
     return None
 
 

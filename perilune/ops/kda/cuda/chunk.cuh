@@ -5,7 +5,7 @@
 // 16 bytes of a row, whose words are operands of mma_bf16 as they are, as left ones and, transposed, as right ones, with
 // its 16 summed up channels in the order of 4c, 4c + 1 (of 16 in a half group), then 4c + 2, 4c + 3.
 //
-// Macros, all of them numbers: KEY_DIM, VALUE_DIM (64 or 128); INPUT_TYPE of q, k, v, o and do, GATE_TYPE, BETA_TYPE (0
+// Macros, all of them numbers: KEY_DIM, VALUE_DIM (64, 128 or 256); INPUT_TYPE of q, k, v, o and do, GATE_TYPE, BETA_TYPE (0
 // bfloat16, 1 float16, 2 float32); LONG_LENGTHS, whether cu_seqlens has 64 bits; GATE, BOUNDED, HAS_RATE, HAS_BIAS,
 // UNIT, SIGMOID, DOUBLED as in the Triton kernels.
 #pragma once
@@ -82,8 +82,15 @@ __device__ __forceinline__ float beta_of(float x) {
     return x;
 }
 
+// log2(1 + 2^x), by its series where 1 would swallow 2^x.
+__device__ __forceinline__ float log2_grown(float x) {
+    float e = exp2_(x), small = e * (LOG2E + e * (-0.5f * LOG2E + e * (LOG2E / 3.0f)));
+    float y = e < 0x1p-6f ? small : log2_(1.0f + e);
+    return x > 24.0f ? x : y;
+}
+
 // The gate of a channel: base-2 log decays of raw values, -rate log2(1 + e^z) or, if bounded, lower_bound log2(e) /
-// (1 + e^(-rate z)) of z = raw + bias, or log2(e) raw where there is no gate. Overflow ends at the lowest decay.
+// (1 + e^(-rate z)) of z = raw + bias, or log2(e) raw where there is no gate.
 struct Gate {
     float slope, shift, factor;
 
@@ -94,7 +101,7 @@ struct Gate {
 #elif BOUNDED
         return factor * reciprocal(1.0f + exp2_(x));
 #else
-        return max(factor * log2_(1.0f + exp2_(x)), LOWEST);
+        return max(factor * log2_grown(x), LOWEST);
 #endif
     }
 };

@@ -98,6 +98,12 @@ __device__ __forceinline__ void merge(float* square, int later, int earlier, int
     sync_block();
 }
 
+// The power of two in a gain, and what it leaves of it; of zero both are zero.
+__device__ __forceinline__ float power_of_two(float gain) { return bits_float(float_bits(gain) & 0x7f800000u); }
+__device__ __forceinline__ float apart_from(float gain, float power) {
+    return power > 0.0f ? gain * reciprocal(power) : 0.0f;
+}
+
 // One value head of one chunk.
 //
 // Writes reads exp(G) q, keys exp(G) k, write keys Tz^T (beta exp(G_C - G) k) [C, K], the mixing matrix (Aqk beta) Tz
@@ -152,9 +158,9 @@ extern "C" __global__ void __launch_bounds__(128, 3) prepare_chunks(
             if (UNIT) add_products<INPUT_TYPE>(qq, q[m], q[m]), add_products<INPUT_TYPE>(kk, k[m], k[m]);
         }
     }
-    // Gains multiply finished products, so that operands are rounded once, from the raw inputs; but the powers of two in
-    // those of keys, which round nothing, keep decayed keys in range. `own` has a row's query with its own key.
-    float own[2], q_unit[2] = {1.0f, 1.0f}, k_unit[2] = {1.0f, 1.0f}, q_gain[2], k_gain[2], k_power[2];
+    // Gains multiply finished products, so that operands are rounded once, from the raw inputs; but their powers of two,
+    // which round nothing, keep decayed rows in range. `own` has a row's query with its own key.
+    float own[2], q_unit[2] = {1.0f, 1.0f}, k_unit[2] = {1.0f, 1.0f}, q_gain[2], k_gain[2], q_power[2], k_power[2];
     diagonal(own, qk, lane);
     if (UNIT) {
         float q_sum[2], k_sum[2];
@@ -170,16 +176,17 @@ extern "C" __global__ void __launch_bounds__(128, 3) prepare_chunks(
     for (int w = 0; w < 2; ++w) {
         bool is_row = row + 8 * w < length;
         float beta = is_row ? beta_of(strength[w]) : 0.0f;
-        q_gain[w] = q_unit[w] * scale;
-        k_power[w] = bits_float(float_bits(k_unit[w]) & 0x7f800000u);
-        k_gain[w] = k_unit[w] * reciprocal(k_power[w]);
-        own[w] *= k_power[w];
+        q_power[w] = power_of_two(q_unit[w]), k_power[w] = power_of_two(k_unit[w]);
+        q_gain[w] = apart_from(q_unit[w], q_power[w]) * scale;
+        k_gain[w] = apart_from(k_unit[w], k_power[w]);
+        // Rows whose squares sum up to infinity have unit vectors of zeros.
+        own[w] = q_power[w] * k_power[w] > 0.0f ? own[w] * q_power[w] * k_power[w] : 0.0f;
         strength[w] = k_gain[w] * beta;
         if (c == 0) {
             gains[row + 8 * w] = strength[w];
             if (FOR_BACKWARD) {
                 float* gain = gain_ptr + number * (4 * C) + row + 8 * w;
-                gain[0] = k_unit[w], gain[C] = k_unit[w] * beta, gain[2 * C] = q_gain[w], gain[3 * C] = q_unit[w];
+                gain[0] = k_unit[w], gain[C] = k_unit[w] * beta, gain[2 * C] = q_unit[w] * scale, gain[3 * C] = q_unit[w];
             }
         }
     }
@@ -222,7 +229,7 @@ extern "C" __global__ void __launch_bounds__(128, 3) prepare_chunks(
                 load_four(g[w], rows + 8 * w * PITCH + at);
 #pragma unroll
                 for (int i = 0; i < 4; ++i)
-                    if (UNIT) k[w][i] *= k_power[w];
+                    if (UNIT) q[w][i] *= q_power[w], k[w][i] *= k_power[w];
             }
             load_four(start, first + at);
             load_four(end, next + at);

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from perilune.ops.backends import shared_memory_bytes
 from perilune.ops.kda.options import KdaInputs, KdaOptions, KdaOutputs
 from perilune.ops.kda.triton.forward import IS_COMPILED, Operands, dense_inputs, prepare, scan, zero_uncovered
 from perilune.ops.kda.triton.gradients import Saved, kda_triton_gradients
@@ -39,7 +40,7 @@ def _forward(
     inputs: KdaInputs, plan: ChunkPlan, options: KdaOptions, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Saved | None]:
     """Return outputs, final states, chunk states as asked for, and what the backward is spared."""
-    config = launch_config(inputs.q.dtype, inputs.q.shape[2])
+    config = launch_config(inputs.q.dtype, inputs.q.shape[2], shared_memory_bytes(inputs.q.device))
     operands = prepare(inputs, plan, options, config, for_backward=keep)
     states_dtype = torch.float32 if options.return_chunk_states else config.operand_dtype if keep else None
     scanned = scan(
@@ -52,7 +53,9 @@ def _forward(
         states_dtype=states_dtype,
         with_corrections=keep,
     )
-    saved = Saved(operands, scanned.states, scanned.z, scanned.transitions) if keep else None
+    saved = None
+    if keep:
+        saved = Saved(operands, scanned.states.to(config.operand_dtype), scanned.z, scanned.transitions)
     return zero_uncovered(scanned.o, plan), scanned.final_state, scanned.states, saved
 
 
@@ -98,7 +101,9 @@ def kda_triton(inputs: KdaInputs, plan: ChunkPlan, options: KdaOptions, *, save_
     """
     if not plan.num_slots:
         states = inputs.initial_state.detach()[:0] if options.return_chunk_states else None
-        return KdaOutputs(torch.zeros_like(inputs.v), inputs.initial_state, states)
+        # Outputs of no token still depend on the inputs: a rank without any takes part in the others' backward.
+        o = inputs.v + 0 * (inputs.q.sum() + inputs.k.sum() + inputs.g.sum() + inputs.beta.sum()).to(inputs.v.dtype)
+        return KdaOutputs(o, inputs.initial_state, states)
     o, final_state, states = _TritonKda.apply(plan, options, save_states, *dense_inputs(inputs))
     if not options.return_chunk_states:
         return KdaOutputs(o, final_state, None)

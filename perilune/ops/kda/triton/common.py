@@ -140,7 +140,9 @@ def load_log_decay(
         if BOUNDED:
             decay = (lower_bound * LOG2E) * sigmoid(rate * z, FAST)
         else:
-            decay = -rate * (tl.maximum(z, 0.0) * LOG2E + log2(1.0 + exp2(-tl.abs(z) * LOG2E, FAST), FAST))
+            e = exp2(-tl.abs(z) * LOG2E, FAST)
+            small = e * (LOG2E + e * (-0.5 * LOG2E + e * (LOG2E / 3.0)))  # where 1 would swallow e
+            decay = -rate * (tl.maximum(z, 0.0) * LOG2E + tl.where(e < 0.015625, small, log2(1.0 + e, FAST)))
     else:
         decay = z * LOG2E
     decay = tl.where(mask, tl.maximum(decay, LOWEST), 0.0)

@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from perilune.ops.backends import shared_memory_bytes
 from perilune.ops.kda import cuda
 from perilune.ops.kda.options import KdaInputs, KdaOptions
 from perilune.ops.kda.triton.backward import differentiate_chunks, differentiate_grams
@@ -73,7 +74,7 @@ def kda_triton_gradients(
         saved: what the forward kept; None has everything computed again.
     """
     shape = sizes(inputs, options)
-    config = launch_config(inputs.q.dtype, shape.K)
+    config = launch_config(inputs.q.dtype, shape.K, shared_memory_bytes(do.device))
     dfinal = torch.zeros_like(inputs.initial_state) if dfinal is None else dfinal.contiguous()
     if not plan.num_slots:
         return [*(None if x is None else torch.zeros_like(x) for x in inputs[:-1]), dfinal.clone()]
