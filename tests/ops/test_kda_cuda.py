@@ -270,7 +270,7 @@ def test_gates_of_any_size_decay_as_their_softplus_says(log_rate):
     decay = run_prepare(*prepared(case, tensors)).decay[0, 0].double()
     wanted = -64 * torch.tensor(log_rate).double().exp() * F.softplus(z.double())
     is_seen = wanted > -80
-    assert is_seen.sum() > 10
+    assert is_seen.sum() > 5
     torch.testing.assert_close(decay.log()[is_seen], wanted[is_seen], atol=1e-5, rtol=1e-4)
     assert not decay[wanted < -110].any()
 
