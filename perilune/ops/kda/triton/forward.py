@@ -65,7 +65,8 @@ class Sizes(NamedTuple):
 def sizes(inputs: KdaInputs, options: KdaOptions) -> Sizes:
     """Sizes of a call."""
     (_, heads, key_dim), (_, value_heads, value_dim) = inputs.q.shape, inputs.v.shape
-    padded = max(16, triton.next_power_of_2(key_dim))
+    # Right operands of 32 bfloat16 columns come out wrong from Triton 3.6 where chunks have 64 rows (docs/kernels.md).
+    padded = max(16 if inputs.q.dtype == torch.float32 else 64, triton.next_power_of_2(key_dim))
     return Sizes(heads, value_heads, key_dim, value_dim, padded, options.chunk_size)
 
 
