@@ -14,7 +14,7 @@ as a model starts with it. `--model` times training steps of a 100M-parameter Ki
 
     python benchmarks/kda.py                                 # everything, about 8 minutes with the peers' tuning
     python benchmarks/kda.py --quick --out /tmp/kda          # three shapes
-    python benchmarks/kda.py --shapes 1x8192x16,8x1024@32    # B x T x H, or packed sequences @ H
+    python benchmarks/kda.py --shapes 1x8192x16,8x1024@32 --name some   # B x T x H, or packed sequences @ H
     python benchmarks/kda.py --model
 """
 
@@ -80,7 +80,7 @@ def run_operator(arguments: argparse.Namespace) -> int:
         stopped = True
     ours_wrong = [row for row in rows.values() if row.name.startswith(OURS) and (row.wrong or row.problem)]
     record: dict[str, object] = {"device": name, **rates, "peers": found, "rows": [r.record() for r in rows.values()]}
-    path = save("kda", record, arguments.out)
+    path = save(arguments.name, record, arguments.out)
     title = f"Kimi Delta Attention, K = V = {arguments.dim}, bfloat16, {name}"
     plot(rows, path.with_suffix(".png"), title)
     if arguments.out is not None and path.with_suffix(".png").exists():
@@ -98,6 +98,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--reps", type=int, default=30, help="rounds, at most; a case is cut off after two seconds")
     parser.add_argument("--limit-s", type=float, default=480.0, help="start no case later than this (default 480)")
     parser.add_argument("--only", help="contenders to run, by the beginning of their names, comma-separated")
+    parser.add_argument("--name", default="kda", help="name of the files in benchmarks/results (default kda)")
     parser.add_argument("--out", type=Path, help="folder for copies of the JSON file and the plot")
     parser.add_argument("--model", action="store_true", help="time a model's training step instead of the operator")
     parser.add_argument("--no-compile-ahead", action="store_true", help="let the autotuners compile one by one")

@@ -13,7 +13,7 @@ from kda_cases import (
     FLA,
     OURS,
 )
-from kda_peers import reason
+from kda_peers import package_version, reason
 from kda_report import save
 from kda_timing import spread, timed
 from kda_tuning import prepare_tuning
@@ -123,7 +123,12 @@ def run_model(arguments: argparse.Namespace) -> None:
         if turn == 0:
             print("first losses:", {name: round(run.loss.item(), 5) for name, run in steps.items()})
     total = sequences * length
-    record: dict[str, object] = {"parameters": parameter_counts(config).total, "tokens_per_step": total}
+    record: dict[str, object] = {
+        "device": device if on_cpu else torch.cuda.get_device_name(),
+        "peer": package_version("fla-core") if FLA in steps else "missing",
+        "parameters": parameter_counts(config).total,
+        "tokens_per_step": total,
+    }
     for name, values in samples.items():
         s = spread(tuple(values))
         loss = steps[name].loss.item()

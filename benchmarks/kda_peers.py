@@ -187,13 +187,13 @@ def load_contenders(backend: str) -> tuple[list[Contender], dict[str, str]]:
     for name, (package, load) in PEERS.items():
         try:
             contenders += load()
-            found[name] = _version(package)
+            found[name] = package_version(package)
         except Exception as error:  # a peer may fail in any way
             found[name] = f"missing: {reason(error)}"
     return contenders, found
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
     try:
         return f"{package} {importlib.metadata.version(package)}"
     except importlib.metadata.PackageNotFoundError:

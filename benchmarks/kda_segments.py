@@ -1,7 +1,7 @@
 """Question: from where on do segments make KDA faster on one GPU, and does `suggest_segment_chunks` know?
 
 The peer is our own walk over whole sequences, in the same process and in turns. Times are medians of CUDA-graph replays
-in milliseconds, forward, and forward and backward; the last column says which of the tried counts is suggested.
+in milliseconds, forward, and forward and backward; the last column says which count is suggested.
 
     python benchmarks/kda_segments.py [--reps 10]
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from pathlib import Path
 
 import torch
 from harness import write_result
@@ -47,8 +46,9 @@ def measure(shape: str, reps: int) -> dict[str, object]:
         with torch.no_grad():
             return run(x, count)
 
-    counts = [n for n in COUNTS if n is None or n * 64 * 2 <= tokens]
     suggested = suggest_segment_chunks(tokens, batch * heads, 128)
+    counts = [n for n in (*COUNTS, suggested) if n is None or n * 64 * 2 <= tokens]
+    counts = list(dict.fromkeys(counts))
     record: dict[str, object] = {"suggested": suggested}
     for name, call in (("forward", forward), ("training", training)):
         replays = {}
@@ -73,7 +73,6 @@ def measure(shape: str, reps: int) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reps", type=int, default=10)
-    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a GPU")
