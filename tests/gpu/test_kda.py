@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from perilune.ops import SequenceLayout, kda, kda_backend
+from perilune.ops.kda import cuda
 from perilune.ops.kda.cuda import kda_cuda_obstacle
 from tests.ops.kda_cases import Case, as_dtype
 from tests.ops.kda_triton_cases import (
@@ -183,6 +184,14 @@ def test_values_and_gradients_stay_within_the_limits(case, backend):
 @pytest.mark.parametrize("name", SEGMENTED)
 def test_segments_stay_within_the_limits(name, backend):
     check(backend, GRID[name], torch.bfloat16, LIMITS, segment_chunks=SEGMENTED[name])
+
+
+@pytest.mark.parametrize("segments", [None, 2])
+def test_other_gpus_than_hopper_walk_by_triton(segments, monkeypatch):
+    tensors, changes = leaves(MAIN), {"backend": "cuda", "segment_chunks": segments}
+    ours = pulled_back(MAIN, tensors, **changes)
+    monkeypatch.setattr(cuda, "has_walks", lambda device: False)
+    assert max(relative_errors(pulled_back(MAIN, tensors, **changes), ours).values()) < 1e-3
 
 
 @pytest.mark.parametrize("gate", ["tiny", "zero"])

@@ -158,10 +158,15 @@ enum Kind {
     LOAD_MATRICES,
     LOAD_MATRICES_TRANSPOSED,
     TRANSPOSE_MATRIX,
+    MMA_ROWS,
+    MMA_COLUMNS,
+    STORE_MATRICES_TRANSPOSED,
+    ARRIVE_BLOCK,
+    AWAIT_BLOCK,
 };
 constexpr const char* NAMES[] = {"(running)", "(returned)", "(failed)", "sync_block", "sync_warp", "shuffle",
                                  "shuffle_xor", "mma_bf16", "mma_f16", "mma_bf16_narrow", "mma_tf32",
-                                 "load_matrices", "load_matrices_transposed", "transpose_matrix"};
+                                 "load_matrices", "load_matrices_transposed", "transpose_matrix", "mma_rows", "mma_columns", "store_matrices_transposed", "arrive_block", "await_block"};
 
 struct Thread {
     Context context;
@@ -175,6 +180,8 @@ struct Thread {
     float* accumulator;
     u32* result;
     const void* row;
+    int columns;
+    bool is_added;
 };
 
 constexpr int GUARD = 4096;
@@ -388,6 +395,56 @@ inline bool load(Thread* lanes, int warp, bool is_transposed) {
     return true;
 }
 
+inline bool store(Thread* lanes, int warp) {
+    for (int lane = 0; lane < 32; ++lane) {
+        intptr_t offset = (intptr_t)lanes[lane].row - (intptr_t)shared;
+        if (offset < 0 || offset + 16 > shared_size || offset % 16)
+            return fail("block %u, warp %d, lane %d: the column of %s at %s is at %lld in shared memory of %d bytes, %s",
+                        blockIdx.x, warp, lane, NAMES[lanes[lane].kind], place(lanes[lane]).text, (long long)offset,
+                        shared_size, offset % 16 ? "which is no multiple of 16" : "outside");
+        u16 column[8];
+        int matrix = lane / 8, j = lane % 8;
+        for (int r = 0; r < 8; ++r) column[r] = (u16)(lanes[4 * r + j / 2].words[matrix] >> 16 * (j % 2));
+        memcpy((void*)lanes[lane].row, column, 16);
+    }
+    return true;
+}
+
+// A warp's share of the products of warpgroup.cuh.
+inline bool multiply_tile(Thread* lanes, int warp, bool is_transposed) {
+    constexpr int TILE = 8192;
+    int columns = lanes[0].columns, step = lanes[0].number;
+    const unsigned char* tile = (const unsigned char*)lanes[0].row;
+    intptr_t offset = (intptr_t)tile - (intptr_t)shared;
+    if (offset < 0 || offset % 1024 || offset + (is_transposed ? columns / 64 : 1) * TILE > shared_size)
+        return fail("block %u, warp %d: the tile of %s at %s is at %lld in shared memory of %d bytes, %s", blockIdx.x,
+                    warp, NAMES[lanes[0].kind], place(lanes[0]).text, (long long)offset, shared_size,
+                    offset % 1024 ? "which is no multiple of 1024" : "outside");
+    auto value = [&](int row, int column) {
+        u16 bits;
+        memcpy(&bits, tile + column / 64 * TILE + 128 * row + 16 * (column % 64 / 8 ^ row % 8) + column % 8 * 2, 2);
+        return bf16_value(bits);
+    };
+    double a[16][16];
+    for (int lane = 0; lane < 32; ++lane) {
+        int r = lane / 4, c = lane % 4 * 2;
+        const u32* words = lanes[lane].words;
+        for (int i = 0; i < 8; ++i) a[r + i / 2 % 2 * 8][c + i / 4 * 8 + i % 2] = bf16_value(words[i / 2] >> 16 * (i % 2));
+    }
+    std::vector<double> b(16 * columns);
+    for (int n = 0; n < columns; ++n)
+        for (int k = 0; k < 16; ++k) b[16 * n + k] = is_transposed ? value(16 * step + k, n) : value(n, 16 * step + k);
+    for (int lane = 0; lane < 32; ++lane)
+        for (int i = 0; i < columns / 2; ++i) {
+            const double* x = a[lane / 4 + i / 2 % 2 * 8];
+            const double* y = &b[16 * (i / 4 * 8 + lane % 4 * 2 + i % 2)];
+            double sum = lanes[lane].is_added ? lanes[lane].accumulator[i] : 0.0;
+            for (int k = 0; k < 16; ++k) sum += x[k] * y[k];
+            lanes[lane].accumulator[i] = (float)sum;
+        }
+    return true;
+}
+
 inline bool finish(Thread* lanes, int warp) {
     switch (lanes[0].kind) {
         case SHUFFLE:
@@ -405,6 +462,9 @@ inline bool finish(Thread* lanes, int warp) {
         case MMA_BF16_NARROW: multiply_narrow(lanes); return true;
         case MMA_TF32: multiply_tf32(lanes); return true;
         case TRANSPOSE_MATRIX: transpose(lanes); return true;
+        case STORE_MATRICES_TRANSPOSED: return store(lanes, warp);
+        case MMA_ROWS: return multiply_tile(lanes, warp, false);
+        case MMA_COLUMNS: return multiply_tile(lanes, warp, true);
         case LOAD_MATRICES: return load(lanes, warp, false);
         case LOAD_MATRICES_TRANSPOSED: return load(lanes, warp, true);
         default: return true;
@@ -449,7 +509,10 @@ inline bool check_together(const Thread* lanes, int warp) {
     return true;
 }
 
-// Runs a warp until it waits in sync_block or has returned.
+// Warps that are in the meeting of arrive_block and await_block.
+static int arrived = 0;
+
+// Runs a warp until it waits in sync_block or await_block or has returned.
 inline bool run_warp(Thread* lanes, int warp, bool is_backwards) {
     for (;;) {
         for (int i = 0; i < 32; ++i) {
@@ -463,17 +526,30 @@ inline bool run_warp(Thread* lanes, int warp, bool is_backwards) {
             if (has_failed) return false;
         }
         if (!check_guards(lanes, warp) || !check_together(lanes, warp)) return false;
-        if (lanes[0].kind == RETURNED || lanes[0].kind == SYNC_BLOCK) return true;
+        if (lanes[0].kind == ARRIVE_BLOCK || lanes[0].kind == AWAIT_BLOCK) ++arrived;
+        if (lanes[0].kind == RETURNED || lanes[0].kind == SYNC_BLOCK || lanes[0].kind == AWAIT_BLOCK) return true;
         if (!finish(lanes, warp)) return false;
     }
 }
 
 inline bool run_block(Thread* threads, int warps, bool is_backwards) {
+    std::vector<bool> is_waiting(warps);
+    arrived = 0;
     for (;;) {
         for (int i = 0; i < warps; ++i) {
             int warp = is_backwards ? warps - 1 - i : i;
+            if (is_waiting[warp]) continue;
             if (!run_warp(threads + 32 * warp, warp, is_backwards)) return false;
+            is_waiting[warp] = true;
         }
+        if (arrived > warps) return fail("block %u: a warp arrived again before all had", blockIdx.x);
+        if (arrived == warps) {
+            for (int warp = 0; warp < warps; ++warp)
+                if (threads[32 * warp].kind == AWAIT_BLOCK) is_waiting[warp] = false;
+            arrived = 0;
+            continue;
+        }
+        is_waiting.assign(warps, false);
         for (int warp = 1; warp < warps; ++warp)
             if (threads[32 * warp].kind != threads[0].kind)
                 return fail("block %u: its warps diverge: warp 0 %s, warp %d %s", blockIdx.x, state(threads[0]).text,
@@ -563,6 +639,18 @@ inline void multiply_add(Kind kind, float* d, u32 a0, u32 a1, u32 a2, u32 a3, u3
     mine.accumulator = d;
     u32 words[6] = {a0, a1, a2, a3, b0, b1};
     memcpy(mine.words, words, sizeof words);
+    wait(kind);
+}
+
+inline void multiply_wide(Kind kind, float* d, int columns, const u32* a, const void* tile, int step, bool is_added,
+                          Where where) {
+    Thread& mine = operands(where);
+    mine.accumulator = d;
+    memcpy(mine.words, a, 4 * sizeof(u32));
+    mine.row = tile;
+    mine.columns = columns;
+    mine.number = step;
+    mine.is_added = is_added;
     wait(kind);
 }
 
@@ -684,4 +772,51 @@ inline void load_matrices(u32 (&y)[4], const void* row, emulator::Where where = 
 }
 inline void load_matrices_transposed(u32 (&y)[4], const void* row, emulator::Where where = emulator::Where::current()) {
     emulator::load_rows(emulator::LOAD_MATRICES_TRANSPOSED, y, row, where);
+}
+
+// Those of warpgroup.cuh. Products and copies are done at once, so that a missing wait does not show.
+
+inline void arrive_block(emulator::Where where = emulator::Where::current()) {
+    emulator::operands(where);
+    emulator::wait(emulator::ARRIVE_BLOCK);
+}
+inline void await_block(emulator::Where where = emulator::Where::current()) {
+    emulator::operands(where);
+    emulator::wait(emulator::AWAIT_BLOCK);
+}
+inline void open_products() {}
+inline void close_products() {}
+template <int PENDING>
+inline void wait_for_products() {}
+template <int N>
+inline void settle(float (&)[N]) {}
+using TileAddress = const unsigned char*;
+inline TileAddress find_tiles(const unsigned char* start) { return start; }
+inline TileAddress tiles_at(TileAddress tiles, int bytes) { return tiles + bytes; }
+template <int N>
+inline void mma_rows(float (&d)[N], const u32* a, TileAddress tile, int step, bool is_added = true,
+                     emulator::Where where = emulator::Where::current()) {
+    static_assert(N == 32, "a tile has 64 rows");
+    emulator::multiply_wide(emulator::MMA_ROWS, d, 2 * N, a, tile, step, is_added, where);
+}
+template <int N>
+inline void mma_columns(float (&d)[N], const u32* a, TileAddress tiles, int step, bool is_added = true,
+                        emulator::Where where = emulator::Where::current()) {
+    emulator::multiply_wide(emulator::MMA_COLUMNS, d, 2 * N, a, tiles, step, is_added, where);
+}
+template <int TO, int FROM>
+inline void copy_async_at(unsigned char* shared, const void* global) {
+    copy_async((uint4*)(shared + TO), (const unsigned char*)global + FROM, true);
+}
+inline void copy_async(uint2* shared, const void* global) { *shared = *(const uint2*)global; }
+inline void close_copies() {}
+template <int PENDING>
+inline void wait_for_copies() {}
+inline void publish_copies() {}
+inline void store_matrices_transposed(void* column, const u32* x,
+                                      emulator::Where where = emulator::Where::current()) {
+    emulator::Thread& mine = emulator::operands(where);
+    memcpy(mine.words, x, 4 * sizeof(u32));
+    mine.row = column;
+    emulator::wait(emulator::STORE_MATRICES_TRANSPOSED);
 }

@@ -257,6 +257,88 @@ def test_rows_that_are_apart_and_misaligned_are_read_right():
     assert all(torch.equal(x, y) for x, y in zip(found[:7], wanted[:7], strict=True))
 
 
+WALKS = [
+    ((70, 0, 1), 128, 128, BF16, torch.int32),
+    ((200,), 64, 64, torch.float16, torch.int32),
+    ((64, 130), 64, 128, BF16, torch.int64),
+]
+
+
+def make_walk(lengths, key_dim, value_dim, dtype, lengths_dtype):
+    """Random operands of two heads, whose states neither vanish nor grow."""
+    pytest.importorskip("triton", reason="plans of chunks are with the Triton kernels, and triton is not installed")
+    from perilune.ops.kda.triton.forward import Operands
+    from perilune.ops.kda.triton.plan import plan_layout
+
+    plan = plan_layout(SequenceLayout.from_lengths(lengths), 64, None)
+    plan = plan._replace(cu_seqlens=plan.cu_seqlens.to(lengths_dtype))
+    generator = torch.Generator().manual_seed(0)
+
+    def make(*shape, size=1.0, dtype=BF16):
+        return (torch.randn(shape, generator=generator) * size).to(dtype)
+
+    lead = (plan.num_slots, 2)
+    tiles = [make(*lead, 64, key_dim, size=key_dim**-0.5) for _ in range(3)]
+    squares = [make(*lead, 64, 64, size=0.1) for _ in range(2)]
+    decay = torch.rand(*lead, key_dim, generator=generator)
+    for slot, _, count, _ in chunks_of(plan, lengths):
+        for x in (*tiles, *squares):
+            x[slot, :, count:] = 0
+    operands = Operands(*tiles, *squares, decay, torch.empty(0), torch.empty(0))
+    tokens = sum(lengths)
+    values = [make(tokens, 2, value_dim, dtype=dtype) for _ in range(2)]
+    ends = [make(len(lengths), 2, key_dim, value_dim, dtype=torch.float32) for _ in range(2)]
+    return plan, operands, *values, *ends
+
+
+@pytest.mark.parametrize(("lengths", "key_dim", "value_dim", "dtype", "lengths_dtype"), WALKS)
+@pytest.mark.parametrize("kept", [None, BF16, torch.float32])
+def test_the_walk_follows_its_equations(lengths, key_dim, value_dim, dtype, lengths_dtype, kept):
+    plan, operands, v, _, state, _ = make_walk(lengths, key_dim, value_dim, dtype, lengths_dtype)
+
+    def empty(*shape, dtype=BF16):
+        return torch.full(shape, torch.nan, dtype=dtype)
+
+    count = 0 if kept is None else plan.num_slots
+    states = empty(count, 2, key_dim, value_dim, dtype=kept or BF16)
+    has_corrections = kept is BF16
+    o, final = empty(*v.shape, dtype=dtype), torch.full_like(state, torch.nan)
+    z = empty(*v.shape) if has_corrections else torch.empty(0)
+    padded_v = torch.full((len(v), 2, value_dim + 8), torch.nan, dtype=dtype)
+    strided = padded_v.flatten(1)[:, : 2 * value_dim].copy_(v.flatten(1)).unflatten(1, (2, value_dim))
+    cuda.walk_chunks(operands, strided, state, o, z, final, states, plan)
+    read, key, write, mix, solve, decay = (x.double() for x in operands[:6])
+    exact = state.double()
+    for slot, first, length, sequence in chunks_of(plan, lengths):
+        if kept is not None:
+            assert relative_error(states[slot], exact[sequence]) < 5e-3
+        wrong = padded(v, first, length) - key[slot] @ exact[sequence]
+        wanted = read[slot] @ exact[sequence] + mix[slot] @ wrong
+        rows = slice(first, first + length)
+        assert relative_error(o[rows], wanted.transpose(0, 1)[:length]) < 6e-3
+        if has_corrections:
+            assert relative_error(z[rows], (solve[slot] @ wrong).transpose(0, 1)[:length]) < 6e-3
+        exact[sequence] = decay[slot][..., None] * exact[sequence] + write[slot].mT @ wrong
+    assert relative_error(final, exact) < 5e-3
+
+
+@pytest.mark.parametrize(("lengths", "key_dim", "value_dim", "dtype", "lengths_dtype"), WALKS)
+def test_the_walk_back_follows_its_equations(lengths, key_dim, value_dim, dtype, lengths_dtype):
+    plan, operands, _, do, _, dstate = make_walk(lengths, key_dim, value_dim, dtype, lengths_dtype)
+    dv = torch.full(do.shape, torch.nan, dtype=BF16)
+    dstates = torch.full((plan.num_slots, 2, key_dim, value_dim), torch.nan, dtype=BF16)
+    exact, dinitial = dstate.double(), dstate.clone()
+    cuda.walk_chunks_back(operands, do, dv, dinitial, dinitial, dstates, plan)
+    read, key, write, mix, _, decay = (x.double() for x in operands[:6])
+    for slot, first, length, sequence in reversed(list(chunks_of(plan, lengths))):
+        assert relative_error(dstates[slot], exact[sequence]) < 5e-3
+        pulled = padded(do, first, length)
+        wanted = mix[slot].mT @ pulled + write[slot] @ exact[sequence]
+        assert relative_error(dv[first : first + length], wanted.transpose(0, 1)[:length]) < 6e-3
+        exact[sequence] = decay[slot][..., None] * exact[sequence] + read[slot].mT @ pulled - key[slot].mT @ wanted
+    assert relative_error(dinitial, exact) < 5e-3
+
+
 @pytest.mark.parametrize("log_rate", [-7.0, 0.0, 9.0])
 def test_gates_of_any_size_decay_as_their_softplus_says(log_rate):
     case = Case(raw=True, lengths=(64,), heads=1, **NARROW)

@@ -32,6 +32,8 @@ class CudaKernel:
     """Its name there."""
     threads: int
     """Of a block."""
+    is_specific: bool = False
+    """Whether it uses what only the generation it was written for has."""
 
     def launch(
         self, grid: int, shared_bytes: int, arguments: Sequence[Argument], defines: Mapping[str, int | bool]
@@ -93,13 +95,16 @@ def driver() -> Any:
     return driver
 
 
-def compile_kernel(source: Path, defines: Sequence[tuple[str, int]], capability: tuple[int, int]) -> bytes:
+def compile_kernel(
+    source: Path, defines: Sequence[tuple[str, int]], capability: tuple[int, int], *, is_specific: bool = False
+) -> bytes:
     """Machine code of a file of kernels.
 
     Args:
         source: the file.
         defines: macros.
         capability: compute capability of the GPU.
+        is_specific: whether for its generation alone.
 
     Raises:
         RuntimeError: it does not compile; the message has the compiler's.
@@ -107,7 +112,7 @@ def compile_kernel(source: Path, defines: Sequence[tuple[str, int]], capability:
     from cuda.bindings import nvrtc  # pyright: ignore[reportAttributeAccessIssue, reportMissingImports]
 
     options = [
-        f"--gpu-architecture=sm_{capability[0]}{capability[1]}",
+        f"--gpu-architecture=sm_{capability[0]}{capability[1]}{'a' if is_specific else ''}",
         "--std=c++17",
         f"--include-path={INCLUDE}",
         f"--include-path={source.parent}",
@@ -129,7 +134,8 @@ def compile_kernel(source: Path, defines: Sequence[tuple[str, int]], capability:
 
 @lru_cache(maxsize=256)
 def _compiled(kernel: CudaKernel, defines: tuple[tuple[str, int], ...], device: torch.device, shared_bytes: int) -> Any:
-    code = compile_kernel(kernel.source, defines, torch.cuda.get_device_capability(device))
+    capability = torch.cuda.get_device_capability(device)
+    code = compile_kernel(kernel.source, defines, capability, is_specific=kernel.is_specific)
     module = _checked(driver().cuModuleLoadData(code))
     function = _checked(driver().cuModuleGetFunction(module, kernel.name.encode()))
     attribute = driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

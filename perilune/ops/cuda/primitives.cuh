@@ -8,7 +8,7 @@ typedef long long i64;
 
 #ifndef EMULATED
 
-#define SHARED_MEMORY(name) extern __shared__ __align__(16) unsigned char name[]
+#define SHARED_MEMORY(name) extern __shared__ __align__(1024) unsigned char name[]
 
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }

@@ -1,6 +1,7 @@
-"""The two KDA kernels that work inside chunks in CUDA C++; the walks between them are those of the Triton backend.
+"""KDA's kernels in CUDA C++; what is missing here, the `cuda` backend takes from the Triton one.
 
-prepare.cu        raw inputs -> operands of the scan
+prepare.cu        raw inputs -> operands of the walks
+walk.cu           the walks over chunks, for Hopper
 differentiate.cu  gradients of products and states -> gradients of the raw inputs
 """
 
@@ -8,6 +9,7 @@ differentiate.cu  gradients of products and states -> gradients of the raw input
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +23,7 @@ from perilune.ops.kda.options import L2NORM_EPS, KdaInputs, KdaOptions
 if TYPE_CHECKING:
     from perilune.ops.kda.triton.forward import Operands
     from perilune.ops.kda.triton.gradients import KeyGradients, Saved
-    from perilune.ops.kda.triton.plan import ChunkPlan
+    from perilune.ops.kda.triton.plan import ChunkPlan, SegmentPlan
 
 CHUNK_SIZE = 64
 """C."""
@@ -29,6 +31,8 @@ KEY_DIMS = (64, 128)
 """K that the kernels are written for."""
 VALUE_DIMS = (64, 128, 256)
 """V that the kernels are written for."""
+WALK_VALUES = 64
+"""Values of a block of the walks."""
 WARP_CHANNELS = 32
 """Key channels of a warp of the last kernel."""
 
@@ -37,6 +41,8 @@ _PREPARE = CudaKernel(_FOLDER / "prepare.cu", "prepare_chunks", threads=128)
 _DIFFERENTIATE = {
     key_dim: CudaKernel(_FOLDER / "differentiate.cu", "differentiate_chunks", threads=key_dim) for key_dim in KEY_DIMS
 }
+_WALK = CudaKernel(_FOLDER / "walk.cu", "walk_chunks", threads=256, is_specific=True)
+_WALK_BACK = CudaKernel(_FOLDER / "walk.cu", "walk_chunks_back", threads=256, is_specific=True)
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _ALIGNMENT = 16
 
@@ -116,6 +122,84 @@ def differentiate_chunks(
         ],
         {**macros, "VALUE_DIM": value_dim, "WIDE_KEYS": value_heads != heads},
     )
+
+
+def has_walks(device: torch.device) -> bool:
+    """Whether `walk_chunks` and `walk_chunks_back` run on `device`."""
+    return cuda_obstacle(device) is None and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def walk_chunks(
+    operands: Operands,
+    v: Tensor,
+    initial_state: Tensor,
+    o: Tensor,
+    z: Tensor,
+    final_state: Tensor,
+    states: Tensor,
+    walks: ChunkPlan | SegmentPlan,
+) -> None:
+    """Walk from `initial_state` to `final_state`, which may be one; empty `o`, `z` and `states` are not asked for."""
+    (_, heads, value_dim), key_dim = v.shape, operands.key.shape[-1]
+    v = _aligned(v)
+    kinds = {torch.bfloat16: 1, torch.float32: 2}
+    defines = {
+        **_walk_macros(key_dim, v, walks),
+        "WITH_OUTPUTS": o.numel() > 0,
+        "WITH_CORRECTIONS": z.numel() > 0,
+        "STATE_TYPE": kinds[states.dtype] if states.numel() else 0,
+    }
+    _WALK.launch(
+        (walks.offsets.shape[0] - 1) * heads * (value_dim // WALK_VALUES),
+        walk_shared_bytes(key_dim, defines),
+        [
+            *(operands.read, operands.key, operands.write, operands.mix, operands.solve, operands.decay),
+            *(v, o, z, initial_state, final_state, states, walks.cu_seqlens, walks.offsets, heads, v.stride(0)),
+        ],
+        defines,
+    )
+
+
+def walk_chunks_back(
+    operands: Operands,
+    do: Tensor,
+    dv: Tensor,
+    dfinal: Tensor,
+    dinitial: Tensor,
+    dstates: Tensor,
+    walks: ChunkPlan | SegmentPlan,
+) -> None:
+    """Walk from `dfinal` to `dinitial`, which may be the same; `do` is dense."""
+    (_, heads, value_dim), key_dim = do.shape, operands.key.shape[-1]
+    defines = {**_walk_macros(key_dim, do, walks), "WITH_OUTPUTS": True, "WITH_CORRECTIONS": False, "STATE_TYPE": 1}
+    _WALK_BACK.launch(
+        (walks.offsets.shape[0] - 1) * heads * (value_dim // WALK_VALUES),
+        walk_shared_bytes(key_dim, defines),
+        [
+            *(operands.read, operands.key, operands.write, operands.mix, operands.decay),
+            *(_aligned(do), dv, dfinal, dinitial, dstates, walks.cu_seqlens, walks.offsets, heads),
+        ],
+        defines,
+    )
+
+
+def walk_shared_bytes(key_dim: int, defines: Mapping[str, int | bool]) -> int:
+    """Shared memory of a block of walk.cu, which has its parts; `defines` are its macros."""
+    wide, tile = CHUNK_SIZE * key_dim * 2, CHUNK_SIZE * WALK_VALUES * 2
+    with_outputs, with_corrections = defines["WITH_OUTPUTS"], defines["WITH_CORRECTIONS"]
+    stages = 2 if with_outputs and with_corrections else 3
+    squares = 1 + with_outputs + with_corrections
+    results = (with_outputs + with_corrections) * tile + (defines["STATE_TYPE"] == 1) * wide
+    return stages * ((2 + with_outputs) * wide + squares * tile) + results + (stages + 1) * (key_dim + 16) * 4
+
+
+def _walk_macros(key_dim: int, x: Tensor, walks: ChunkPlan | SegmentPlan) -> dict[str, int | bool]:
+    return {
+        "KEY_DIM": key_dim,
+        "VALUE_DIM": x.shape[2],
+        "INPUT_TYPE": _TYPES[x.dtype],
+        "LONG_LENGTHS": walks.cu_seqlens.dtype == torch.int64,
+    }
 
 
 def prepare_shared_bytes(key_dim: int) -> int:

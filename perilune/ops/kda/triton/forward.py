@@ -182,6 +182,7 @@ def scan(
     shape = sizes(inputs, options)
     tokens, make = inputs.v.shape[0], inputs.v.new_empty
     with_states = states_dtype is not None
+    in_cuda = options.in_cuda and cuda.has_walks(inputs.v.device)
     result = Scanned(
         o=make(tokens if with_outputs else 0, shape.HV, shape.V),
         final_state=torch.empty_like(inputs.initial_state),
@@ -190,17 +191,17 @@ def scan(
         transitions=make(0, dtype=torch.float32),
     )
     if plan.segments is None:
-        _walk(operands, inputs.v, inputs.initial_state, result, plan, shape, config)
+        _walk(operands, inputs.v, inputs.initial_state, result, plan, shape, config, in_cuda)
         return result
     empty, make, lead = make(0), inputs.initial_state.new_empty, (plan.segments.num_segments, shape.HV, shape.K)
     alone = Scanned(empty, make(*lead, shape.V), empty, empty, make(*lead, shape.K))
-    _walk(operands, inputs.v, empty, alone, plan.segments, shape, config)
+    _walk(operands, inputs.v, empty, alone, plan.segments, shape, config, in_cuda)
     entering, final_state = fold_segments(
         alone.final_state, alone.transitions, inputs.initial_state, plan.segments, config, backward=False
     )
     # The fold's final states stand: those of a walk over the last segment would not be the ones that a later call,
     # which is handed them, would have found here. So the states after segments may replace those before.
-    _walk(operands, inputs.v, entering, result._replace(final_state=entering), plan.segments, shape, config)
+    _walk(operands, inputs.v, entering, result._replace(final_state=entering), plan.segments, shape, config, in_cuda)
     return result._replace(final_state=final_state, transitions=alone.transitions)
 
 
@@ -212,12 +213,16 @@ def _walk(
     walks: ChunkPlan | SegmentPlan,
     shape: Sizes,
     config: LaunchConfig,
+    in_cuda: bool,
 ) -> None:
     """Walk from the states `start`, which may be `result.final_state`; empty results are not asked for.
 
     With `result.transitions`, every walk is from zeros and the identity, whatever `start`.
     """
     with_transition = result.transitions.numel() > 0
+    if in_cuda and not with_transition:
+        cuda.walk_chunks(operands, v, start, result.o, result.z, result.final_state, result.states, walks)
+        return
     count, width = walks.offsets.shape[0] - 1, shape.V + (shape.K if with_transition else 0)
     block = config.scan_values(count * shape.HV, width)
     scan_chunks[(triton.cdiv(width, block), shape.HV, count)](

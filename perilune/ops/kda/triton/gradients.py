@@ -122,18 +122,19 @@ def _scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return gradients of the values `[T, HV, V]`, of the state after each chunk, and of the initial states."""
     shape, operands = sizes(inputs, options), saved.operands
+    in_cuda = options.in_cuda and cuda.has_walks(do.device)
     dv = torch.empty(inputs.v.shape, dtype=config.operand_dtype, device=do.device)
     dstates = do.new_empty(plan.num_slots, shape.HV, shape.K, shape.V, dtype=config.operand_dtype)
     if plan.segments is None:
         dinitial = torch.empty_like(inputs.initial_state)
-        _walk_back(operands, do, dfinal, dinitial, dv, dstates, plan, shape, config)
+        _walk_back(operands, do, dfinal, dinitial, dv, dstates, plan, shape, config, in_cuda)
         return dv, dstates, dinitial
     empty = dv[:0]
     external = dfinal.new_empty(plan.segments.num_segments, *dfinal.shape[1:])
-    _walk_back(operands, do, empty, external, empty, empty, plan.segments, shape, config)
+    _walk_back(operands, do, empty, external, empty, empty, plan.segments, shape, config, in_cuda)
     leaving, dinitial = fold_segments(external, saved.transitions, dfinal, plan.segments, config, backward=True)
     # As in the forward, the fold has the last word on the initial states' gradients, and the walk's may be overwritten.
-    _walk_back(operands, do, leaving, leaving, dv, dstates, plan.segments, shape, config)
+    _walk_back(operands, do, leaving, leaving, dv, dstates, plan.segments, shape, config, in_cuda)
     return dv, dstates, dinitial
 
 
@@ -147,11 +148,15 @@ def _walk_back(
     walks: ChunkPlan | SegmentPlan,
     shape: Sizes,
     config: LaunchConfig,
+    in_cuda: bool,
 ) -> None:
     """Walk from the last chunks, with gradients `start` of the states after them, to `end`, which may be `start`.
 
     If `dv` and `dstates` are empty, they are not asked for, and every walk is from zeros, whatever `start`.
     """
+    if in_cuda and dv.numel():
+        cuda.walk_chunks_back(operands, do, dv, start, end, dstates, walks)
+        return
     count = walks.offsets.shape[0] - 1
     block = config.scan_values(count * shape.HV, shape.V)
     scan_chunks_backward[(triton.cdiv(shape.V, block), shape.HV, count)](
