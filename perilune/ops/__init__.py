@@ -13,6 +13,7 @@ from perilune.ops.kda.context_parallel import kda_context_parallel
 from perilune.ops.kda_decode import kda_decode
 from perilune.ops.layout import SequenceLayout, as_layout
 from perilune.ops.loss import linear_cross_entropy, linear_logprobs
+from perilune.ops.moba import MobaRouting, moba_attention, moba_route
 from perilune.ops.moe import Routing, balance_bias_update, moe_experts, route, routed_scaling_factor
 from perilune.ops.newton_schulz import newton_schulz
 from perilune.ops.norm import rms_norm, rms_norm_gated
@@ -20,6 +21,7 @@ from perilune.ops.swiglu import swiglu
 
 __all__ = [
     "ContextLayout",
+    "MobaRouting",
     "Routing",
     "SequenceLayout",
     "as_layout",
@@ -35,6 +37,8 @@ __all__ = [
     "kda_step",
     "linear_cross_entropy",
     "linear_logprobs",
+    "moba_attention",
+    "moba_route",
     "moe_experts",
     "newton_schulz",
     "rms_norm",

@@ -1,0 +1,90 @@
+"""What the backends of `moba_attention` are told: a block size, how many blocks a query reads, and who chooses them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from perilune.ops.layout import SequenceLayout
+
+Policy = Literal["mean", "recent", "sink_recent", "minmax", "random", "oracle"]
+POLICIES: tuple[str, ...] = get_args(Policy)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MobaOptions:
+    """How sequences are cut into blocks and which of them a query may read."""
+
+    block_size: int
+    """B, tokens of a block; blocks are cut from the start of each sequence."""
+    topk: int
+    """k, blocks that a query reads, its own included."""
+    scale: float
+    """Factor of the logits; block scores have none."""
+    layout_q: SequenceLayout
+    """Queries of each sequence, which are its last keys."""
+    layout_k: SequenceLayout
+    """Keys of each sequence."""
+    full_from: tuple[int, ...] | None = None
+    """For each sequence the position from which on queries read every earlier key; None: no query does."""
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise ValueError(f"moba_attention: block_size must be >= 1, got {self.block_size}")
+        if self.topk < 1:
+            raise ValueError(f"moba_attention: topk must be >= 1 (it counts a query's own block), got {self.topk}")
+        if self.layout_q.num_sequences != self.layout_k.num_sequences:
+            raise ValueError(
+                f"moba_attention: cu_seqlens_q has {self.layout_q.num_sequences} sequences but cu_seqlens_k has "
+                f"{self.layout_k.num_sequences}; both must have the same"
+            )
+        for n, (queries, keys) in enumerate(zip(self.layout_q.lengths, self.layout_k.lengths, strict=True)):
+            if queries > keys:
+                raise ValueError(
+                    f"moba_attention: sequence {n} has {queries} queries but {keys} keys; the queries are the last "
+                    f"keys, so there must be at least as many keys"
+                )
+        if self.full_from is not None and len(self.full_from) != self.layout_q.num_sequences:
+            raise ValueError(
+                f"moba_attention: full_from must have an entry for each of the {self.layout_q.num_sequences} "
+                f"sequences, got {len(self.full_from)}"
+            )
+
+    @property
+    def dense_tokens(self) -> int:
+        """Product k * B: queries before this position have at most k - 1 past blocks, and so read every earlier key."""
+        return self.topk * self.block_size
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every query reads every earlier key."""
+        return all(
+            queries == 0 or keys <= self.dense_tokens or full <= keys - queries
+            for queries, keys, full in zip(self.layout_q.lengths, self.layout_k.lengths, self.full_starts, strict=True)
+        )
+
+    @property
+    def full_starts(self) -> tuple[int, ...]:
+        """For each sequence the first position that reads every earlier key, beyond its keys if there is none."""
+        if self.full_from is None:
+            return self.layout_k.lengths
+        return tuple(min(max(0, f), length) for f, length in zip(self.full_from, self.layout_k.lengths, strict=True))
+
+    def positions(self) -> Tensor:
+        """`[Tq]` int64, each query's place among the keys of its sequence."""
+        shifts = [keys - queries for queries, keys in zip(self.layout_q.lengths, self.layout_k.lengths, strict=True)]
+        shift = torch.tensor(shifts, dtype=torch.int64, device=self.layout_q.device)
+        return self.layout_q.positions + shift[self.layout_q.sequence_ids]
+
+    def routed(self) -> Tensor:
+        """`[Tq]` bool, which queries choose blocks: they have more than k - 1 past ones and do not read every key."""
+        positions = self.positions()
+        full = torch.tensor(self.full_starts, dtype=torch.int64, device=positions.device)
+        return (positions >= self.dense_tokens) & (positions < full[self.layout_q.sequence_ids])
+
+    def block_counts(self) -> tuple[int, ...]:
+        """Blocks of each sequence, the last perhaps a partial one."""
+        return tuple(-(-length // self.block_size) for length in self.layout_k.lengths)
