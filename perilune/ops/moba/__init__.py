@@ -117,7 +117,7 @@ def moba_attention(
         return_lse: also return the logarithm of each softmax's denominator.
         return_routing: also return the blocks that each query reads.
         return_max_logits: also return each head's largest logit among what is read, for QK-Clip.
-        backend: `dense` (the oracle: all pairs under a mask), `blockwise` (torch, no T x T tensor), `triton` (a GPU), or
+        backend: `dense` (the oracle: all pairs under a mask), `blockwise` (torch, no T x T tensor), `triton` (GPU), or
             `auto`: full attention where it is the same, `triton` for bfloat16 and float16 on a GPU, else `blockwise`.
 
     Returns:
