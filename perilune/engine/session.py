@@ -110,7 +110,8 @@ class DecodeSession:
         tokens = torch.tensor([token for prompt in prompts for token in prompt], device=self._device)
         lengths = [len(prompt) for prompt in prompts]
         if len(prompts) == 1:
-            *pieces, tokens = tokens.split(self._max_tokens_prefill)
+            # of equal size: a last piece of one token would pass for a generated one, which MoBA may treat differently
+            *pieces, tokens = tokens.tensor_split(-(-len(tokens) // self._max_tokens_prefill))
             for piece in pieces:
                 self._model.hidden(piece, SequenceLayout.from_lengths([piece.shape[0]], self._device), cache)
             lengths = [tokens.shape[0]]

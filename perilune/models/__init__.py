@@ -1,5 +1,6 @@
 """Whole models: configuration, decoder, presets, and what they cost."""
 
+from perilune.models.attention_mode import config_as_set, set_attention_mode
 from perilune.models.config import ModelConfig, hybrid_layers
 from perilune.models.counts import CacheBytes, ParameterCounts, cache_bytes, flops_per_token, parameter_counts
 from perilune.models.decoder import Block, Decoder, build_model
@@ -16,7 +17,9 @@ __all__ = [
     "ParameterCounts",
     "build_model",
     "cache_bytes",
+    "config_as_set",
     "flops_per_token",
     "hybrid_layers",
     "parameter_counts",
+    "set_attention_mode",
 ]

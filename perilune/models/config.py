@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from perilune.nn.config import GQAConfig, KDAConfig, MixerConfig, MLAConfig, MoEConfig, check_positive
+from perilune.nn.config import GQAConfig, KDAConfig, MixerConfig, MLAConfig, MoBAConfig, MoEConfig, check_positive
 
-MixerKind = Literal["kda", "mla", "gqa"]
+MixerKind = Literal["kda", "mla", "gqa", "moba"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +23,7 @@ class ModelConfig:
     d_model: int
     """Width of the residual stream."""
     layers: tuple[str, ...]
-    """Token mixer of each layer: `kda`, `mla` or `gqa`; see `hybrid_layers`."""
+    """Token mixer of each layer: `kda`, `mla`, `gqa` or `moba`; see `hybrid_layers`."""
     d_ff: int
     """Hidden width of the dense feed-forward layers."""
     kda: KDAConfig | None = None
@@ -32,6 +32,14 @@ class ModelConfig:
     """Configuration of the `mla` layers."""
     gqa: GQAConfig | None = None
     """Configuration of the `gqa` layers."""
+    moba: MoBAConfig | None = None
+    """Configuration of the `moba` layers."""
+    moba_layers: Literal["all"] | tuple[int, ...] = "all"
+    """Which of the `moba` layers, counted from 0 among all layers, read blocks; the others start with full attention,
+    and with the same parameters."""
+    moba_full_last_n: int = 0
+    """This many layers at the end start with full attention whatever `moba_layers` says, as supervised fine-tuning
+    wants it."""
     moe: MoEConfig | None = None
     """Configuration of the mixture-of-experts layers. None: all layers are dense."""
     first_k_dense: int = 0
@@ -62,6 +70,7 @@ class ModelConfig:
             raise ValueError(f"first_k_dense must be in [0, {len(self.layers)}], got {self.first_k_dense}")
         if self.moe is None and self.first_k_dense:
             raise ValueError(f"first_k_dense must be 0 without moe (every layer is dense), got {self.first_k_dense}")
+        self._check_moba_layers()
 
     @property
     def num_layers(self) -> int:
@@ -79,8 +88,31 @@ class ModelConfig:
         """Whether a layer's feed-forward part is a mixture of experts."""
         return self.moe is not None and layer >= self.first_k_dense
 
+    def is_moba(self, layer: int) -> bool:
+        """Whether a layer is a `moba` one that starts by reading blocks, rather than every earlier token."""
+        if self.layers[layer] != "moba" or layer >= self.num_layers - self.moba_full_last_n:
+            return False
+        return self.moba_layers == "all" or layer in self.moba_layers
+
+    def _check_moba_layers(self) -> None:
+        if not 0 <= self.moba_full_last_n <= self.num_layers:
+            raise ValueError(f"moba_full_last_n must be in [0, {self.num_layers}], got {self.moba_full_last_n}")
+        if "moba" not in self.layers and (self.moba_layers != "all" or self.moba_full_last_n):
+            raise ValueError(
+                f'moba_layers and moba_full_last_n must be "all" and 0 without moba among layers, got '
+                f"{self.moba_layers!r} and {self.moba_full_last_n}"
+            )
+        if self.moba_layers == "all":
+            return
+        if isinstance(self.moba_layers, str):
+            raise ValueError(f'moba_layers must be "all" or a list of layers, got {self.moba_layers!r}')
+        there = [layer for layer, kind in enumerate(self.layers) if kind == "moba"]
+        for layer in self.moba_layers:
+            if layer not in there:
+                raise ValueError(f"moba_layers must name moba layers, which are {there}, got {layer}")
+
     def _configs(self) -> dict[str, MixerConfig | None]:
-        return {"kda": self.kda, "mla": self.mla, "gqa": self.gqa}
+        return {"kda": self.kda, "mla": self.mla, "gqa": self.gqa, "moba": self.moba}
 
 
 def hybrid_layers(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from perilune.models.config import ModelConfig
+from perilune.nn.config import MoBAConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,4 +95,11 @@ def flops_per_token(config: ModelConfig, context: float) -> float:
     counts = parameter_counts(config)
     looked_up = 0 if config.tie_embeddings else counts.by_part["embedding"]
     weights = counts.active - looked_up - counts.by_part.get("router_bias", 0)
-    return 2.0 * weights + sum(config.mixer(layer).mixing_flops(context) for layer in range(config.num_layers))
+    return 2.0 * weights + sum(_mixing_flops(config, layer, context) for layer in range(config.num_layers))
+
+
+def _mixing_flops(config: ModelConfig, layer: int, context: float) -> float:
+    mixer = config.mixer(layer)
+    if isinstance(mixer, MoBAConfig) and not config.is_moba(layer):
+        mixer = mixer.full
+    return mixer.mixing_flops(context)

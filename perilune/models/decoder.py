@@ -9,7 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perilune.models.config import ModelConfig
-from perilune.nn import MIXERS, MLP, CacheEntry, HybridCache, Mixer, MoE, QKClipSpec, RMSNorm, initialize
+from perilune.nn import (
+    MIXERS,
+    MLP,
+    CacheEntry,
+    HybridCache,
+    Mixer,
+    MoBAttention,
+    MoE,
+    QKClipSpec,
+    RMSNorm,
+    initialize,
+)
 from perilune.ops.layout import SequenceLayout, as_layout
 from perilune.ops.precision import autocast_dtype
 
@@ -25,6 +36,8 @@ class Block(nn.Module):
         super().__init__()
         self.mixer_norm = RMSNorm(config.d_model, config.norm_eps)
         self.mixer = MIXERS[config.layers[layer]](config.mixer(layer), config.d_model)
+        if isinstance(self.mixer, MoBAttention) and not config.is_moba(layer):
+            self.mixer.set_mode("full")
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
         moe = config.moe if config.is_moe(layer) else None
         self.ffn = MLP(config.d_model, config.d_ff) if moe is None else MoE(moe, config.d_model)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from perilune.models.config import ModelConfig, hybrid_layers
 from perilune.models.counts import parameter_counts
-from perilune.nn.config import GQAConfig, KDAConfig, MLAConfig, MoEConfig, RopeConfig
+from perilune.nn.config import GQAConfig, KDAConfig, MLAConfig, MoBAConfig, MoEConfig, RopeConfig
 
 _TINY_KIMI_LINEAR = ModelConfig(
     vocab_size=512,
@@ -20,7 +20,7 @@ _TINY_KIMI_LINEAR = ModelConfig(
     first_k_dense=1,
 )
 
-# The two peers have rotary positions, as softmax attention needs, and mixers of the mean size of the hybrid's.
+# The peers have rotary positions, as softmax attention needs, and mixers of the mean size of the hybrid's.
 _TINY_MLA = replace(
     _TINY_KIMI_LINEAR,
     layers=hybrid_layers(4, ratio=0),
@@ -33,6 +33,12 @@ _TINY_GQA = replace(
     kda=None,
     mla=None,
     gqa=GQAConfig(num_heads=5, head_dim=32),
+)
+_TINY_MOBA = replace(
+    _TINY_GQA,
+    layers=hybrid_layers(4, ratio=0, full="moba"),
+    gqa=None,
+    moba=MoBAConfig(num_heads=5, head_dim=32, moba_chunk_size=32, moba_topk=3),
 )
 
 _SMOKE = ModelConfig(
@@ -172,6 +178,7 @@ PRESETS: dict[str, ModelConfig] = {
     "tiny-kimi-linear": _TINY_KIMI_LINEAR,
     "tiny-mla": _TINY_MLA,
     "tiny-gqa": _TINY_GQA,
+    "tiny-moba": _TINY_MOBA,
     **{rung.name: _ladder_preset(rung) for rung in SCALING_LADDER},
     "kimi-linear-48b-a3b": _KIMI_LINEAR_48B,
     "moonlight-16b-a3b": _MOONLIGHT,

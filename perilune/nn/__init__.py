@@ -1,8 +1,18 @@
 """Layers with parameters, their configurations and their caches."""
 
+from perilune.nn.block_entry import BlockEntry
 from perilune.nn.cache import HybridCache
 from perilune.nn.cache_entries import CacheEntry, StateEntry, TokenEntry
-from perilune.nn.config import GQAConfig, KDAConfig, MixerConfig, MLAConfig, MoEConfig, RopeConfig
+from perilune.nn.config import (
+    AttentionMode,
+    GQAConfig,
+    KDAConfig,
+    MixerConfig,
+    MLAConfig,
+    MoBAConfig,
+    MoEConfig,
+    RopeConfig,
+)
 from perilune.nn.conv import ShortConv
 from perilune.nn.gqa import GroupedQueryAttention
 from perilune.nn.init import initialize
@@ -10,6 +20,7 @@ from perilune.nn.kda import KimiDeltaAttention
 from perilune.nn.mixers import MIXERS, Mixer
 from perilune.nn.mla import MultiHeadLatentAttention
 from perilune.nn.mlp import MLP
+from perilune.nn.moba import KeyConv, MoBAttention, zero_key_convs
 from perilune.nn.moe import MoE
 from perilune.nn.norm import RMSNorm
 from perilune.nn.qk_clip import QKClipSpec
@@ -19,6 +30,8 @@ from perilune.nn.rope import Rotary, rotate
 __all__ = [
     "MIXERS",
     "MLP",
+    "AttentionMode",
+    "BlockEntry",
     "CacheEntry",
     "DeclaresAdamW",
     "DeclaresMatrices",
@@ -27,12 +40,15 @@ __all__ = [
     "GroupedQueryAttention",
     "HybridCache",
     "KDAConfig",
+    "KeyConv",
     "KimiDeltaAttention",
     "MLAConfig",
     "MatrixLayout",
     "MatrixSplit",
     "Mixer",
     "MixerConfig",
+    "MoBAConfig",
+    "MoBAttention",
     "MoE",
     "MoEConfig",
     "MultiHeadLatentAttention",
@@ -45,4 +61,5 @@ __all__ = [
     "TokenEntry",
     "initialize",
     "rotate",
+    "zero_key_convs",
 ]

@@ -100,6 +100,25 @@ class HybridCache:
             mine.append(theirs)
         self.lengths = torch.cat([self.lengths, other.lengths])
 
+    def truncate(self, lengths: Tensor) -> None:
+        """Take the last tokens of rows back, as speculative decoding does with rejected ones.
+
+        Args:
+            lengths: `[N]` int64 on the cache's device, tokens to keep of each row, in [0, `self.lengths`].
+
+        Raises:
+            ValueError: a length is out of range, or a layer cannot go back: a recurrent state never can (take a
+                snapshot before), a key convolution only by `KEY_CONV_REWIND` tokens. No layer has been changed then.
+        """
+        self._check_lengths(lengths)
+        if torch.equal(lengths, self.lengths):
+            return
+        for entry in self.entries:
+            entry.check_truncate(lengths)
+        for entry in self.entries:
+            entry.truncate(lengths)
+        self.lengths = lengths.clone()
+
     def clone(self) -> HybridCache:
         """Return a copy that shares no memory."""
         return HybridCache([entry.clone() for entry in self.entries], self.lengths.clone())
@@ -120,6 +139,17 @@ class HybridCache:
             )
         if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.num_sequences:
             raise ValueError(f"cache: index must name rows in [0, {self.num_sequences}), got {index.tolist()}")
+
+    def _check_lengths(self, lengths: Tensor) -> None:
+        if lengths.shape != self.lengths.shape or lengths.dtype != torch.int64:
+            raise ValueError(
+                f"cache: lengths must be [{self.num_sequences}] int64, got {lengths.dtype} of shape "
+                f"{tuple(lengths.shape)}"
+            )
+        if bool(((lengths < 0) | (lengths > self.lengths)).any()):
+            raise ValueError(
+                f"cache: lengths must be in [0, tokens seen] = [0, {self.lengths.tolist()}], got {lengths.tolist()}"
+            )
 
     def _check_kinds(self, other: HybridCache) -> None:
         mine, theirs = ([entry.row_shapes for entry in cache.entries] for cache in (self, other))

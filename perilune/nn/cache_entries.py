@@ -1,7 +1,7 @@
 """What one layer keeps between forwards, for N sequences (rows): a state of fixed size, or a growing run of tokens.
 
 Every entry can select, reorder, overwrite and append rows, which is all that forking, snapshots and continuous
-batching need. A layer's forward updates its entry in place.
+batching need; entries of tokens can also take the last ones back. A layer's forward updates its entry in place.
 """
 
 from __future__ import annotations
@@ -48,6 +48,22 @@ class CacheEntry(Protocol):
 
     def append(self, other: Self) -> None:
         """Add the rows of `other` after these."""
+        ...
+
+    def check_truncate(self, lengths: Tensor) -> None:
+        """Require that `truncate(lengths)` can be done.
+
+        Raises:
+            ValueError: saying why it cannot.
+        """
+        ...
+
+    def truncate(self, lengths: Tensor) -> None:
+        """Keep the first `lengths[n]` tokens of each row, `[N]` int64, as if the others had never come.
+
+        Raises:
+            ValueError: see `check_truncate`; nothing is changed.
+        """
         ...
 
     def nbytes(self, *, allocated: bool = False) -> int:
@@ -104,6 +120,16 @@ class StateEntry:
         """Add the rows of `other` after these."""
         self._states = {name: torch.cat([state, other[name]]) for name, state in self._states.items()}
 
+    def check_truncate(self, lengths: Tensor) -> None:
+        """Refuse: what tokens did to a state cannot be undone."""
+        raise ValueError(
+            f"cache: a state ({', '.join(self._states)}) cannot go back to fewer tokens; restore a snapshot instead"
+        )
+
+    def truncate(self, lengths: Tensor) -> None:
+        """Refuse, see `check_truncate`."""
+        self.check_truncate(lengths)
+
     def nbytes(self, *, allocated: bool = False) -> int:
         """Bytes of all states; nothing is set aside beyond them."""
         return sum(state.numel() * state.element_size() for state in self._states.values())
@@ -159,7 +185,7 @@ class TokenEntry:
             tokens: for each buffer `[N, ...]`.
 
         Returns:
-            Views `[N, max_length, ...]` of the buffers; row n is valid before `lengths[n]`.
+            See `views`.
         """
         self._reserve(self.max_length + 1)
         rows = torch.arange(self.num_sequences, device=self.lengths.device)
@@ -167,7 +193,7 @@ class TokenEntry:
             buffer[rows, self.lengths] = token.detach().to(buffer.dtype)
         self.lengths = self.lengths + 1
         self.max_length += 1
-        return tuple(buffer[:, : self.max_length] for buffer in self._buffers)
+        return self.views()
 
     def extend(self, layout: SequenceLayout, *tokens: Tensor) -> None:
         """Append packed tokens of any number per row.
@@ -185,11 +211,18 @@ class TokenEntry:
             buffer[rows, columns] = token.detach().to(buffer.dtype)
         self.lengths, self.max_length = lengths, longest
 
+    def views(self) -> tuple[Tensor, ...]:
+        """Return views `[N, max_length, ...]` of the buffers; row n is valid before `lengths[n]`."""
+        return tuple(buffer[:, : self.max_length] for buffer in self._buffers)
+
     def packed(self) -> tuple[SequenceLayout, tuple[Tensor, ...]]:
         """Return the layout of all tokens held, and the packed tokens `[sum of lengths, ...]` of each buffer."""
         layout = SequenceLayout.from_lengths(self.lengths.tolist(), self.lengths.device)
-        rows, columns = layout.sequence_ids, layout.positions
-        return layout, tuple(buffer[rows, columns] for buffer in self._buffers)
+        return layout, self.gather(layout.sequence_ids, layout.positions)
+
+    def gather(self, rows: Tensor, places: Tensor) -> tuple[Tensor, ...]:
+        """Copies `[*, ...]` of the tokens at `places` of `rows`, int64 tensors that broadcast to one shape."""
+        return tuple(buffer[rows, places] for buffer in self._buffers)
 
     def select(self, index: Tensor) -> TokenEntry:
         """Return a new entry with copies of rows `index` and the same capacity."""
@@ -227,6 +260,24 @@ class TokenEntry:
             joined[self.num_sequences :, : other.max_length] = theirs[:, : other.max_length]
             new._buffers.append(joined)
         self._become(new)
+
+    def check_truncate(self, lengths: Tensor) -> None:
+        """Require `[N]` lengths in [0, present length].
+
+        Raises:
+            ValueError: they are not.
+        """
+        if lengths.shape != self.lengths.shape or bool(((lengths < 0) | (lengths > self.lengths)).any()):
+            raise ValueError(
+                f"cache: rows hold {self.lengths.tolist()} tokens and cannot be cut to {lengths.tolist()}; there must "
+                "be one length per row, in [0, what it holds]"
+            )
+
+    def truncate(self, lengths: Tensor) -> None:
+        """Forget the tokens of each row behind the first `lengths[n]`; their places stay set aside."""
+        self.check_truncate(lengths)
+        self.lengths = lengths.to(self.lengths, copy=True)
+        self.max_length = int(lengths.max()) if lengths.numel() else 0
 
     def nbytes(self, *, allocated: bool = False) -> int:
         """Bytes of the tokens held, or of the buffers."""

@@ -4,8 +4,14 @@ import math
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
+from perilune.ops.moba.options import Policy
+
 OutputGate = Literal["sigmoid", "swish", "none"]
 DecayGranularity = Literal["channel", "head"]
+AttentionMode = Literal["moba", "full"]
+
+KEY_CONV_REWIND = 16
+"""Tokens that a cache behind a key convolution can take back, which costs the raw keys of so many."""
 
 
 class MixerConfig(Protocol):
@@ -306,6 +312,97 @@ class GQAConfig:
     def mixing_flops(self, context: float) -> float:
         """Scores and weighted values."""
         return 4 * self.num_heads * self.head_dim * context
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoBAConfig:
+    """Mixture of block attention: the heads of `GQAConfig`, each query reading its own block and some past ones."""
+
+    num_heads: int
+    """H, query heads."""
+    head_dim: int
+    """Channels of a head."""
+    moba_chunk_size: int
+    """B, tokens of a block; blocks are cut from the start of each sequence."""
+    moba_topk: int
+    """k, blocks that a query reads, its own included."""
+    num_kv_heads: int | None = None
+    """Key and value heads, dividing H. None: H (multi-head attention)."""
+    use_rope: bool = True
+    """Rotate all channels of queries and keys; blocks are chosen by rotated ones."""
+    rope: RopeConfig = RopeConfig()
+    """Rotation, read if `use_rope`."""
+    moba_decode: AttentionMode = "full"
+    """What a generated token reads: `full`, every earlier key, as in the paper's evaluations, or `moba`, what it reads
+    in training, for which the cache keeps the means of blocks."""
+    moba_key_conv: Literal[0, 3, 5] = 0
+    """Taps of a convolution on keys, before their rotation: k' = k + silu(conv(k)); 0 leaves it out."""
+    moba_gate_dtype: Literal["kv", "float32"] = "kv"
+    """What means of blocks are rounded to before they are scored: the keys' dtype, or float32."""
+    moba_policy: Policy = "mean"
+    """Who chooses blocks, see `perilune.ops.moba_attention`; only `mean` goes with `moba_decode = "moba"`, and `random`
+    draws anew in every chunk of a prefill."""
+
+    def __post_init__(self) -> None:
+        _ = self.full  # checks the heads
+        check_positive(moba_chunk_size=self.moba_chunk_size, moba_topk=self.moba_topk)
+        check_choice("moba_decode", self.moba_decode, get_args(AttentionMode))
+        if self.moba_key_conv not in (0, 3, 5):
+            raise ValueError(f"moba_key_conv must be 3 or 5, or 0 for no convolution, got {self.moba_key_conv}")
+        check_choice("moba_gate_dtype", self.moba_gate_dtype, ("kv", "float32"))
+        check_choice("moba_policy", self.moba_policy, get_args(Policy))
+        if self.moba_decode == "moba" and self.moba_policy != "mean":
+            raise ValueError(f"moba_policy must be 'mean' with moba_decode = 'moba', got {self.moba_policy!r}")
+
+    @property
+    def full(self) -> GQAConfig:
+        """The same heads with full attention."""
+        return GQAConfig(
+            num_heads=self.num_heads,
+            head_dim=self.head_dim,
+            num_kv_heads=self.num_kv_heads,
+            use_rope=self.use_rope,
+            rope=self.rope,
+        )
+
+    @property
+    def kv_width(self) -> int:
+        """Hkv * D, channels of all keys."""
+        return self.full.kv_heads * self.head_dim
+
+    def num_parameters(self, d_model: int) -> int:
+        """Parameters of one layer: those of full attention and of the key convolution."""
+        return self.full.num_parameters(d_model) + self.kv_width * self.moba_key_conv
+
+    def cache_bytes(self, element_bytes: int) -> tuple[int, int]:
+        """Keys, values and, to decode with, their share of a block's mean (rounded up); per sequence the raw keys.
+
+        A block has a mean once it is complete, so that a sequence holds a little less than this, and exactly this at
+        the end of a block.
+        """
+        per_token, _ = self.full.cache_bytes(element_bytes)
+        if self.moba_decode == "moba":
+            mean_bytes = max(4, element_bytes) if self.moba_gate_dtype == "float32" else element_bytes
+            per_token += -(-self.kv_width * mean_bytes // self.moba_chunk_size)
+        if not self.moba_key_conv:
+            return per_token, 0
+        # and an int64
+        return per_token, self.kv_width * (self.moba_key_conv - 1 + KEY_CONV_REWIND) * element_bytes + 8
+
+    def mixing_flops(self, context: float) -> float:
+        """Scores and weighted values of what is read, the choice of blocks, and the key convolution.
+
+        A query reads half of its own block on average and k - 1 others; it is compared with the mean of every past
+        block, unless it reads them all.
+
+        Source: MoBA, section 2.2.
+        """
+        own = (self.moba_chunk_size + 1) / 2
+        read = min(context, (self.moba_topk - 1) * self.moba_chunk_size + own)
+        scored = (context - own) / self.moba_chunk_size if read < context else 0.0
+        products = {"mean": 1, "minmax": 2, "oracle": self.moba_chunk_size}.get(self.moba_policy, 0)
+        gate = 2 * products * self.num_heads * self.head_dim * scored
+        return self.full.mixing_flops(read) + gate + 2 * self.moba_key_conv * self.kv_width
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from perilune.nn.cache_entries import TokenEntry
 from perilune.nn.config import GQAConfig
+from perilune.nn.heads import head_projections, heads_clip_spec
 from perilune.nn.precision import apply_keeping_float32
 from perilune.nn.qk_clip import QKClipSpec
 from perilune.nn.rope import Rotary
@@ -28,11 +29,7 @@ class GroupedQueryAttention(nn.Module):
         """Create the layer for inputs of width `d_model`; `perilune.nn.initialize` gives it its values."""
         super().__init__()
         self.config = config
-        width, kv_width = config.num_heads * config.head_dim, config.kv_heads * config.head_dim
-        self.q_proj = nn.Linear(d_model, width, bias=False)
-        self.k_proj = nn.Linear(d_model, kv_width, bias=False)
-        self.v_proj = nn.Linear(d_model, kv_width, bias=False)
-        self.o_proj = nn.Linear(width, d_model, bias=False)
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = head_projections(config, d_model)
         self.register_buffer("max_logits", torch.full((config.num_heads,), -torch.inf), persistent=False)
         self.max_logits: Tensor
         self._rotary = Rotary.build(config.head_dim, config.rope) if config.use_rope else None
@@ -75,17 +72,7 @@ class GroupedQueryAttention(nn.Module):
 
     def qk_clip_spec(self) -> QKClipSpec:
         """Rows of the query and key projections."""
-        config = self.config
-        return QKClipSpec(
-            kind="mha" if config.kv_heads == config.num_heads else "gqa",
-            query=self.get_parameter("q_proj.weight"),
-            key=self.get_parameter("k_proj.weight"),
-            num_heads=config.num_heads,
-            num_kv_heads=config.kv_heads,
-            nope_dim=config.head_dim,
-            max_logits=lambda: self.max_logits,
-            reset=self.reset_max_logits,
-        )
+        return heads_clip_spec(self, self.config)
 
     def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
         """No logit has been seen."""

@@ -11,6 +11,7 @@ from perilune.nn.cache_entries import CacheEntry
 from perilune.nn.gqa import GroupedQueryAttention
 from perilune.nn.kda import KimiDeltaAttention
 from perilune.nn.mla import MultiHeadLatentAttention
+from perilune.nn.moba import MoBAttention
 from perilune.nn.qk_clip import QKClipSpec
 from perilune.ops.layout import SequenceLayout
 
@@ -35,4 +36,5 @@ MIXERS: dict[str, type[nn.Module]] = {
     "kda": KimiDeltaAttention,
     "mla": MultiHeadLatentAttention,
     "gqa": GroupedQueryAttention,
+    "moba": MoBAttention,
 }

@@ -18,7 +18,8 @@ class QKClipSpec:
     For every kind, query head h owns rows `[h * query_rows, (h + 1) * query_rows)` of `query`, in the order
     [nope | rope], and key head h owns rows `[h * key_rows, (h + 1) * key_rows)` of `key`, in the order [nope | value].
     `mha` and `gqa` have `rope_dim = value_dim = 0` (their rotary channels are head-private, so they scale like the
-    others); `mla` keeps the rotary key in `kv_a_proj`, shared by all heads, where it must not be scaled.
+    others), unless keys are not linear in `key`, as behind a key convolution: then `nope_dim` is 0, and the query takes
+    the whole factor. `mla` keeps the rotary key in `kv_a_proj`, shared by all heads, where it must not be scaled.
 
     Source: Kimi K2 (2507.20534), Algorithm 1, lines 11-17.
     """

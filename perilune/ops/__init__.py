@@ -13,7 +13,7 @@ from perilune.ops.kda.context_parallel import kda_context_parallel
 from perilune.ops.kda_decode import kda_decode
 from perilune.ops.layout import SequenceLayout, as_layout
 from perilune.ops.loss import linear_cross_entropy, linear_logprobs
-from perilune.ops.moba import MobaRouting, moba_attention, moba_route
+from perilune.ops.moba import MobaRouting, moba_attention, moba_decode, moba_route
 from perilune.ops.moe import Routing, balance_bias_update, moe_experts, route, routed_scaling_factor
 from perilune.ops.newton_schulz import newton_schulz
 from perilune.ops.norm import rms_norm, rms_norm_gated
@@ -38,6 +38,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_logprobs",
     "moba_attention",
+    "moba_decode",
     "moba_route",
     "moe_experts",
     "newton_schulz",

@@ -164,7 +164,8 @@ class _Place:
 def _locate(root: type, location: Sequence[str | int], tree: Tree) -> _Place | None:
     """Translate pydantic's location into the recipe's own keys.
 
-    pydantic puts the tag of a union's member, or the class' name, between the keys; those parts are not keys.
+    pydantic puts the tag of a union's member, or the class' name, or the type, between the keys or behind them; those
+    parts are not keys.
 
     Returns:
         The place; None if the location leads through a union's member that the recipe's `kind` does not mean.
@@ -184,12 +185,18 @@ def _locate(root: type, location: Sequence[str | int], tree: Tree) -> _Place | N
             own = selected
             continue
         following = [child for annotation in own for child in children(annotation, part)]
-        if not following and index < len(location) - 1:
+        if not following and (index < len(location) - 1 or not _holds_keys(own)):
             continue
         path.append(str(part))
         owners, own = own, following
         value = _child(value, part)
     return _Place(path=path, owners=owners, own=own, value=value)
+
+
+def _holds_keys(annotations: Sequence[Any]) -> bool:
+    """Whether a value of these types may be a table."""
+    kinds = [kind for annotation in annotations for kind in members(annotation)]
+    return any(dataclasses.is_dataclass(kind) or get_origin(kind) in (dict, Mapping) for kind in kinds)
 
 
 def _member_named(annotations: Sequence[Any], part: str | int) -> list[Any]:

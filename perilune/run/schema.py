@@ -57,7 +57,7 @@ def children(annotation: Any, key: str | int) -> tuple[Any, ...]:
             found += [known[key]] if key in known else []
         elif get_origin(kind) in (dict, Mapping):
             found.append(get_args(kind)[1])
-        elif get_origin(kind) in (list, tuple, Sequence):
+        elif get_origin(kind) in (list, tuple, Sequence) and isinstance(key, int):
             found.append(get_args(kind)[0])
     return tuple(found)
 

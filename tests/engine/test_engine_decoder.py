@@ -1,26 +1,35 @@
 """The engine on real hybrid models: what it samples is what the trainer's forward says, whatever the batching."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from perilune.engine import Engine, Request, SamplingParams
 from perilune.models import PRESETS, build_model
-from perilune.nn import GQAConfig
-from perilune.ops import SequenceLayout
+from perilune.nn import GQAConfig, MoBAConfig, moba
+from perilune.ops import SequenceLayout, moba_attention
 
 HYBRID = PRESETS["smoke"]
+# blocks so short that the tests' sequences have many
+MOBA = MoBAConfig(num_heads=2, head_dim=16, num_kv_heads=1, moba_chunk_size=4, moba_topk=3, moba_key_conv=3)
+SPARSE = replace(HYBRID, layers=("moba", "moba", "moba"), kda=None, mla=None, moba=MOBA, moba_full_last_n=1)
 CONFIGS = {
     "kda and mla": HYBRID,
     "rotary mla": replace(HYBRID, layers=("mla", "mla"), kda=None, mla=replace(HYBRID.mla, use_rope=True)),
     "gqa": replace(HYBRID, layers=("gqa", "gqa"), kda=None, mla=None, gqa=GQAConfig(num_heads=2, head_dim=16)),
+    "moba": replace(SPARSE, moba=replace(MOBA, moba_decode="moba")),
 }
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def decoder(request):
-    model = build_model(CONFIGS[request.param], seed=0)
+    return make_decoder(CONFIGS[request.param])
+
+
+def make_decoder(config):
+    model = build_model(config, seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         # Initial logits are nearly flat; a real policy prefers some tokens, which makes errors visible.
@@ -89,3 +98,26 @@ def test_generation_leaves_weights_and_gradients_alone(decoder):
     hidden.square().sum().backward()
     assert decoder.embed_tokens.weight.grad is not None
     decoder.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("decode", ["moba", "full"])
+@pytest.mark.parametrize("max_tokens_prefill", [3, 5, 8192])
+def test_sparse_generation_equals_recomputing_everything(decode, max_tokens_prefill, monkeypatch):
+    """Greedy tokens are those of a whole forward for each, in which generated tokens read what they are said to."""
+    model = make_decoder(replace(SPARSE, moba=replace(MOBA, moba_decode=decode), init_range=0.3)).eval()
+    # 26 = 5 * 5 + 1 would leave a piece of one token
+    prompts = [torch.randint(0, 500, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (26, 16, 1)]
+    params = SamplingParams(max_new_tokens=12, temperature=0.0)
+    requests = [Request(prompt_ids=prompt, params=params) for prompt in prompts]
+    completions = Engine(model, max_batch=2, max_tokens_prefill=max_tokens_prefill).generate(requests)
+    for prompt, completion in zip(prompts, completions, strict=True):
+        if decode == "full":
+            mixed = partial(moba_attention, full_from=torch.tensor([len(prompt)]))
+            monkeypatch.setattr(moba, "moba_attention", mixed)
+        tokens = list(prompt)
+        for _ in range(12):
+            with torch.no_grad():
+                logits = model(torch.tensor(tokens), SequenceLayout.from_lengths([len(tokens)]))[-1]
+            tokens.append(int(logits.argmax()))
+        assert list(completion.token_ids) == tokens[len(prompt) :]
+    assert len({completion.token_ids for completion in completions}) == 3

@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 import pytest
 
 from perilune.models import PRESETS, ModelConfig, hybrid_layers
-from perilune.nn import MIXERS
+from perilune.nn import MIXERS, GQAConfig
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,51 @@ from perilune.nn import MIXERS
 def test_impossible_models_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         replace(PRESETS["smoke"], **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"moba": None}, r"layers\[0\] is 'moba' but moba is not configured"),
+        ({"moba_full_last_n": 5}, r"moba_full_last_n must be in \[0, 4\], got 5"),
+        ({"moba_full_last_n": -1}, r"moba_full_last_n must be in \[0, 4\], got -1"),
+        ({"moba_layers": "some"}, "moba_layers must be \"all\" or a list of layers, got 'some'"),
+        ({"moba_layers": (0, 4)}, r"moba_layers must name moba layers, which are \[0, 1, 2, 3\], got 4"),
+        ({"moba_layers": (-1,)}, "must name moba layers"),
+        (
+            {"layers": ("moba", "gqa"), "gqa": GQAConfig(num_heads=1, head_dim=2), "moba_layers": (1,)},
+            r"must name moba layers, which are \[0\], got 1",
+        ),
+        (
+            {"layers": ("gqa",), "gqa": GQAConfig(num_heads=1, head_dim=2), "moba_full_last_n": 1},
+            'moba_layers and moba_full_last_n must be "all" and 0 without moba among layers',
+        ),
+    ],
+)
+def test_impossible_moba_layers_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(PRESETS["tiny-moba"], **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "layers"),
+    [
+        ({}, [0, 1, 2, 3]),
+        ({"moba_layers": (2, 0)}, [0, 2]),
+        ({"moba_layers": ()}, []),
+        ({"moba_full_last_n": 3}, [0]),
+        ({"moba_full_last_n": 4}, []),
+        ({"moba_layers": (0, 1, 3), "moba_full_last_n": 1}, [0, 1]),
+        ({"layers": hybrid_layers(4, ratio=1, full="moba"), "kda": PRESETS["smoke"].kda}, [1, 3]),
+        (
+            {"layers": hybrid_layers(4, ratio=1, full="moba"), "kda": PRESETS["smoke"].kda, "moba_full_last_n": 1},
+            [1],
+        ),
+    ],
+)
+def test_which_layers_read_blocks(change, layers):
+    config = replace(PRESETS["tiny-moba"], **change)
+    assert [layer for layer in range(4) if config.is_moba(layer)] == layers
 
 
 def test_layer_patterns():

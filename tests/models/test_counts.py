@@ -1,5 +1,7 @@
 """The released sizes, by arithmetic and by counting real tensors on the meta device."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -68,7 +70,7 @@ def test_cache_of_kimi_linear():
     assert cache_bytes(PRESETS["kimi-k2"]).per_token == 70_272
 
 
-@pytest.mark.parametrize("name", ["smoke", "tiny-kimi-linear", "tiny-mla", "tiny-gqa"])
+@pytest.mark.parametrize("name", ["smoke", "tiny-kimi-linear", "tiny-mla", "tiny-gqa", "tiny-moba"])
 def test_cache_bytes_are_what_a_cache_holds(name):
     model = build_model(PRESETS[name], seed=0)
     cache = model.new_cache(2)
@@ -78,8 +80,11 @@ def test_cache_bytes_are_what_a_cache_holds(name):
     assert cache.nbytes() == 9 * size.per_token + 2 * size.per_sequence
 
 
+TINY = ("tiny-kimi-linear", "tiny-mla", "tiny-gqa", "tiny-moba")
+
+
 def test_tiny_models_are_peers():
-    counts = {name: parameter_counts(PRESETS[name]) for name in ("tiny-kimi-linear", "tiny-mla", "tiny-gqa")}
+    counts = {name: parameter_counts(PRESETS[name]) for name in TINY}
     hybrid = counts.pop("tiny-kimi-linear")
     assert 0.8e6 < hybrid.total < 1.2e6
     for peer in counts.values():
@@ -114,6 +119,22 @@ def test_flops_are_two_per_weight_plus_mixing():
     assert kda is not None
     # eq. 13 at chunk 64 counts 127.0 thousand per head
     assert kda.mixing_flops(10.0) == pytest.approx(32 * 126_976, rel=0.03)
+
+
+def test_flops_of_moba_layers_follow_their_modes():
+    config = PRESETS["tiny-moba"]
+    assert config.moba is not None
+    sparse, full = config.moba.mixing_flops(1000), config.moba.full.mixing_flops(1000)
+    assert sparse < full / 8
+    weights = flops_per_token(config, 0)
+    for change, layers in (
+        ({}, 4),
+        ({"moba_full_last_n": 1}, 3),
+        ({"moba_layers": (0, 3)}, 2),
+        ({"moba_layers": ()}, 0),
+    ):
+        expected = weights + layers * sparse + (4 - layers) * full
+        assert flops_per_token(replace(config, **change), 1000) == pytest.approx(expected)
 
 
 def test_routed_scales_are_those_of_the_estimate():

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from perilune.models import PRESETS, Decoder, build_model, hybrid_layers
-from perilune.nn import GQAConfig, HybridCache
+from perilune.nn import GQAConfig, HybridCache, MoBAConfig
 from perilune.ops.layout import SequenceLayout
 
 MIXED = replace(
@@ -17,7 +17,17 @@ MIXED = replace(
     tie_embeddings=False,
     init_range=0.2,
 )
-CONFIGS = {"mixed": MIXED, "dense": replace(MIXED, moe=None, first_k_dense=0), "smoke": PRESETS["smoke"]}
+# blocks so short that the tests' sequences have many
+MOBA = MoBAConfig(
+    num_heads=2, head_dim=8, num_kv_heads=1, moba_chunk_size=3, moba_topk=2, moba_decode="moba", moba_key_conv=3
+)
+SPARSE = replace(MIXED, layers=("moba", "kda", "moba"), moba=MOBA, moba_full_last_n=1)
+CONFIGS = {
+    "sparse": SPARSE,
+    "mixed": MIXED,
+    "dense": replace(MIXED, moe=None, first_k_dense=0),
+    "smoke": PRESETS["smoke"],
+}
 
 every_model = pytest.mark.parametrize("name", CONFIGS)
 

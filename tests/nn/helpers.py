@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor, nn
 
-from perilune.nn import MIXERS, GQAConfig, KDAConfig, MLAConfig, RopeConfig, initialize
+from perilune.nn import MIXERS, GQAConfig, KDAConfig, MLAConfig, MoBAConfig, RopeConfig, initialize
 from perilune.ops.layout import SequenceLayout
 
 D_MODEL = 12
 KDA = {"num_heads": 2, "head_dim": 6, "chunk_size": 16}
 MLA = {"num_heads": 3, "kv_rank": 8, "nope_dim": 6, "rope_dim": 4, "value_dim": 5}
 GQA = {"num_heads": 4, "head_dim": 6}
+MOBA = {**GQA, "moba_chunk_size": 4, "moba_topk": 2, "moba_decode": "moba"}
 YARN = RopeConfig(theta=100.0, factor=4.0, original_max_positions=32, beta_fast=4.0, mscale_all_dim=1.0)
 
 CONFIGS = {
@@ -35,6 +36,14 @@ CONFIGS = {
     "gqa": GQAConfig(**GQA, num_kv_heads=2),
     "gqa-mha": GQAConfig(**GQA),
     "gqa-mqa-nope": GQAConfig(**GQA, num_kv_heads=1, use_rope=False),
+    "moba": MoBAConfig(**MOBA, num_kv_heads=2),
+    "moba-mha": MoBAConfig(**{**MOBA, "moba_topk": 3}),
+    "moba-block-alone": MoBAConfig(**{**MOBA, "moba_topk": 1}, num_kv_heads=1, use_rope=False),
+    "moba-key-conv": MoBAConfig(**MOBA, num_kv_heads=2, moba_key_conv=3),
+    "moba-wide-key-conv": MoBAConfig(**MOBA, moba_key_conv=5, use_rope=False),
+    "moba-float32-gate": MoBAConfig(**MOBA, moba_gate_dtype="float32"),
+    # sequences of these tests are too short to be told from full attention, which is what it generates with
+    "moba-decode-full": MoBAConfig(**{**MOBA, "moba_chunk_size": 16, "moba_decode": "full"}, num_kv_heads=2),
 }
 """One configuration per switch; the name starts with the mixer's kind."""
 

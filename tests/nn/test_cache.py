@@ -116,6 +116,36 @@ def test_append_joins_rows():
     assert cache.entries[0]["memory"][:, 0].tolist() == [0, 1, 0]
 
 
+def test_truncation_takes_the_last_tokens_back():
+    entry = token_entry((2, 70, 3))
+    expected = rows_of(entry)
+    entry.truncate(torch.tensor([2, 5, 0]))
+    assert rows_of(entry) == [expected[0], expected[1][:5], []]
+    assert entry.max_length == 5
+    value = torch.full((3, 1), 7.0)
+    values, _ = entry.push(value, -value[:, None].expand(3, 2, 1))
+    assert values.shape == (3, 6, 1)
+    assert rows_of(entry) == [[*expected[0], 7], [*expected[1][:5], 7], [7]]
+
+
+def test_truncation_keeps_layers_and_lengths_together():
+    cache = HybridCache([token_entry((2, 5)), token_entry((2, 5))], torch.tensor([2, 5]))
+    lengths = torch.tensor([1, 4])
+    cache.truncate(lengths)
+    lengths.zero_()
+    assert cache.lengths.tolist() == [1, 4]
+    assert [entry.lengths.tolist() for entry in cache.entries] == [[1, 4], [1, 4]]
+
+
+def test_a_recurrent_state_cannot_go_back_and_no_layer_does():
+    cache = HybridCache([token_entry((2, 5)), *make_cache((2, 5)).entries], torch.tensor([2, 5]))
+    cache.truncate(torch.tensor([2, 5]))
+    with pytest.raises(ValueError, match=r"a state \(memory\) cannot go back to fewer tokens; restore a snapshot"):
+        cache.truncate(torch.tensor([2, 4]))
+    assert [cache.entries[i].lengths.tolist() for i in (0, 2)] == [[2, 5], [2, 5]]
+    assert cache.lengths.tolist() == [2, 5]
+
+
 def test_clone_shares_no_memory():
     cache = make_cache((2, 5))
     copy = cache.clone()
@@ -143,6 +173,11 @@ def test_bytes_are_of_tokens_held():
         (lambda c: c.restore(0, make_cache((1, 1))), "a snapshot has one row, got 2"),
         (lambda c: c.append(HybridCache(c.entries[:1], c.lengths)), "must come from one model"),
         (lambda c: HybridCache(c.entries, torch.zeros(3)), "entry 0 has 2 rows, lengths has 3"),
+        (lambda c: c.truncate(torch.tensor([2])), r"lengths must be \[2\] int64, got torch.int64 of shape \(1,\)"),
+        (lambda c: c.truncate(torch.tensor([2.0, 5.0])), r"lengths must be \[2\] int64, got torch.float32"),
+        (lambda c: c.truncate(torch.tensor([2, 6])), r"lengths must be in \[0, tokens seen\]"),
+        (lambda c: c.truncate(torch.tensor([-1, 5])), r"lengths must be in \[0, tokens seen\]"),
+        (lambda c: c.entries[1].truncate(torch.tensor([3, 5])), r"rows hold \[2, 5\] tokens and cannot be cut to"),
     ],
 )
 def test_wrong_use_is_refused_and_changes_nothing(call, message):

@@ -4,11 +4,13 @@ from dataclasses import fields
 
 import pytest
 
-from perilune.nn import GQAConfig, KDAConfig, MLAConfig, MoEConfig, RopeConfig
+from perilune.nn import GQAConfig, KDAConfig, MLAConfig, MoBAConfig, MoEConfig, RopeConfig
+from perilune.nn.config import KEY_CONV_REWIND
 
 KDA = {"num_heads": 4, "head_dim": 8}
 MLA = {"num_heads": 4, "kv_rank": 8, "nope_dim": 8, "rope_dim": 4, "value_dim": 8}
 GQA = {"num_heads": 4, "head_dim": 8}
+MOBA = {**GQA, "moba_chunk_size": 16, "moba_topk": 3}
 MOE = {"num_experts": 8, "top_k": 2, "d_expert": 4}
 
 
@@ -35,6 +37,16 @@ MOE = {"num_experts": 8, "top_k": 2, "d_expert": 4}
         (MLAConfig, MLA, {"kv_norm_eps": -1e-6}, "kv_norm_eps must be > 0"),
         (GQAConfig, GQA, {"num_kv_heads": 3}, "num_kv_heads must divide num_heads=4"),
         (GQAConfig, GQA, {"head_dim": 7}, "head_dim must be even with use_rope"),
+        (MoBAConfig, MOBA, {"num_heads": 0}, "num_heads must be > 0"),
+        (MoBAConfig, MOBA, {"num_kv_heads": 3}, "num_kv_heads must divide num_heads=4"),
+        (MoBAConfig, MOBA, {"head_dim": 7}, "head_dim must be even with use_rope"),
+        (MoBAConfig, MOBA, {"moba_chunk_size": 0}, "moba_chunk_size must be > 0"),
+        (MoBAConfig, MOBA, {"moba_topk": 0}, "moba_topk must be > 0"),
+        (MoBAConfig, MOBA, {"moba_decode": "sparse"}, "moba_decode must be one of"),
+        (MoBAConfig, MOBA, {"moba_key_conv": 4}, "moba_key_conv must be 3 or 5, or 0"),
+        (MoBAConfig, MOBA, {"moba_gate_dtype": "bfloat16"}, "moba_gate_dtype must be one of"),
+        (MoBAConfig, MOBA, {"moba_policy": "best"}, "moba_policy must be one of"),
+        (MoBAConfig, MOBA, {"moba_decode": "moba", "moba_policy": "recent"}, "moba_policy must be 'mean' with"),
         (MoEConfig, MOE, {"top_k": 9}, r"top_k must be in \[1, num_experts=8\]"),
         (MoEConfig, MOE, {"top_k": 0}, r"top_k must be in \[1, num_experts=8\]"),
         (MoEConfig, MOE, {"num_groups": 3}, "num_groups must divide num_experts=8"),
@@ -55,7 +67,40 @@ def test_impossible_values_are_refused(cls, base, change, message):
         cls(**{**base, **change})
 
 
-@pytest.mark.parametrize("cls", [KDAConfig, MLAConfig, GQAConfig, MoEConfig, RopeConfig])
+@pytest.mark.parametrize("cls", [KDAConfig, MLAConfig, GQAConfig, MoBAConfig, MoEConfig, RopeConfig])
 def test_annotations_are_real_types(cls):
     """Recipe validators read them; postponed annotations would be strings."""
     assert not any(isinstance(field.type, str) for field in fields(cls))
+
+
+def test_flops_of_moba_are_of_what_is_read_and_compared():
+    config, full = MoBAConfig(**MOBA), GQAConfig(**GQA)
+    for context in (0, 1, 16, 40.5):
+        assert config.mixing_flops(context) == full.mixing_flops(context)
+    # half of the own block and two others; 60 blocks before one's own, each a product of 8 channels for 4 heads
+    read, scored = 2 * 16 + 8.5, 60
+    assert config.mixing_flops(60 * 16 + 8.5) == full.mixing_flops(read) + 2 * 8 * 4 * scored
+    assert MoBAConfig(**MOBA, moba_policy="recent").mixing_flops(1000) == full.mixing_flops(read)
+    bound = MoBAConfig(**MOBA, moba_policy="minmax")
+    assert bound.mixing_flops(60 * 16 + 8.5) == full.mixing_flops(read) + 2 * 2 * 8 * 4 * scored
+    conv = MoBAConfig(**MOBA, num_kv_heads=2, moba_key_conv=3)
+    assert conv.mixing_flops(1000) == config.mixing_flops(1000) + 2 * 3 * 16
+
+
+def test_flops_of_moba_are_the_mean_over_a_block():
+    """What a block of queries far behind the start reads on average, counted one by one."""
+    config = MoBAConfig(**MOBA)
+    positions = range(160, 176)
+    read = sum(2 * 16 + position % 16 + 1 for position in positions) / 16
+    scored = sum(position // 16 for position in positions) / 16
+    context = sum(position + 1 for position in positions) / 16
+    assert config.mixing_flops(context) == 4 * 4 * 8 * read + 2 * 4 * 8 * scored
+
+
+@pytest.mark.parametrize(("gate", "element_bytes", "mean_bytes"), [("kv", 2, 2), ("float32", 2, 4), ("float32", 8, 8)])
+def test_moba_counts_means_and_raw_keys_among_cache_bytes(gate, element_bytes, mean_bytes):
+    config = MoBAConfig(**MOBA, num_kv_heads=2, moba_decode="moba", moba_gate_dtype=gate, moba_key_conv=5)
+    per_token, per_sequence = config.cache_bytes(element_bytes)
+    assert per_token == 2 * 16 * element_bytes + 16 * mean_bytes // 16
+    assert per_sequence == 16 * (4 + KEY_CONV_REWIND) * element_bytes + 8
+    assert MoBAConfig(**MOBA).cache_bytes(2) == GQAConfig(**GQA).cache_bytes(2)

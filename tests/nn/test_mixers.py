@@ -173,11 +173,11 @@ def test_half_precision_keeps_named_tensors_in_float32(name):
 def test_counted_parameters_and_cache_bytes_are_real(name):
     mixer, config = make_mixer(name, torch.float32), CONFIGS[name]
     assert config.num_parameters(D_MODEL) == sum(p.numel() for p in mixer.parameters())
-    x, layout = packed_input((4, 0, 3), dtype=torch.float32)
+    x, layout = packed_input((8, 0, 4), dtype=torch.float32)
     cache = mixer.new_cache(3, "cpu", torch.float32)
     mixer(x, layout, cache)
     per_token, per_sequence = config.cache_bytes(4)
-    assert cache.nbytes() == 7 * per_token + 3 * per_sequence
+    assert cache.nbytes() == 12 * per_token + 3 * per_sequence
     assert cache.nbytes(allocated=True) >= cache.nbytes()
 
 

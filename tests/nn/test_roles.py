@@ -67,7 +67,19 @@ def scale_rows(spec: QKClipSpec, gamma: torch.Tensor, alpha: float) -> None:
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5, 1.0])
-@pytest.mark.parametrize("name", ["mla", "mla-rope", "mla-yarn", "mla-low-rank-query", "mla-no-shared-key", "gqa-mha"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mla",
+        "mla-rope",
+        "mla-yarn",
+        "mla-low-rank-query",
+        "mla-no-shared-key",
+        "gqa-mha",
+        "moba-mha",
+        "moba-wide-key-conv",
+    ],
+)
 def test_scaling_the_addressed_rows_brings_the_maximum_to_tau(name, alpha):
     mixer = make_mixer(name)
     spec = mixer.qk_clip_spec()

@@ -14,17 +14,24 @@ from torch import Tensor
 
 from perilune.errors import BackendError
 from perilune.ops.attention import varlen_attention
+from perilune.ops.backends import HALF_TYPES, note_slower, triton_obstacle
 from perilune.ops.layout import SequenceLayout, as_layout
 from perilune.ops.moba.blockwise import moba_blockwise
+from perilune.ops.moba.decode import moba_decode
 from perilune.ops.moba.options import POLICIES, MobaOptions, Policy
 from perilune.ops.moba.reference import MobaResult, moba_reference, route_reference
 from perilune.ops.moba.routing import MobaRouting, route
 from perilune.ops.precision import follow_autocast
 
-__all__ = ["MobaRouting", "moba_attention", "moba_route"]
+__all__ = ["MobaRouting", "moba_attention", "moba_decode", "moba_route"]
 
 Backend = Literal["auto", "dense", "blockwise", "triton"]
 Lengths = Tensor | SequenceLayout
+
+WIDEST = 256
+"""Most channels of a head that the kernels take."""
+SMALLEST_BLOCK = 1
+"""Fewest tokens of a block that they take: products of matrix units have at least as many columns."""
 
 
 @overload
@@ -136,7 +143,7 @@ def moba_attention(
     _check_values(k, v)
     if backend not in ("auto", "dense", "blockwise", "triton"):
         raise ValueError(f"moba_attention: backend must be 'auto', 'dense', 'blockwise' or 'triton', got {backend!r}")
-    chosen = backend if backend != "auto" else _default(q, v)
+    chosen = backend if backend != "auto" else _default(q, v, block_size)
     if backend == "auto" and options.is_dense and not (return_lse or return_routing or options.full_from):
         full, top = varlen_attention(
             q, k, v, options.layout_q, options.layout_k, scale=options.scale, return_max_logits=return_max_logits
@@ -198,12 +205,34 @@ def moba_route(
     """
     q, k = follow_autocast(q, k)
     options = _options(q, k, block_size, topk, cu_seqlens_q, cu_seqlens_k, scale, full_from)
-    return _route(q, k, options, policy, seed, float32_means, _default(q, k) if backend == "auto" else backend)
+    return _route(
+        q, k, options, policy, seed, float32_means, _default(q, k, block_size) if backend == "auto" else backend
+    )
 
 
-def _default(q: Tensor, v: Tensor) -> Backend:
-    """What `auto` is where routing matters."""
-    return "blockwise"
+def _default(q: Tensor, v: Tensor, block_size: int) -> Backend:
+    """What `auto` is where routing matters; a GPU whose half types fall to torch is told why, once."""
+    if not q.is_cuda or q.dtype not in HALF_TYPES:
+        return "blockwise"
+    obstacle = _triton_obstacle(q, v, block_size)
+    if obstacle is not None:
+        note_slower("moba_attention", "blockwise", f"'triton' {obstacle}")
+    return "triton" if obstacle is None else "blockwise"
+
+
+def _triton_obstacle(q: Tensor, v: Tensor, block_size: int) -> str | None:
+    """Say why the kernels cannot take a call, as the end of "backend 'triton' ..."; None if they can."""
+    if max(q.shape[2], v.shape[2]) > WIDEST:
+        return f"takes heads of up to {WIDEST} channels, got D={q.shape[2]} and Dv={v.shape[2]}"
+    if block_size < SMALLEST_BLOCK:
+        return f"takes blocks of at least {SMALLEST_BLOCK} tokens, got block_size={block_size}"
+    return triton_obstacle(q)
+
+
+def _check_triton(q: Tensor, v: Tensor, block_size: int) -> None:
+    obstacle = _triton_obstacle(q, v, block_size)
+    if obstacle is not None:
+        raise BackendError(f"moba_attention: backend 'triton' {obstacle}; use 'blockwise'")
 
 
 def _route(
@@ -213,6 +242,11 @@ def _route(
         raise ValueError(f"moba_attention: policy must be one of {', '.join(map(repr, POLICIES))}, got {policy!r}")
     if backend == "dense" and policy == "mean":
         return route_reference(q, k, options, float32_means)
+    if backend == "triton" and policy == "mean":
+        _check_triton(q, k, options.block_size)
+        from perilune.ops.moba.triton import route_triton
+
+        return route_triton(q, k, options, float32_means)
     with torch.autocast(q.device.type, enabled=False):
         return route(q, k, options, policy=policy, seed=seed, float32_means=float32_means)
 
@@ -222,7 +256,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, routing: MobaRouting, backend: Back
         case "dense":
             return moba_reference(q, k, v, routing)
         case "triton":
-            raise BackendError("moba_attention: backend 'triton' is missing")
+            _check_triton(q, v, routing.options.block_size)
+            from perilune.ops.moba.triton import moba_triton
+
+            return moba_triton(q, k, v, routing, with_max)
         case _:
             return moba_blockwise(q, k, v, routing)
 

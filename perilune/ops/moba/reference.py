@@ -48,12 +48,16 @@ def route_reference(q: Tensor, k: Tensor, options: MobaOptions, float32_means: b
             continue
         for h in range(q.shape[1]):
             candidates = means[firsts[n] : firsts[n] + position // options.block_size, h // group]
-            scores = (candidates * q[t, h].detach().to(wide)).sum(-1).tolist()
-            lowest = torch.finfo(wide).min
-            scores = [lowest if math.isnan(score) else max(score, lowest) for score in scores]
-            order = sorted(range(len(scores)), key=lambda j: (-scores[j], j))
-            past[t, h] = torch.tensor(sorted(order[: options.topk - 1]), dtype=torch.int32)
+            best = best_blocks((candidates * q[t, h].detach().to(wide)).sum(-1), options.topk - 1)
+            past[t, h] = torch.tensor(best, dtype=torch.int32)
     return MobaRouting(options, past.to(q.device))
+
+
+def best_blocks(scores: Tensor, count: int) -> list[int]:
+    """The `count` largest of scores `[n]`, or all of them, ascending; of equal ones the first, NaN as the lowest."""
+    lowest = torch.finfo(scores.dtype).min
+    values = [lowest if math.isnan(score) else max(score, lowest) for score in scores.tolist()]
+    return sorted(sorted(range(len(values)), key=lambda j: (-values[j], j))[:count])
 
 
 def moba_reference(q: Tensor, k: Tensor, v: Tensor, routing: MobaRouting) -> MobaResult:

@@ -60,8 +60,6 @@ class MobaRouting:
 def block_means(k: Tensor, options: MobaOptions, dtype: torch.dtype) -> Tensor:
     """Mean key of every complete block, zeros for a sequence's last partial one.
 
-    kbar_j = mean of k_u over the tokens u of block j, summed in float32 (float64 for float64 keys), rounded once.
-
     Args:
         k: `[Tk, Hkv, D]`.
         options: how Tk is cut.
@@ -69,18 +67,31 @@ def block_means(k: Tensor, options: MobaOptions, dtype: torch.dtype) -> Tensor:
 
     Returns:
         `[sum of n, Hkv, D]` in `dtype`, the blocks of one sequence after those of another.
-
-    Source: MoBA, eq. 6.
     """
-    wide = torch.promote_types(k.dtype, torch.float32)
     size = options.block_size
     means = k.new_zeros(sum(options.block_counts()), *k.shape[1:], dtype=dtype)
     firsts = accumulate(options.block_counts(), initial=0)
     for first, start, length in zip(firsts, options.layout_k.starts, options.layout_k.lengths, strict=False):
         complete = length // size
         blocks = k[start : start + complete * size].unflatten(0, (complete, size))
-        means[first : first + complete] = (blocks.sum(1, dtype=wide) / size).to(dtype)
+        means[first : first + complete] = mean_keys(blocks, dtype)
     return means
+
+
+def mean_keys(blocks: Tensor, dtype: torch.dtype) -> Tensor:
+    """kbar_j = mean of k_u over the tokens u of block j, summed in float32 (float64 for float64 keys), rounded once.
+
+    Args:
+        blocks: `[n, B, Hkv, D]`, the keys of complete blocks.
+        dtype: what means are rounded to.
+
+    Returns:
+        `[n, Hkv, D]` in `dtype`.
+
+    Source: MoBA, eq. 6.
+    """
+    wide = torch.promote_types(blocks.dtype, torch.float32)
+    return (blocks.sum(1, dtype=wide) / blocks.shape[1]).to(dtype)
 
 
 @torch.no_grad()
