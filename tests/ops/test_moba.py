@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from perilune.errors import BackendError
 from perilune.ops import SequenceLayout, moba_attention, moba_route, varlen_attention
 from perilune.ops.moba import blockwise, routing
 from perilune.ops.moba.options import POLICIES
@@ -292,3 +297,30 @@ def test_the_oracle_refuses_what_it_cannot_hold():
     q = torch.zeros(20000, 1, 1)
     with pytest.raises(ValueError, match="use 'blockwise'"):
         moba_attention(q, q, q, block_size=20000, topk=1, backend="dense")
+
+
+@pytest.mark.parametrize("section", ["shapes", "slices", "choices", "repetition"])
+def test_the_triton_kernels_equal_the_oracle_in_their_interpreter(section):
+    pytest.importorskip("triton", reason="triton is not installed")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.ops.moba_triton_cases", section],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.stdout == "equal\n", done.stderr[-3000:]
+
+
+def test_tensors_that_the_kernels_do_not_take_are_refused_with_the_reason(monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    q = torch.zeros(4, 1, 8)
+    with pytest.raises(BackendError, match="needs tensors on a GPU, got cpu"):
+        moba_attention(q, q, q, block_size=2, topk=1, backend="triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(BackendError, match=r"takes float32, bfloat16 and float16, got torch\.float64; use 'blockwise'"):
+        moba_attention(*(q.double() for _ in range(3)), block_size=2, topk=1, backend="triton")
+    wide = torch.zeros(4, 1, 300)
+    with pytest.raises(BackendError, match="heads of up to 256 channels, got D=300"):
+        moba_attention(wide, wide, wide, block_size=2, topk=1, backend="triton")

@@ -30,8 +30,6 @@ Lengths = Tensor | SequenceLayout
 
 WIDEST = 256
 """Most channels of a head that the kernels take."""
-SMALLEST_BLOCK = 1
-"""Fewest tokens of a block that they take: products of matrix units have at least as many columns."""
 
 
 @overload
@@ -46,6 +44,7 @@ def moba_attention(
     cu_seqlens_k: Lengths | None = None,
     scale: float | None = None,
     policy: Policy = "mean",
+    float32_means: bool = False,
     full_from: Tensor | None = None,
     routing: MobaRouting | None = None,
     return_lse: Literal[False] = False,
@@ -67,6 +66,7 @@ def moba_attention(
     cu_seqlens_k: Lengths | None = None,
     scale: float | None = None,
     policy: Policy = "mean",
+    float32_means: bool = False,
     full_from: Tensor | None = None,
     routing: MobaRouting | None = None,
     return_lse: bool = False,
@@ -87,6 +87,7 @@ def moba_attention(
     cu_seqlens_k: Lengths | None = None,
     scale: float | None = None,
     policy: Policy = "mean",
+    float32_means: bool = False,
     full_from: Tensor | None = None,
     routing: MobaRouting | None = None,
     return_lse: bool = False,
@@ -118,6 +119,7 @@ def moba_attention(
         scale: factor of the logits; None means D ** -0.5. Block scores have none.
         policy: who chooses: `mean` (MoBA), `minmax` (Quest's bound), `recent`, `sink_recent`, `random` (of a fixed
             seed), or `oracle` (the blocks that full attention weighs most; quadratic).
+        float32_means: score against block means in float32 instead of rounding them to k's dtype.
         full_from: `[N]` int32 or int64, the position from which on queries read every earlier key: training then
             sees what a model does that reads its prompt sparsely and generates with full attention.
         routing: blocks that `moba_route` has chosen for the same lengths, block size and topk, instead of `policy`.
@@ -143,14 +145,14 @@ def moba_attention(
     _check_values(k, v)
     if backend not in ("auto", "dense", "blockwise", "triton"):
         raise ValueError(f"moba_attention: backend must be 'auto', 'dense', 'blockwise' or 'triton', got {backend!r}")
-    chosen = backend if backend != "auto" else _default(q, v, block_size)
+    chosen = backend if backend != "auto" else _default(q, v)
     if backend == "auto" and options.is_dense and not (return_lse or return_routing or options.full_from):
         full, top = varlen_attention(
             q, k, v, options.layout_q, options.layout_k, scale=options.scale, return_max_logits=return_max_logits
         )
         return (full, top) if top is not None else full
     if routing is None:
-        routing = _route(q, k, options, policy, 0, False, chosen)
+        routing = _route(q, k, options, policy, 0, float32_means, chosen)
     elif not routing.matches(options, q.shape[1]):
         raise ValueError(
             "moba_attention: routing was made for other lengths, heads, block_size, topk, scale or full_from; call "
@@ -191,7 +193,7 @@ def moba_route(
         policy: see there.
         full_from: see there.
         seed: of `policy="random"`.
-        float32_means: score against block means in float32 instead of rounding them to k's dtype.
+        float32_means: see there.
         backend: `dense` scores row by row, `triton` in one kernel (of `policy="mean"`, else as `blockwise`).
 
     Returns:
@@ -205,32 +207,28 @@ def moba_route(
     """
     q, k = follow_autocast(q, k)
     options = _options(q, k, block_size, topk, cu_seqlens_q, cu_seqlens_k, scale, full_from)
-    return _route(
-        q, k, options, policy, seed, float32_means, _default(q, k, block_size) if backend == "auto" else backend
-    )
+    return _route(q, k, options, policy, seed, float32_means, _default(q, k) if backend == "auto" else backend)
 
 
-def _default(q: Tensor, v: Tensor, block_size: int) -> Backend:
+def _default(q: Tensor, v: Tensor) -> Backend:
     """What `auto` is where routing matters; a GPU whose half types fall to torch is told why, once."""
     if not q.is_cuda or q.dtype not in HALF_TYPES:
         return "blockwise"
-    obstacle = _triton_obstacle(q, v, block_size)
+    obstacle = _triton_obstacle(q, v)
     if obstacle is not None:
         note_slower("moba_attention", "blockwise", f"'triton' {obstacle}")
     return "triton" if obstacle is None else "blockwise"
 
 
-def _triton_obstacle(q: Tensor, v: Tensor, block_size: int) -> str | None:
+def _triton_obstacle(q: Tensor, v: Tensor) -> str | None:
     """Say why the kernels cannot take a call, as the end of "backend 'triton' ..."; None if they can."""
     if max(q.shape[2], v.shape[2]) > WIDEST:
         return f"takes heads of up to {WIDEST} channels, got D={q.shape[2]} and Dv={v.shape[2]}"
-    if block_size < SMALLEST_BLOCK:
-        return f"takes blocks of at least {SMALLEST_BLOCK} tokens, got block_size={block_size}"
     return triton_obstacle(q)
 
 
-def _check_triton(q: Tensor, v: Tensor, block_size: int) -> None:
-    obstacle = _triton_obstacle(q, v, block_size)
+def _check_triton(q: Tensor, v: Tensor) -> None:
+    obstacle = _triton_obstacle(q, v)
     if obstacle is not None:
         raise BackendError(f"moba_attention: backend 'triton' {obstacle}; use 'blockwise'")
 
@@ -243,7 +241,7 @@ def _route(
     if backend == "dense" and policy == "mean":
         return route_reference(q, k, options, float32_means)
     if backend == "triton" and policy == "mean":
-        _check_triton(q, k, options.block_size)
+        _check_triton(q, k)
         from perilune.ops.moba.triton import route_triton
 
         return route_triton(q, k, options, float32_means)
@@ -256,7 +254,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, routing: MobaRouting, backend: Back
         case "dense":
             return moba_reference(q, k, v, routing)
         case "triton":
-            _check_triton(q, v, routing.options.block_size)
+            _check_triton(q, v)
             from perilune.ops.moba.triton import moba_triton
 
             return moba_triton(q, k, v, routing, with_max)

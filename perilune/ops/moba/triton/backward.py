@@ -1,8 +1,9 @@
-"""Kernels 6 to 10: gradients over the same parts, with the merged logarithm of each query's denominator.
+"""Kernels 8 to 12: gradients over the same parts, with the merged logarithm of each query's denominator.
 
-With P the probabilities over all that a query reads and `drift = do . o`: `dS = P (do V^T - drift)`, `dQ = scale dS K`,
-`dK = scale dS^T Q`, `dV = P^T do`. Shares of dQ, one of each choice, are written in 16 bits and summed in the order of a
-query's blocks; dK and dV of a tile of keys are summed by one program over its whole list, in order.
+With P the probabilities over all that a query reads and `drift = do . o`: `dS = P (do V^T - drift)`,
+`dQ = scale dS K`, `dK = scale dS^T Q`, `dV = P^T do`. Shares of dQ, one of each choice, are written in 16 bits and
+summed in the order of a query's blocks; dK and dV of a tile of keys are summed by one program over its whole list, in
+order.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false, reportCallIssue=false
@@ -14,7 +15,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from perilune.ops.moba.triton.forward import LN2, item_place
+from perilune.ops.moba.triton.forward import LN2, item_place, tile_place
 
 
 @triton.jit
@@ -31,23 +32,23 @@ def multiply_rows(o_ptr, do_ptr, drift_ptr, total_rows, DV: tl.constexpr, BDV: t
 
 @triton.jit
 def score_gradient(q, k, v, do, level, drift, scale, is_read) -> Any:
-    """Probabilities P and `P (do V^T - drift)`, `[rows, keys]`; `level` is the logarithm of the denominators, base 2."""
+    """Gradient of scores `P (do V^T - drift)`, `[rows, keys]`; `level` is the denominators' base-2 logarithm."""
     logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     p = tl.where(is_read, tl.exp2(logits - level[:, None]), 0.0)
     dp = tl.dot(do, tl.trans(v), input_precision="ieee")
-    return p, p * (dp - drift[:, None])
+    return p * (dp - drift[:, None])
 
 
 @triton.jit
 def query_gradient_of_choices(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, drift_ptr, part_ptr, list_ptr, items_ptr, offsets_ptr, info_ptr, blocks_ptr,
-    first_row, num_blocks, scale, factor,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, drift_ptr, part_ptr, list_ptr, items_ptr, begins_ptr, ends_ptr,
+    info_ptr, blocks_ptr, first_choice, num_blocks, scale, factor,
     HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     B: tl.constexpr, COUNT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ) -> None:  # fmt: skip
     """What BM queries of a block's list have in dQ from that block."""
     segment, head, number, begin, end, first_key = item_place(
-        items_ptr, offsets_ptr, info_ptr, blocks_ptr, num_blocks, tl.program_id(0), B
+        items_ptr, begins_ptr, ends_ptr, info_ptr, blocks_ptr, num_blocks, tl.program_id(0), B
     )
     if segment >= 0:
         rows, columns = tl.arange(0, BM), tl.arange(0, BN)
@@ -55,7 +56,8 @@ def query_gradient_of_choices(
         start = begin + number * BM
         in_list = start + rows < end
         choice = tl.load(list_ptr + start + rows, mask=in_list, other=0)
-        row = (first_row + choice // COUNT).to(tl.int64)
+        row = (choice // COUNT).to(tl.int64)
+        choice -= first_choice
         q_mask = in_list[:, None] & (channels < D)[None, :]
         q = tl.load(q_ptr + row[:, None] * D + channels[None, :], mask=q_mask, other=0.0)
         v_mask = in_list[:, None] & (values < DV)[None, :]
@@ -69,7 +71,7 @@ def query_gradient_of_choices(
             in_block = columns < B - key
             k = tl.load(k_tile + key * (HKV * D), in_block[:, None] & (channels < D)[None, :], 0.0)
             v = tl.load(v_tile + key * (HKV * DV), in_block[:, None] & (values < DV)[None, :], 0.0)
-            _, ds = score_gradient(q, k, v, do, level, drift, scale, in_block[None, :])
+            ds = score_gradient(q, k, v, do, level, drift, scale, in_block[None, :])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
         place = part_ptr + choice.to(tl.int64)[:, None] * D + channels[None, :]
         tl.store(place, (dq * factor).to(part_ptr.dtype.element_ty), mask=q_mask)
@@ -78,35 +80,23 @@ def query_gradient_of_choices(
 @triton.jit
 def query_gradient_of_own(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, drift_ptr, dq_ptr, part_ptr, info_ptr, tiles_ptr,
-    first_tile, first_row, scale, factor,
+    first_tile, first_choice, scale, factor,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     B: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:  # fmt: skip
-    """dQ of BM queries of one head: of their own block, or of every earlier key, and the shares of their choices."""
-    number = tl.num_programs(0) - 1 - tl.program_id(0)
-    tile = tiles_ptr + (first_tile + number // (TILE // BM)) * 2
+    """Gradient of BM queries of one head: of their own block or every earlier key, and the shares of their choices."""
     head = tl.program_id(1)
-    sequence = tl.load(tile)
-    first = tl.load(tile + 1) + number % (TILE // BM) * BM
-    info = info_ptr + sequence * 6
-    queries, keys, full = tl.load(info + 1), tl.load(info + 3), tl.load(info + 5)
-    rows, columns, values = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BDV)
-    channels = tl.arange(0, BD)
-    in_tile = first + rows < queries
-    position = keys - queries + first + rows
-    is_dense = (position < (COUNT + 1) * B) | (position >= full)
-    origin = tl.where(is_dense, 0, position // B * B)
-    row = (tl.load(info).to(tl.int64) + first + rows) * H + head
+    row, in_tile, position, origin, base, end = tile_place(tiles_ptr, info_ptr, first_tile, head, H, B, COUNT, TILE, BM)
+    columns, values, channels = tl.arange(0, BN), tl.arange(0, BDV), tl.arange(0, BD)
     q_mask = in_tile[:, None] & (channels < D)[None, :]
     q = tl.load(q_ptr + row[:, None] * D + channels[None, :], mask=q_mask, other=0.0)
     v_mask = in_tile[:, None] & (values < DV)[None, :]
     do = tl.load(do_ptr + row[:, None] * DV + values[None, :], mask=v_mask, other=0.0)
     level = tl.load(lse_ptr + row, mask=in_tile, other=0.0) / LN2
     drift = tl.load(drift_ptr + row, mask=in_tile, other=0.0)
-    end = keys - queries + tl.minimum(first + BM, queries)
     begin = tl.min(tl.where(in_tile, origin, end), 0)
-    base = tl.load(info + 2).to(tl.int64) + begin
+    base += begin
     kv_head = head // (H // HKV)
     k_tile = k_ptr + kv_head * D + columns[:, None] * (HKV * D) + channels[None, :]
     v_tile = v_ptr + kv_head * DV + columns[:, None] * (HKV * DV) + values[None, :]
@@ -118,13 +108,13 @@ def query_gradient_of_own(
         v = tl.load(v_tile + place * DV, in_keys[:, None] & (values < DV)[None, :], 0.0)
         column = begin + key + columns
         is_read = (column[None, :] >= origin[:, None]) & (column[None, :] <= position[:, None]) & in_tile[:, None]
-        _, ds = score_gradient(q, k, v, do, level, drift, scale, is_read)
+        ds = score_gradient(q, k, v, do, level, drift, scale, is_read)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     dq *= factor
     if COUNT > 0:
-        has_parts = in_tile & (is_dense == 0)
+        has_parts = in_tile & (origin >= (COUNT + 1) * B)
         if tl.max(has_parts.to(tl.int32), 0) > 0:
-            choice = (row - first_row) * COUNT
+            choice = row * COUNT - first_choice
             for i in range(COUNT):
                 place = part_ptr + (choice + i)[:, None] * D + channels[None, :]
                 dq += tl.load(place, mask=has_parts[:, None] & (channels < D)[None, :], other=0.0).to(tl.float32)
@@ -134,18 +124,20 @@ def query_gradient_of_own(
 @triton.jit
 def key_value_gradient(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, drift_ptr, dk_ptr, dv_ptr, dk_part_ptr, dv_part_ptr, list_ptr, items_ptr,
-    offsets_ptr, pieces_ptr, places_ptr, info_ptr, blocks_ptr, num_blocks, scale, factor,
+    begins_ptr, ends_ptr, pieces_ptr, places_ptr, info_ptr, blocks_ptr, num_blocks, scale, factor,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     B: tl.constexpr, COUNT: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:  # fmt: skip
-    """dK and dV of BN keys of a block: of one piece of CHUNK queries of its list, and, in the first one, of all that
-    read it otherwise. A list of several pieces has each of them written apart in float32.
+    """Gradients of BN keys and values of a block, from one piece of CHUNK queries of its list.
+
+    The first piece takes in the queries that read the block otherwise, its own and those that read everything. Of a
+    list of several pieces each is written apart, in float32.
     """
     item = tl.program_id(0)
     tile = tl.program_id(1)
     segment, head, number, begin, end, first_key = item_place(
-        items_ptr, offsets_ptr, info_ptr, blocks_ptr, num_blocks, item, B
+        items_ptr, begins_ptr, ends_ptr, info_ptr, blocks_ptr, num_blocks, item, B
     )
     at = tl.maximum(segment, 0)
     info = info_ptr + tl.load(blocks_ptr + at % num_blocks) * 6
@@ -194,7 +186,9 @@ def key_value_gradient(
         in_k = key[:, None] * D + channels[None, :]
         in_v = key[:, None] * DV + values[None, :]
         if tl.load(pieces_ptr + at) > 1:
-            apart = (((tl.load(places_ptr + at) + number).to(tl.int64) * tl.num_programs(1) + tile) * BN + columns)[:, None]
+            apart = (((tl.load(places_ptr + at) + number).to(tl.int64) * tl.num_programs(1) + tile) * BN + columns)[
+                :, None
+            ]
             tl.store(dk_part_ptr + apart * D + channels[None, :], dk, mask=k_mask)
             tl.store(dv_part_ptr + apart * DV + values[None, :], dv, mask=v_mask)
         else:
@@ -229,7 +223,7 @@ def sum_pieces(
     HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, B: tl.constexpr,
     BN: tl.constexpr,
 ) -> None:  # fmt: skip
-    """dK and dV of BN keys from the pieces of their block's list, in order."""
+    """Gradients of BN keys and values from the pieces of their block's list, in order."""
     segment = tl.program_id(0)
     tile = tl.program_id(1)
     count = tl.load(pieces_ptr + segment)

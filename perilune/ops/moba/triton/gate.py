@@ -1,10 +1,11 @@
 """Kernels 1 and 2: mean keys of blocks, and the blocks that each query chooses.
 
-Data movement. Keys are read once. A program keeps the best blocks of 64 or so queries in registers while the means of their
+Data movement. Keys are read once. A program keeps the best blocks of 64 queries in registers while the means of their
 sequence pass by in tiles, so that no score is ever written.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
 
 from __future__ import annotations
 
@@ -52,8 +53,8 @@ def choose_blocks(
     """The COUNT best-scored past blocks of BM queries of one head, ascending.
 
     Scores become integers of the same order. Of a tile of them the largest is taken, again and again, while it beats
-    what some query holds: it replaces the least, of equal ones the latest block. Blocks come in ascending order, and only
-    a larger score replaces, so that ties stay with the lower block.
+    what some query holds: it replaces the least, of equal ones the latest block. Blocks come in ascending order, and
+    only a larger score replaces, so that ties stay with the lower block.
 
     Source: MoBA, eq. 4 and 5.
     """

@@ -1,0 +1,84 @@
+"""Cases of MoBA's Triton backend that its interpreter runs; `python -m tests.ops.moba_triton_cases` checks them all.
+
+Run with TRITON_INTERPRET=1; names of `SECTIONS` as arguments choose among them. Operands are float32: the interpreter
+multiplies no bfloat16.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+import perilune.ops.moba.triton as kernels
+from perilune.ops import moba_attention, moba_route
+from perilune.seeding import make_generator
+from tests.helpers import assert_close
+from tests.ops.moba_cases import SHAPES, make_moba, run_moba
+
+GROUPS = {"5 B + 3, k = 3": (4, 1), "packed": (6, 2)}
+
+
+def compare(shape: str, **more) -> None:
+    heads, kv_heads = GROUPS.get(shape, (2, 2))
+    inputs, options = make_moba(shape, heads=heads, kv_heads=kv_heads, dim=12, value_dim=20, dtype=torch.float32)
+    expected = run_moba(inputs, options, "dense", **more)
+    got = run_moba(inputs, options, "triton", **more)
+    assert torch.equal(got["blocks"], expected["blocks"]), shape
+    for name in ("o", "dq", "dk", "dv"):
+        assert_close(f"{shape}: {name}", expected[name], got[name], 2e-6, floor=1e-6)
+    torch.testing.assert_close(got["lse"], expected["lse"], rtol=0, atol=3e-6)
+    torch.testing.assert_close(got["max"], expected["max"], rtol=3e-6, atol=0)
+
+
+def check_shapes() -> None:
+    for shape in SHAPES:
+        compare(shape)
+
+
+def check_slices() -> None:
+    """A workspace of a tile of queries, lists in pieces, and blocks counted in several rounds change nothing."""
+    kernels.TILE, kernels.BINS = 64, 4
+    for kernels.WORKSPACE_BYTES, kernels.PIECE in ((1, 4096), (1 << 30, 32)):
+        for shape in ("5 B + 3, k = 3", "packed"):
+            compare(shape)
+
+
+def check_choices() -> None:
+    """Ties, zeros of either sign and scores that are no numbers are ordered as everywhere; more blocks than a tile."""
+    generator = make_generator(0, "moba")
+    q = torch.randn(150, 2, 4, generator=generator).round()
+    k = torch.randn(150, 1, 4, generator=generator).round()
+    k[20] = torch.nan
+    k[40:42] = torch.inf
+    k[60:64] = 0
+    for topk in (2, 3, 6):
+        for float32_means in (False, True):
+            expected, got = (
+                moba_route(q, k, block_size=2, topk=topk, float32_means=float32_means, backend=name).past
+                for name in ("dense", "triton")
+            )
+            assert torch.equal(expected, got), topk
+
+
+def check_repetition() -> None:
+    inputs, options = make_moba("packed", dtype=torch.float32)
+    first, second = (run_moba(inputs, options, "triton") for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    chosen = moba_route(*inputs[:2], **options, policy="recent")
+    torch.testing.assert_close(
+        moba_attention(*inputs, **options, routing=chosen, backend="triton"),
+        moba_attention(*inputs, **options, routing=chosen, backend="dense"),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+SECTIONS = {"shapes": check_shapes, "slices": check_slices, "choices": check_choices, "repetition": check_repetition}
+
+
+if __name__ == "__main__":
+    kernels.SORTED = 64  # fewer steps of a sort that the interpreter takes one by one
+    for section in sys.argv[1:] or SECTIONS:
+        SECTIONS[section]()
+    print("equal")
