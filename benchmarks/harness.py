@@ -6,6 +6,7 @@ median over rounds of a ratio taken inside one round.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import platform
@@ -49,6 +50,68 @@ def ratios(ours: Timing, peer: Timing) -> tuple[float, float, float]:
     """Median, minimum and maximum over rounds of the peer's time divided by ours (above 1: ours is faster)."""
     values = [b / a for a, b in zip(ours.seconds, peer.seconds, strict=True)]
     return statistics.median(values), min(values), max(values)
+
+
+def spread(values: tuple[float, ...]) -> dict[str, float]:
+    """Median, 10th and 90th percentile."""
+    ordered = sorted(values)
+    low, high = (ordered[round(share * (len(ordered) - 1))] for share in (0.1, 0.9))
+    return {"median": statistics.median(ordered), "p10": low, "p90": high}
+
+
+def timed(call: Callable[[], object], device: str) -> float:
+    """Seconds of one call, by events on a GPU."""
+    if device == "cpu":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) * 1e-3
+
+
+def extra_bytes(call: Callable[[], object]) -> int:
+    """Peak memory of a call beyond what lives before it."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def captured(call: Callable[[], object]) -> Callable[[], object] | None:
+    """Return the replay of a CUDA graph of `call`, or None if it cannot be captured."""
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            graph_outputs = call()
+        graph.replay()
+        torch.cuda.synchronize()
+    except Exception as error:  # a peer may fail in any way
+        print(f"    no graph: {reason(error)}")
+        torch.cuda.synchronize()
+        return None
+
+    def replay(outputs: object = graph_outputs) -> None:
+        graph.replay()
+
+    return replay
+
+
+def reason(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:160]}"
+
+
+def package_version(package: str) -> str:
+    try:
+        return f"{package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        return f"{package}, built from source"
 
 
 def environment() -> dict[str, object]:

@@ -27,6 +27,7 @@ import time
 from pathlib import Path
 
 import torch
+from harness import reason
 from kda_cases import (
     GATES,
     OURS,
@@ -36,7 +37,7 @@ from kda_cases import (
 )
 from kda_decode import copy_bandwidth, replay_s
 from kda_model import run_model
-from kda_peers import PEERS, load_contenders, reason
+from kda_peers import PEERS, load_contenders
 from kda_report import Rows, plot, save, summary
 from kda_timing import run_case
 from kda_tuning import compile_part, forget_tuning, prepare_tuning

@@ -1,9 +1,9 @@
 """Claim: on an H100 the one-launch KDA serving step moves its states at >= 70 % of the machine's copy bandwidth.
 
-Peers, in the same process: a device copy of 1 GiB, by the driver or by a kernel, whichever is faster, counted as bytes read
-and written; one pass in place over a tensor as large as the states, which caches serve as they do the step's; and our own
-step made of separate ops (`backend="torch"`), which is what a layer would run without the kernel. Before timing, every shape is checked
-against the float64 reference at a small batch. Times are medians of CUDA-graph replays.
+Peers, in the same process: a device copy of 1 GiB, by the driver or by a kernel, whichever is faster, counted as bytes
+read and written; one pass in place over a tensor as large as the states, which caches serve as they do the step's; and
+our own step made of separate ops (`backend="torch"`), which is what a layer would run without the kernel. Before
+timing, every shape is checked against the float64 reference at a small batch. Times are medians of CUDA-graph replays.
 
     python benchmarks/kda_decode.py [--reps 50]
 """
@@ -102,7 +102,8 @@ def main() -> None:
         record[f"N={count} H={heads} K=V={dim}"] = row
         print(
             f"N={count:<5d} H={heads:<3d} K=V={dim:<4d} {row['us']:8.1f} us  {row['bytes_per_s'] / 1e12:5.2f} TB/s  "
-            f"{row['of_copy']:5.0%} of the copy  {row['of_in_place']:5.0%} of a pass in place  {row['vs_torch']:6.1f}x the separate ops"
+            f"{row['of_copy']:5.0%} of the copy  {row['of_in_place']:5.0%} of a pass in place  "
+            f"{row['vs_torch']:6.1f}x the separate ops"
         )
         torch.cuda.empty_cache()
     print(write_result("kda_decode", record))

@@ -9,13 +9,12 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from harness import package_version, reason, spread, timed
 from kda_cases import (
     FLA,
     OURS,
 )
-from kda_peers import package_version, reason
 from kda_report import save
-from kda_timing import spread, timed
 from kda_tuning import prepare_tuning
 from torch import Tensor
 

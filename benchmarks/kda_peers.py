@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from harness import package_version, reason
 from kda_cases import (
     CUDNN,
     DIRECTIONS,
@@ -191,15 +191,3 @@ def load_contenders(backend: str) -> tuple[list[Contender], dict[str, str]]:
         except Exception as error:  # a peer may fail in any way
             found[name] = f"missing: {reason(error)}"
     return contenders, found
-
-
-def package_version(package: str) -> str:
-    try:
-        return f"{package} {importlib.metadata.version(package)}"
-    except importlib.metadata.PackageNotFoundError:
-        return f"{package}, built from source"
-
-
-def reason(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:160]}"

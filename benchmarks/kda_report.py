@@ -6,7 +6,7 @@ import shutil
 import statistics
 from pathlib import Path
 
-from harness import write_result
+from harness import spread, write_result
 from kda_cases import (
     BYTES,
     CUDNN,
@@ -17,7 +17,7 @@ from kda_cases import (
     OURS,
     UNBOUNDED,
 )
-from kda_timing import Row, spread
+from kda_timing import Row
 
 Rows = dict[tuple[str, str, str, str], Row]
 """By shape, gate, direction, contender."""

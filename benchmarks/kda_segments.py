@@ -12,9 +12,8 @@ import argparse
 import statistics
 
 import torch
-from harness import write_result
+from harness import captured, timed, write_result
 from kda_cases import Case, Inputs, make_inputs
-from kda_timing import captured, timed
 
 from perilune.ops.kda import kda, suggest_segment_chunks
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from harness import captured, extra_bytes, reason, spread, timed
 from kda_cases import (
     BYTES,
     DIRECTIONS,
@@ -18,7 +19,7 @@ from kda_cases import (
     Inputs,
     make_inputs,
 )
-from kda_peers import Contender, reason, run_ours
+from kda_peers import Contender, run_ours
 from torch import Tensor
 
 
@@ -99,27 +100,6 @@ class Row:
         }  # fmt: skip
 
 
-def spread(values: tuple[float, ...]) -> dict[str, float]:
-    """Median, 10th and 90th percentile."""
-    ordered = sorted(values)
-    low, high = (ordered[round(share * (len(ordered) - 1))] for share in (0.1, 0.9))
-    return {"median": statistics.median(ordered), "p10": low, "p90": high}
-
-
-def timed(call: Callable[[], object], device: str) -> float:
-    """Seconds of one call, by events on a GPU."""
-    if device == "cpu":
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) * 1e-3
-
-
 def step(contender: Contender, x: Inputs, direction: str) -> Callable[[], Any]:
     """Prepare outside the timed region; return the timed call."""
     x = contender.inputs(x)
@@ -138,35 +118,6 @@ def step(contender: Contender, x: Inputs, direction: str) -> Callable[[], Any]:
         return torch.autograd.grad(contender.call(x, leaves), list(leaves.values()), x.do)
 
     return training
-
-
-def extra_bytes(call: Callable[[], object]) -> int:
-    """Peak memory of a call beyond what lives before it."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def captured(call: Callable[[], object]) -> Callable[[], object] | None:
-    """Return the replay of a CUDA graph of `call`, or None if it cannot be captured."""
-    try:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            graph_outputs = call()
-        graph.replay()
-        torch.cuda.synchronize()
-    except Exception as error:  # a peer may fail in any way
-        print(f"    no graph: {reason(error)}")
-        torch.cuda.synchronize()
-        return None
-
-    def replay(outputs: object = graph_outputs) -> None:
-        graph.replay()
-
-    return replay
 
 
 def enter(contender: Contender, reference: Reference, direction: str, device: str) -> Subject:

@@ -13,12 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from harness import reason
 from kda_cases import (
     GATES,
     Case,
     make_inputs,
 )
-from kda_peers import load_contenders, reason
+from kda_peers import load_contenders
 from kda_timing import step
 
 
