@@ -2,8 +2,8 @@
 
 Peers, in turns in one process: dense causal attention by torch's cuDNN and FlashAttention kernels, FlexAttention with
 the mask of the same routing (it needs a mask of all pairs of blocks, and is left out beyond 16K tokens), and, where
-they can be imported, the official implementation and fla-core's port; a peer that is missing or declines is printed as such.
-Before timing, two heads of the last 2048 queries are compared with float64 where both choose the same blocks, and
+they can be imported, the official implementation and fla-core's port; a peer that is missing or declines is printed as
+such. Before timing, one key head's last 2048 queries are compared with float64 where both choose the same blocks, and
 gradients at a shortened length. Times are CUDA-graph replays where a call can be captured, else eager calls.
 
     python benchmarks/moba.py                               # all shapes, a table, results/moba.json and a plot

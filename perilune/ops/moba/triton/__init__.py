@@ -354,7 +354,7 @@ def _key_value_gradients(
         widths = {name: shape.gathered[name] for name in ("HKV", "D", "DV", "BD", "BDV", "B")}
         sum_pieces[(segments, tiles)](
             *tensors[-2:], *parts, pieces, places, plan.info, plan.blocks, plan.blocks.shape[0], options.scale,
-            **widths, BN=tuned["BN"], num_warps=4,
+            **widths, BN=tuned["BN"], num_warps=8,
         )  # fmt: skip
 
 
