@@ -42,6 +42,12 @@ def check_slices() -> None:
     for kernels.WORKSPACE_BYTES, kernels.PIECE in ((1, 4096), (1 << 30, 32)):
         for shape in ("5 B + 3, k = 3", "packed"):
             compare(shape)
+    kernels.WORKSPACE_BYTES = 1
+    for shape in ("packed", "full from some place"):  # without gradients it chooses in slices, too
+        inputs, options = make_moba(shape, dtype=torch.float32)
+        with torch.no_grad():
+            got, expected = (moba_attention(*inputs, **options, backend=name) for name in ("triton", "dense"))
+        assert_close(shape, expected, got, 2e-6)
 
 
 def check_choices() -> None:

@@ -236,6 +236,22 @@ def test_blockwise_makes_no_square_tensor():
     assert spy.numel < 2048 * 2048 / 4
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("most", [1, 7, 50, 1000])
+def test_queries_in_runs_give_the_rows_of_the_whole(shape, most):
+    (q, k, v), options = make_moba(shape)
+    whole = moba_route(q, k, **options).options
+    expected, parts = moba_attention(q, k, v, **options), []
+    for rows, keys, part in whole.chunks(most):
+        assert part.layout_q.total <= most
+        settings = {"block_size": part.block_size, "topk": part.topk}
+        layouts = {"cu_seqlens_q": part.layout_q, "cu_seqlens_k": part.layout_k}
+        full = None if part.full_from is None else torch.tensor(part.full_from)
+        parts.append(moba_attention(q[rows], k[keys], v[keys], **settings, **layouts, full_from=full))
+    if parts:
+        torch.testing.assert_close(torch.cat(parts), expected, rtol=1e-12, atol=1e-12)
+
+
 def test_routing_serves_again_and_only_where_it_belongs():
     (q, k, v), options = make_moba("packed")
     chosen = moba_route(q, k, **options)

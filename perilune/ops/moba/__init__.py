@@ -151,16 +151,22 @@ def moba_attention(
             q, k, v, options.layout_q, options.layout_k, scale=options.scale, return_max_logits=return_max_logits
         )
         return (full, top) if top is not None else full
-    if routing is None:
-        routing = _route(q, k, options, policy, 0, float32_means, chosen)
-    elif not routing.matches(options, q.shape[1]):
+    if routing is not None and not routing.matches(options, q.shape[1]):
         raise ValueError(
             "moba_attention: routing was made for other lengths, heads, block_size, topk, scale or full_from; call "
             "moba_route with this call's"
         )
-    result = _attend(q, k, v, routing, chosen, return_max_logits)
+    wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if chosen == "triton" and policy == "mean" and not (routing or return_routing or wants_gradient):
+        _check_triton(q, v)
+        from perilune.ops.moba.triton import moba_triton_forward
+
+        result = moba_triton_forward(q, k, v, options, float32_means, return_max_logits)
+    else:
+        routing = routing or _route(q, k, options, policy, 0, float32_means, chosen)
+        result = _attend(q, k, v, routing, chosen, return_max_logits)
     extras = [result.lse] if return_lse else []
-    extras += [routing.blocks()] if return_routing else []
+    extras += [routing.blocks()] if routing is not None and return_routing else []
     extras += [result.max_logits] if return_max_logits and result.max_logits is not None else []
     return (result.out, *extras) if extras else result.out
 

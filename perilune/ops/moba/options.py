@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -84,6 +85,38 @@ class MobaOptions:
         positions = self.positions()
         full = torch.tensor(self.full_starts, dtype=torch.int64, device=positions.device)
         return (positions >= self.dense_tokens) & (positions < full[self.layout_q.sequence_ids])
+
+    def chunks(self, most: int) -> Iterator[tuple[slice, slice, MobaOptions]]:
+        """Cut the queries into runs of at most `most`, each with the keys that it may read, as chunks of a prefill.
+
+        Yields:
+            A run's packed queries, its packed keys, and its options: joined results are those of the whole.
+        """
+        layout_q, layout_k = self.layout_q, self.layout_k
+        done, sequence = 0, 0  # of the first sequence with queries left
+        first = 0
+        while first < layout_q.total:
+            queries, keys, room, last = [], [], most, sequence
+            while room and last < layout_q.num_sequences:
+                begin = done if last == sequence else 0
+                taken = min(room, layout_q.lengths[last] - begin)
+                queries.append(taken)
+                keys.append(layout_k.lengths[last] - layout_q.lengths[last] + begin + taken)
+                room -= taken
+                last += 1
+            start = layout_k.starts[sequence]
+            part = replace(
+                self,
+                layout_q=SequenceLayout.from_lengths(queries, layout_q.device),
+                layout_k=SequenceLayout.from_lengths(keys, layout_k.device),
+                full_from=None if self.full_from is None else self.full_from[sequence:last],
+            )
+            yield slice(first, first + most - room), slice(start, start + sum(keys)), part
+            first += most - room
+            done = (done if len(queries) == 1 else 0) + queries[-1]
+            sequence = last - 1
+            if done == layout_q.lengths[sequence]:
+                sequence, done = last, 0
 
     def block_counts(self) -> tuple[int, ...]:
         """Blocks of each sequence, the last perhaps a partial one."""

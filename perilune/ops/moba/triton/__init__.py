@@ -226,7 +226,9 @@ class MobaTriton(torch.autograd.Function):
         lists = None
         if routing.options.topk > 1 and not routing.options.is_dense:
             lists = make_lists(routing.past, plan, routing.options.block_size, k.shape[1])
-        out, lse, top = attend(q, k, v, routing.options, plan, lists, with_top)
+        out = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype, device=q.device)
+        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+        top = attend(q, k, v, out, lse, routing.options, plan, lists, with_top)
         saved = () if lists is None else (lists.choices, lists.bounds)
         ctx.save_for_backward(q, k, v, out, lse, *saved)
         ctx.options, ctx.plan = routing.options, plan
@@ -251,13 +253,44 @@ def moba_triton(q: Tensor, k: Tensor, v: Tensor, routing: MobaRouting, with_top:
     return MobaResult(out, lse, top if with_top else None)
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, options: MobaOptions, plan: Plan, lists: Lists | None, with_top: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Forward, slice by slice; tensors are contiguous, and lists None if no query chooses."""
-    shape, heads = _Shape.of(q, k, v, options), q.shape[1]
+def moba_triton_forward(
+    q: Tensor, k: Tensor, v: Tensor, options: MobaOptions, float32_means: bool, with_top: bool
+) -> MobaResult:
+    """Same where neither gradients nor choices are wanted: it chooses, too, for as many queries at a time as fit.
+
+    Choices and lists are 8 bytes a choice, which a long prefill has hundreds of millions of.
+    """
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    top = q.new_full(q.shape[1:2], -torch.inf, dtype=torch.float32)
+    most = WORKSPACE_BYTES // 4 // (8 * q.shape[1] * max(1, options.topk - 1)) // TILE * TILE
+    for rows, keys, part in options.chunks(max(TILE, most)):
+        routing = route_triton(q[rows], k[keys], part, float32_means)
+        plan, lists = make_plan(part, q, v), None
+        if options.topk > 1 and not part.is_dense:
+            lists = make_lists(routing.past, plan, part.block_size, k.shape[1])
+        found = attend(q[rows], k[keys], v[keys], out[rows], lse[rows], part, plan, lists, with_top)
+        top = torch.maximum(top, found)
+    return MobaResult(out, lse, top if with_top else None)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    options: MobaOptions,
+    plan: Plan,
+    lists: Lists | None,
+    with_top: bool,
+) -> Tensor:
+    """Fill in `out` and `lse`, slice by slice, and return the maximum logits `[H]`.
+
+    Tensors are contiguous, and lists None if no query chooses.
+    """
+    shape, heads = _Shape.of(q, k, v, options), q.shape[1]
     own = shape.configuration("attend_own")
     tops = torch.full((plan.tiles.shape[0] * (TILE // own["BM"]) + 1, heads), -torch.inf, device=q.device)
     room = shape.choices(max((part.num_queries for part in plan.slices), default=0))
@@ -282,7 +315,7 @@ def attend(
             q, k, v, out, lse, tops, values, levels, part_tops, plan.info, plan.tiles, part.first_tile, first_choice,
             options.scale * _LOG2E, H=heads, **shape.gathered, WITH_TOP=with_top, TILE=TILE, **own,
         )  # fmt: skip
-    return out, lse, tops.amax(0) / _LOG2E
+    return tops.amax(0) / _LOG2E
 
 
 def attend_backward(
