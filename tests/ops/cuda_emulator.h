@@ -512,7 +512,8 @@ inline bool check_together(const Thread* lanes, int warp) {
 // Warps that are in the meeting of arrive_block and await_block.
 static int arrived = 0;
 
-// Runs a warp until it waits in sync_block or await_block or has returned.
+// Runs a warp until it waits in sync_block or await_block or has returned. Backwards it is also held where it arrives,
+// so that whoever awaits it goes first: forwards it runs ahead of them.
 inline bool run_warp(Thread* lanes, int warp, bool is_backwards) {
     for (;;) {
         for (int i = 0; i < 32; ++i) {
@@ -528,6 +529,7 @@ inline bool run_warp(Thread* lanes, int warp, bool is_backwards) {
         if (!check_guards(lanes, warp) || !check_together(lanes, warp)) return false;
         if (lanes[0].kind == ARRIVE_BLOCK || lanes[0].kind == AWAIT_BLOCK) ++arrived;
         if (lanes[0].kind == RETURNED || lanes[0].kind == SYNC_BLOCK || lanes[0].kind == AWAIT_BLOCK) return true;
+        if (lanes[0].kind == ARRIVE_BLOCK && is_backwards) return true;
         if (!finish(lanes, warp)) return false;
     }
 }
@@ -549,6 +551,10 @@ inline bool run_block(Thread* threads, int warps, bool is_backwards) {
             arrived = 0;
             continue;
         }
+        bool is_held = false;
+        for (int warp = 0; warp < warps; ++warp)
+            if (threads[32 * warp].kind == ARRIVE_BLOCK) is_waiting[warp] = false, is_held = true;
+        if (is_held) continue;
         is_waiting.assign(warps, false);
         for (int warp = 1; warp < warps; ++warp)
             if (threads[32 * warp].kind != threads[0].kind)

@@ -1,4 +1,4 @@
-"""KDA's CUDA kernels, emulated on the CPU, between walks over chunks as their equations say, against the recurrence."""
+"""KDA's CUDA kernels, emulated on the CPU: around walks in float64 against the recurrence, and walks by themselves."""
 
 import pytest
 import torch
@@ -261,7 +261,16 @@ WALKS = [
     ((70, 0, 1), 128, 128, BF16, torch.int32),
     ((200,), 64, 64, torch.float16, torch.int32),
     ((64, 130), 64, 128, BF16, torch.int64),
+    ((70, 1), 64, 256, BF16, torch.int32),
 ]
+WRITTEN = [
+    (True, False, None),
+    (True, True, BF16),
+    (True, False, BF16),
+    (True, False, torch.float32),
+    (False, True, BF16),
+]
+"""Whether outputs and corrections are written, and the dtype of the states that are; last, what a backward wants."""
 
 
 def make_walk(lengths, key_dim, value_dim, dtype, lengths_dtype):
@@ -292,8 +301,10 @@ def make_walk(lengths, key_dim, value_dim, dtype, lengths_dtype):
 
 
 @pytest.mark.parametrize(("lengths", "key_dim", "value_dim", "dtype", "lengths_dtype"), WALKS)
-@pytest.mark.parametrize("kept", [None, BF16, torch.float32])
-def test_the_walk_follows_its_equations(lengths, key_dim, value_dim, dtype, lengths_dtype, kept):
+@pytest.mark.parametrize(("has_outputs", "has_corrections", "kept"), WRITTEN)
+def test_the_walk_follows_its_equations(
+    lengths, key_dim, value_dim, dtype, lengths_dtype, has_outputs, has_corrections, kept
+):
     plan, operands, v, _, state, _ = make_walk(lengths, key_dim, value_dim, dtype, lengths_dtype)
 
     def empty(*shape, dtype=BF16):
@@ -301,8 +312,8 @@ def test_the_walk_follows_its_equations(lengths, key_dim, value_dim, dtype, leng
 
     count = 0 if kept is None else plan.num_slots
     states = empty(count, 2, key_dim, value_dim, dtype=kept or BF16)
-    has_corrections = kept is BF16
-    o, final = empty(*v.shape, dtype=dtype), torch.full_like(state, torch.nan)
+    final = torch.full_like(state, torch.nan)
+    o = empty(*v.shape, dtype=dtype) if has_outputs else torch.empty(0, dtype=dtype)
     z = empty(*v.shape) if has_corrections else torch.empty(0)
     padded_v = torch.full((len(v), 2, value_dim + 8), torch.nan, dtype=dtype)
     strided = padded_v.flatten(1)[:, : 2 * value_dim].copy_(v.flatten(1)).unflatten(1, (2, value_dim))
@@ -315,7 +326,8 @@ def test_the_walk_follows_its_equations(lengths, key_dim, value_dim, dtype, leng
         wrong = padded(v, first, length) - key[slot] @ exact[sequence]
         wanted = read[slot] @ exact[sequence] + mix[slot] @ wrong
         rows = slice(first, first + length)
-        assert relative_error(o[rows], wanted.transpose(0, 1)[:length]) < 6e-3
+        if has_outputs:
+            assert relative_error(o[rows], wanted.transpose(0, 1)[:length]) < 6e-3
         if has_corrections:
             assert relative_error(z[rows], (solve[slot] @ wrong).transpose(0, 1)[:length]) < 6e-3
         exact[sequence] = decay[slot][..., None] * exact[sequence] + write[slot].mT @ wrong

@@ -270,9 +270,9 @@ def suggest_segment_chunks(tokens: int, walks: int, value_dim: int, *, chunk_siz
     """A value for `segment_chunks` that fills an H100, or None where one walk per sequence and head is about as good.
 
     Segments are walked twice, and folding them costs a step or two each. As many are proposed as give every
-    multiprocessor a program of 32 values, whose operands fill its shared memory, but no more than the square root of
-    the number of chunks; and none if a sequence falls into less than three or has less than 8192 tokens. On an H100
-    the forward takes at most 11 % longer than with the best of the values tried (docs/kernels.md).
+    multiprocessor 32 values of a walk, but no more than the square root of the number of chunks; and none if a sequence
+    falls into less than three or has less than 8192 tokens. On Hopper the forward takes at most 14 % longer than with
+    the best of the values tried (docs/kernels.md).
 
     Args:
         tokens: of the longest sequence that matters. A value that is to leave bits as they are must not follow it.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 GPU_BACKENDS = ("cuda", "triton")
-"""Backends whose scans are Triton's."""
+"""Backends with kernels: `cuda` takes from `triton` what it does not have."""
 L2NORM_EPS = 1e-6
 """Added to the sum of squares, inside the root: a zero vector maps to zero."""
 
@@ -34,9 +34,9 @@ class KdaOptions:
     return_chunk_states: bool
     """Whether to return the state that enters each chunk."""
     segment_chunks: int | None
-    """Chunks of the segments that the GPU's scans walk at once; None for whole sequences."""
+    """Chunks of the segments that the GPU's kernels walk at once; None for whole sequences."""
     in_cuda: bool
-    """Whether the GPU's kernels inside chunks are those in CUDA C++ rather than those in Triton."""
+    """Whether kernels are those in CUDA C++, where there are any, rather than those in Triton."""
 
 
 class KdaInputs(NamedTuple):
