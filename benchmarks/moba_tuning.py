@@ -1,9 +1,10 @@
-"""How long each of MoBA's kernels takes with other tiles: what `perilune/ops/moba/triton/configurations.py` was chosen by.
+"""How long each of MoBA's kernels takes with other tiles: what their configurations were chosen by.
 
     python benchmarks/moba_tuning.py --shape "2x16384x16/16 B128 k8" --kernels attend_block,attend_own
     python benchmarks/moba_tuning.py --shape "1x65536x32/8 B4096 k6" --kernels attend_rows --limit-s 60
 
-Prints milliseconds a call of the kernel, by the profiler, for every configuration of `CANDIDATES`, the shipped one first.
+Prints milliseconds of the kernel in a call, by the profiler, for every configuration of `CANDIDATES`, the shipped one
+first.
 """
 
 from __future__ import annotations
