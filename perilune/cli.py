@@ -34,6 +34,11 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+moba_app = typer.Typer(
+    help="Mixture of block attention: what it reads, and whether its router can find it.", no_args_is_help=True
+)
+app.add_typer(moba_app, name="moba")
+
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, e.g. runs/demo.")]
 StageName = Annotated[str | None, typer.Option(help="Stage whose model to use; the last one by default.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
@@ -196,6 +201,77 @@ def info(
     width = max(len(name) for name in described)
     for name, value in described.items():
         print(f"{name.replace('_', ' '):<{width}}  {value if isinstance(value, str) else format(value, ',')}")
+
+
+@moba_app.command(epilog="Example: perilune moba snr --d 64 --block 128 --k 8 --n 64 --dmu 0.5 --m 8 --mu-cluster 0.2")
+def snr(
+    d: Annotated[int, typer.Option("--d", min=1, help="Channels of a head.")],
+    block: Annotated[int, typer.Option("--block", min=1, help="Tokens of a block.")],
+    k: Annotated[int, typer.Option("--k", min=1, help="Blocks chosen by their scores: moba_topk, less the own one.")],
+    n: Annotated[int, typer.Option("--n", min=1, help="Blocks to choose from.")],
+    dmu: Annotated[float, typer.Option("--dmu", help="What the wanted key's product with the query is above others'.")],
+    m: Annotated[int, typer.Option("--m", min=1, help="Keys in its block that are like it, itself included.")] = 1,
+    mu_cluster: Annotated[float, typer.Option(help="What those others' products are above; needs --m.")] = 0.0,
+    as_json: AsJson = False,
+) -> None:
+    """Tell whether block means lead queries to the blocks that they need."""
+    from dataclasses import asdict
+
+    from perilune.ops.moba.snr import router_snr
+
+    if mu_cluster and m == 1:
+        raise typer.BadParameter("needs --m of at least 2", param_hint="--mu-cluster")
+    try:
+        found = router_snr(d=d, block_size=block, k=k, n=n, dmu=dmu, m=m, cluster_gap=mu_cluster)
+    except ValueError as error:
+        raise typer.BadParameter(str(error).removeprefix("router_snr: ")) from error
+    if as_json:
+        print(json.dumps({**asdict(found), "is_reliable": found.is_reliable}))
+        return
+    print(f"SNR           {found.snr:.3f}  the block's lead over one without the key, in standard deviations")
+    print(f"p_fail        {found.p_fail:.3f}  how often one block without the key scores higher")
+    print(f"required SNR  {found.required_snr:.3f}  for the block to be expected among the {k} best of {n}")
+    verdict = "reliable" if found.is_reliable else "not reliable"
+    print(
+        f"{verdict}: of {n} blocks without the key {found.expected_above:.2g} score higher on average; {k} are chosen"
+    )
+
+
+@moba_app.command(epilog="Example: perilune moba routing runs/moba --text-file docs/getting-started.md --layer 0")
+def routing(
+    run_path: RunPath,
+    text: Annotated[str | None, typer.Option(help="What to read; or give --text-file.")] = None,
+    text_file: Annotated[Path | None, typer.Option(help="A UTF-8 file to read.", exists=True, dir_okay=False)] = None,
+    layer: Annotated[int | None, typer.Option(help="Layer to draw, counted from 0; all by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A .html or .png file; RUN/routing.html by default.")] = None,
+    stage: StageName = None,
+    as_json: AsJson = False,
+) -> None:
+    """Draw which blocks of a text the queries of a run's model read."""
+    from perilune.run import draw_routing
+
+    if (text is None) == (text_file is None):
+        raise typer.BadParameter("give one of them", param_hint="--text / --text-file")
+    view = draw_routing(run_path, text or _read_text(text_file), stage=stage, layer=layer, out=out)
+    if as_json:
+        from dataclasses import asdict
+
+        layers = {number: asdict(load) for number, load in view.layers.items()}
+        print(json.dumps({"path": str(view.path), "tokens": view.num_tokens, "layers": layers}))
+        return
+    from rich.console import Console
+
+    from perilune.report import load_table
+
+    Console().print(load_table(view.layers))
+    print(view.path)
+
+
+def _read_text(path: Path | None) -> str:
+    try:
+        return "" if path is None else path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(f"{path} is not UTF-8: {error.reason}", param_hint="--text-file") from error
 
 
 def _explain(path: str, as_json: bool) -> None:

@@ -81,9 +81,9 @@ def test_the_version_is_printed(cli):
     assert cli("--version") == (0, f"perilune {__version__}\n", "")
 
 
-@pytest.mark.parametrize("command", ["run", "chat", "eval", "report", "info"])
+@pytest.mark.parametrize("command", ["run", "chat", "eval", "report", "info", "moba snr", "moba routing"])
 def test_every_command_has_help_with_an_example(cli, command):
-    code, out, _ = cli(command, "--help")
+    code, out, _ = cli(*command.split(), "--help")
     assert code == 0
     assert f"Example: perilune {command}" in " ".join(out.split())
 
@@ -301,6 +301,83 @@ def test_evaluation_is_printed_as_a_table_or_json(cli, run_path, monkeypatch):
     assert asked == [(run_path, "a", 4)]
     assert "chain_sum" in out
     assert json.loads(cli("eval", run_path, "--json")[1])["tasks"]["chain_sum"]["greedy"] == 0.5
+
+
+SNR = ("moba", "snr", "--d", "64", "--block", "128", "--k", "8", "--n", "64", "--dmu", "0.5")
+
+
+def test_the_routers_signal_to_noise_is_told_in_words(cli):
+    code, out, _ = cli(*SNR, "--m", "8", "--mu-cluster", "0.2")
+    lines = out.splitlines()
+    assert code == 0
+    assert lines[0].startswith("SNR           0.950 ")
+    assert lines[1].startswith("p_fail        0.171 ")
+    assert lines[2].startswith("required SNR  1.150 ")
+    assert lines[3] == "not reliable: of 64 blocks without the key 11 score higher on average; 8 are chosen"
+    assert cli(*SNR[:-1], "3")[1].splitlines()[3].startswith("reliable: ")
+    numbers = json.loads(cli(*SNR, "--json")[1])
+    assert numbers["snr"] == pytest.approx(0.25)
+    assert numbers["is_reliable"] is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--block", "0"], "'--block': Input should be greater than or equal to 1"),
+        (["--k", "64"], "k must be < n=64"),
+        (["--dmu", "nan"], "dmu must be finite, got nan"),
+        (["--mu-cluster", "0.2"], "--mu-cluster: needs --m of at least 2"),
+        (["--m", "129"], "m must be <= block_size=128"),
+    ],
+)
+def test_numbers_that_a_router_cannot_have_are_wrong_usage(cli, arguments, message):
+    code, out, err = cli(*SNR, *arguments)
+    assert (code, out) == (2, "")
+    assert message in " ".join(err.split())
+
+
+def test_routing_prints_a_table_and_where_the_picture_is(cli, tmp_path, monkeypatch):
+    from perilune.report import BlockLoad
+    from perilune.run import RoutingView
+
+    load = BlockLoad(
+        chosen=(0.5, None), relative=(1.5, None), entropy_bits=1.0, even_entropy_bits=2.0, own=0.5, previous=0.25,
+        first=0.25, other=0.0,
+    )  # fmt: skip
+    asked = []
+
+    def draw(path, text, **options):
+        asked.append((path, text, options))
+        return RoutingView(path=tmp_path / "out.png", num_tokens=9, layers={2: load})
+
+    monkeypatch.setattr("perilune.run.draw_routing", draw)
+    file = tmp_path / "text.txt"
+    file.write_text("held, und gehört", encoding="utf-8")
+    code, out, _ = cli("moba", "routing", tmp_path, "--text-file", file, "--layer", "2", "--out", tmp_path / "out.png")
+    assert code == 0
+    assert "1.00" in out
+    assert out.endswith(f"{tmp_path / 'out.png'}\n")
+    assert asked == [(tmp_path, "held, und gehört", {"stage": None, "layer": 2, "out": tmp_path / "out.png"})]
+    answer = json.loads(cli("moba", "routing", tmp_path, "--text", "spoken", "--json")[1])
+    assert asked[1][1] == "spoken"
+    assert (answer["tokens"], answer["layers"]["2"]["relative"]) == (9, [1.5, None])
+
+
+def test_routing_wants_one_text_that_can_be_read(cli, run_path, tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_bytes(b"\xff\xfe")
+    for arguments, message in (
+        ((), "give one of them"),
+        (("--text", "a", "--text-file", file), "give one of them"),
+        (("--text-file", file), "is not UTF-8"),
+        (("--text-file", tmp_path / "none.txt"), "does not exist"),
+    ):
+        code, _, err = cli("moba", "routing", run_path, *arguments)
+        assert code == 2
+        assert message in " ".join(err.split())
+    code, _, err = cli("moba", "routing", run_path, "--text", "hello")
+    assert code == 1
+    assert "the model of small has no MoBA layers" in err
 
 
 def test_the_module_runs_as_a_process_with_the_spin_limit_set():

@@ -19,7 +19,7 @@ TEXTS = {path: path.read_text(encoding="utf-8") for path in FILES}
 TREES = {path: ast.parse(text) for path, text in TEXTS.items()}
 RECIPES = sorted((ROOT / "recipes").rglob("*.toml"))
 
-LOWER = ("ops", "nn", "models", "optim", "data", "tasks", "engine", "train", "rl", "report")
+LOWER = ("ops", "nn", "integrations", "models", "optim", "data", "tasks", "engine", "train", "rl", "report")
 BELOW_RUN = ("pydantic", "typer", "matplotlib", "jinja2", "tomli_w", "reasoning_gym", "transformers", "triton")
 OPTIONAL = ("matplotlib", "jinja2", "reasoning_gym", "transformers", "triton", "psutil", "pytest")
 

@@ -30,6 +30,7 @@ from perilune.data.sources import (
     load_corpus,
 )
 from perilune.data.synthetic import (
+    CopiesConfig,
     PalindromeConfig,
     RecallConfig,
     StackConfig,
@@ -46,6 +47,7 @@ __all__ = [
     "Batch",
     "BatchSource",
     "ConversationSource",
+    "CopiesConfig",
     "Corpus",
     "CorpusConfig",
     "DrawSource",

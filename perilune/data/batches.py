@@ -254,6 +254,7 @@ def pack_pairs(pairs: Sequence[PreferencePair]) -> Batch:
         weights=packed.weights,
         pairs=torch.arange(2 * len(pairs)).view(-1, 2),
         reference_logprobs=torch.tensor(references, dtype=torch.float32) if references else None,
+        prompt_lengths=packed.prompt_lengths,
     )
 
 

@@ -82,6 +82,8 @@ def encode_response(tokenizer: Tokenizer, content: str, thinking: str | None = N
 def encode_conversation(tokenizer: Tokenizer, messages: Sequence[Message], *, weight: float = 1.0) -> Example:
     """Encode a whole conversation for training; the assistant's tokens, `<|im_end|>` included, are the targets.
 
+    Everything after the first answer's beginning counts as generated, later questions too.
+
     Args:
         tokenizer: the model's tokenizer.
         messages: turns, at least one of them the assistant's.
@@ -99,7 +101,7 @@ def encode_conversation(tokenizer: Tokenizer, messages: Sequence[Message], *, we
         turn = _encode_turn(tokenizer, message)
         tokens += turn
         mask += [False] + [message.role == "assistant"] * (len(turn) - 1)
-    return Example(tokens=tuple(tokens), mask=tuple(mask), weight=weight)
+    return Example(tokens=tuple(tokens), mask=tuple(mask), weight=weight, prompt_length=mask.index(True))
 
 
 def split_response(text: str) -> tuple[str | None, str]:

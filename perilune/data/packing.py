@@ -28,6 +28,8 @@ class Example:
     """For each token, whether it is a target."""
     weight: float = 1.0
     """Factor of this sequence's tokens in the loss."""
+    prompt_length: int | None = None
+    """Tokens before the first one that a model would generate; None: it would generate none of this text."""
 
     def __post_init__(self) -> None:
         """Check that tokens and mask agree."""
@@ -35,6 +37,8 @@ class Example:
             raise ValueError(f"Example has {len(self.tokens)} tokens but {len(self.mask)} mask entries; give one each")
         if len(self.tokens) < 2:
             raise ValueError(f"Example needs at least 2 tokens, an input and a target; got {len(self.tokens)}")
+        if self.prompt_length is not None and not 0 <= self.prompt_length <= len(self.tokens):
+            raise ValueError(f"prompt_length must be in [0, {len(self.tokens)}], got {self.prompt_length}")
 
     @classmethod
     def document(cls, tokens: Sequence[int]) -> Example:
@@ -63,6 +67,8 @@ class Batch:
     """`[P, 2]` int64, for preference data: indices of the chosen and of the rejected sequence of each pair."""
     reference_logprobs: Tensor | None = None
     """`[N]` float32, for preference data: the reference policy's summed log-probability of each sequence's targets."""
+    prompt_lengths: Tensor | None = None
+    """`[N]` int64, always on the CPU: inputs of each sequence before the generated ones; None: none is generated."""
 
     @property
     def num_tokens(self) -> int:
@@ -83,6 +89,7 @@ class Batch:
             weights=None if self.weights is None else self.weights.to(device),
             pairs=None if self.pairs is None else self.pairs.to(device),
             reference_logprobs=None if self.reference_logprobs is None else self.reference_logprobs.to(device),
+            prompt_lengths=self.prompt_lengths,
         )
 
 
@@ -93,7 +100,8 @@ def pack_examples(examples: Sequence[Example]) -> Batch:
         examples: any number; none gives an empty batch.
 
     Returns:
-        A batch whose `weights` is None when every example weighs 1.
+        A batch whose `weights` is None when every example weighs 1, and whose `prompt_lengths` is None when none has a
+        prompt.
     """
     inputs = [token for example in examples for token in example.tokens[:-1]]
     targets = [
@@ -102,11 +110,14 @@ def pack_examples(examples: Sequence[Example]) -> Batch:
         for token, is_target in zip(example.tokens[1:], example.mask[1:], strict=True)
     ]
     weights = [example.weight for example in examples for _ in range(example.length)]
+    prompts = [example.length if example.prompt_length is None else example.prompt_length for example in examples]
+    has_prompt = any(example.prompt_length is not None for example in examples)
     return Batch(
         tokens=torch.tensor(inputs, dtype=torch.int64),
         cu_seqlens=cumulative_lengths([example.length for example in examples]),
         targets=torch.tensor(targets, dtype=torch.int64),
         weights=torch.tensor(weights, dtype=torch.float32) if any(weight != 1.0 for weight in weights) else None,
+        prompt_lengths=torch.tensor(prompts, dtype=torch.int64) if has_prompt else None,
     )
 
 
@@ -131,6 +142,7 @@ def concat_batches(batches: Sequence[Batch]) -> Batch:
         weights=_concat_weights(batches),
         pairs=_concat_pairs(batches),
         reference_logprobs=torch.cat(references) if references else None,
+        prompt_lengths=_concat_prompts(batches),
     )
 
 
@@ -188,6 +200,17 @@ def _concat_weights(batches: Sequence[Batch]) -> Tensor | None:
             torch.ones(batch.num_tokens, dtype=torch.float32, device=batch.tokens.device)
             if batch.weights is None
             else batch.weights
+            for batch in batches
+        ]
+    )
+
+
+def _concat_prompts(batches: Sequence[Batch]) -> Tensor | None:
+    if all(batch.prompt_lengths is None for batch in batches):
+        return None
+    return torch.cat(
+        [
+            batch.cu_seqlens.diff().cpu().to(torch.int64) if batch.prompt_lengths is None else batch.prompt_lengths
             for batch in batches
         ]
     )

@@ -1,9 +1,10 @@
-"""The three synthetic tasks that tell linear-attention mixers apart: palindrome, associative recall, stacks.
+"""Synthetic tasks that tell token mixers apart: palindrome, associative recall, stacks, copies at every distance.
 
 Each batch is drawn from the seed and its number; targets are exact and everything else is masked. Symbols have the ids
 from 0, the task's own markers follow.
 
-Source: Kimi Linear, section 5.1 and figure 4; vocabulary and batch sizes are this project's (the paper is silent).
+Source: Kimi Linear, section 5.1 and figure 4; vocabulary and batch sizes are this project's (the paper is silent), and
+so are the copies.
 """
 
 # No postponed annotations: the recipe's validator reads them.
@@ -108,7 +109,42 @@ class StackConfig:
         return self.num_elements + self.num_stacks + 2
 
 
-SyntheticConfig = PalindromeConfig | RecallConfig | StackConfig
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopiesConfig:
+    """Spans of symbols, many of which repeat an earlier part of the string; a copy is to be gone on with.
+
+    The logarithm of the distance is uniform, so that copies from nearby teach what those from far away then need.
+    """
+
+    kind: Literal["copies"] = "copies"
+    """Tag of this task."""
+    length: int = 1024
+    """Tokens of the whole string."""
+    num_symbols: int = 256
+    """Distinct symbols."""
+    min_span: int = 8
+    """Fewest symbols of a span."""
+    max_span: int = 24
+    """Most symbols of a span; the string begins with at least twice as many that are no copies."""
+    copy_share: float = 0.7
+    """Probability that a span is a copy, in (0, 1]."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        _check_at_least("num_symbols", self.num_symbols, 2)
+        _check_at_least("min_span", self.min_span, 2)
+        _check_at_least("max_span", self.max_span, self.min_span)
+        _check_at_least("length", self.length, 4 * self.max_span)
+        if not 0 < self.copy_share <= 1:
+            raise ValueError(f"copy_share must be in (0, 1], got {self.copy_share}")
+
+    @property
+    def vocab_size(self) -> int:
+        """The symbols."""
+        return self.num_symbols
+
+
+SyntheticConfig = PalindromeConfig | RecallConfig | StackConfig | CopiesConfig
 
 
 class SyntheticSource:
@@ -150,6 +186,8 @@ def synthetic_batch(config: SyntheticConfig, sequences: int, seed: int) -> Batch
             tokens, targets = _recall(config, sequences, random)
         case StackConfig():
             tokens, targets = _stack(config, sequences, random)
+        case CopiesConfig():
+            tokens, targets = _copies(config, sequences, random)
     return Batch(
         tokens=torch.from_numpy(tokens.reshape(-1)),
         cu_seqlens=cumulative_lengths([config.length] * sequences),
@@ -210,6 +248,26 @@ def _stack(
     targets = np.full_like(operations, IGNORE_INDEX)
     targets[:, :, 1] = np.where(is_pop, operations[:, :, 2], IGNORE_INDEX)
     return operations.reshape(sequences, -1), targets.reshape(sequences, -1)
+
+
+def _copies(
+    config: CopiesConfig, sequences: int, random: np.random.Generator
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The targets are the tokens of copies but their first ones, which nothing foretells."""
+    strings = random.integers(config.num_symbols, size=(sequences, config.length + 1))
+    is_copied = np.zeros_like(strings, dtype=bool)
+    for string, copied in zip(strings, is_copied, strict=True):
+        start = 2 * config.max_span
+        while start <= config.length:
+            size = min(int(random.integers(config.min_span, config.max_span + 1)), config.length + 1 - start)
+            if random.random() < config.copy_share:
+                distance = int(np.exp(random.uniform(np.log(size), np.log(start + 1))))
+                source = start - max(size, min(distance, start))
+                string[start : start + size] = string[source : source + size]
+                copied[start + 1 : start + size] = True
+            start += size
+    targets = np.where(is_copied, strings, IGNORE_INDEX)
+    return strings[:, :-1].copy(), targets[:, 1:].copy()
 
 
 def _check_at_least(name: str, value: int, least: int) -> None:

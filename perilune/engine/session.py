@@ -109,14 +109,17 @@ class DecodeSession:
         cache = self._model.new_cache(len(prompts))
         tokens = torch.tensor([token for prompt in prompts for token in prompt], device=self._device)
         lengths = [len(prompt) for prompt in prompts]
+        # Said, as a piece of one token would pass for a generated one.
+        prompt_lengths = torch.tensor(lengths)
         if len(prompts) == 1:
-            # of equal size: a last piece of one token would pass for a generated one, which MoBA may treat differently
             *pieces, tokens = tokens.tensor_split(-(-len(tokens) // self._max_tokens_prefill))
             for piece in pieces:
-                self._model.hidden(piece, SequenceLayout.from_lengths([piece.shape[0]], self._device), cache)
+                layout = SequenceLayout.from_lengths([piece.shape[0]], self._device)
+                self._model.hidden(piece, layout, cache, prompt_lengths=prompt_lengths)
             lengths = [tokens.shape[0]]
         layout = SequenceLayout.from_lengths(lengths, self._device)
-        return cache, self._model.hidden(tokens, layout, cache)[layout.last_indices]
+        hidden = self._model.hidden(tokens, layout, cache, prompt_lengths=prompt_lengths)
+        return cache, hidden[layout.last_indices]
 
     def _join(self, rows: Rows, cache: HybridCache) -> None:
         if self._rows is None or self._cache is None:

@@ -1,10 +1,16 @@
 """Whole models: configuration, decoder, presets, and what they cost."""
 
-from perilune.models.attention_mode import config_as_set, set_attention_mode
+from perilune.models.attention_mode import (
+    attention_modes,
+    config_as_set,
+    restore_attention_modes,
+    set_attention_mode,
+)
 from perilune.models.config import ModelConfig, hybrid_layers
 from perilune.models.counts import CacheBytes, ParameterCounts, cache_bytes, flops_per_token, parameter_counts
 from perilune.models.decoder import Block, Decoder, build_model
 from perilune.models.presets import PRESETS, SCALING_LADDER, LadderRung
+from perilune.models.routing import moba_routings
 
 __all__ = [
     "PRESETS",
@@ -15,11 +21,14 @@ __all__ = [
     "LadderRung",
     "ModelConfig",
     "ParameterCounts",
+    "attention_modes",
     "build_model",
     "cache_bytes",
     "config_as_set",
     "flops_per_token",
     "hybrid_layers",
+    "moba_routings",
     "parameter_counts",
+    "restore_attention_modes",
     "set_attention_mode",
 ]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import get_args
+from typing import cast, get_args
+
+from torch import nn
 
 from perilune.models.config import ModelConfig
 from perilune.models.decoder import Decoder
@@ -25,6 +28,26 @@ def set_attention_mode(model: Decoder, mode: AttentionMode) -> None:
     check_choice("mode", mode, get_args(AttentionMode))
     for layer, mixer in _moba_layers(model).items():
         mixer.set_mode(mode if model.config.is_moba(layer) else "full")
+
+
+def attention_modes(model: nn.Module) -> dict[str, AttentionMode]:
+    """The mode of each MoBA layer by its module's name: what a checkpoint keeps of a model beside its tensors."""
+    return {name: module.mode for name, module in model.named_modules() if isinstance(module, MoBAttention)}
+
+
+def restore_attention_modes(model: nn.Module, modes: Mapping[str, str]) -> None:
+    """Set every MoBA layer as `attention_modes` found it.
+
+    Raises:
+        ValueError: the layers are others, or a mode is none; nothing is changed then.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, MoBAttention)}
+    if layers.keys() != modes.keys():
+        raise ValueError(f"attention modes are of {sorted(modes)} but the MoBA layers are {sorted(layers)}")
+    for name, mode in modes.items():
+        check_choice(f"mode of {name}", mode, get_args(AttentionMode))
+    for name, mode in modes.items():
+        layers[name].set_mode(cast("AttentionMode", mode))
 
 
 def config_as_set(model: Decoder) -> ModelConfig:

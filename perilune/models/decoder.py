@@ -42,11 +42,15 @@ class Block(nn.Module):
         moe = config.moe if config.is_moe(layer) else None
         self.ffn = MLP(config.d_model, config.d_ff) if moe is None else MoE(moe, config.d_model)
 
-    def forward(self, x: Tensor, layout: SequenceLayout, cache: CacheEntry | None) -> Tensor:
+    def forward(
+        self, x: Tensor, layout: SequenceLayout, cache: CacheEntry | None, prompt_lengths: Tensor | None = None
+    ) -> Tensor:
         """Map the residual stream `[T, d]` to the next."""
         # Rounded once, to what the products take; but a router compares its scores in float32.
         dtype = autocast_dtype(x)
-        x = x + self.mixer(self.mixer_norm(x, dtype=dtype), layout, cache)
+        # Other mixers make no difference between prompt and response.
+        told = (prompt_lengths,) if isinstance(self.mixer, MoBAttention) else ()
+        x = x + self.mixer(self.mixer_norm(x, dtype=dtype), layout, cache, *told)
         y: Tensor = x + self.ffn(self.ffn_norm(x, dtype=x.dtype if isinstance(self.ffn, MoE) else dtype))
         return y
 
@@ -64,11 +68,25 @@ class Decoder(nn.Module):
         tied = config.tie_embeddings
         self.lm_head = None if tied else nn.Linear(config.d_model, config.vocab_size, bias=False)
 
-    def forward(self, tokens: Tensor, cu_seqlens: Tensor | SequenceLayout, cache: HybridCache | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        cu_seqlens: Tensor | SequenceLayout,
+        cache: HybridCache | None = None,
+        *,
+        prompt_lengths: Tensor | None = None,
+    ) -> Tensor:
         """Logits `[T, vocab_size]`; arguments as for `hidden`."""
-        return F.linear(self.hidden(tokens, cu_seqlens, cache), self.output_weight)
+        return F.linear(self.hidden(tokens, cu_seqlens, cache, prompt_lengths=prompt_lengths), self.output_weight)
 
-    def hidden(self, tokens: Tensor, cu_seqlens: Tensor | SequenceLayout, cache: HybridCache | None = None) -> Tensor:
+    def hidden(
+        self,
+        tokens: Tensor,
+        cu_seqlens: Tensor | SequenceLayout,
+        cache: HybridCache | None = None,
+        *,
+        prompt_lengths: Tensor | None = None,
+    ) -> Tensor:
         """Run the stack up to and including the final norm.
 
         One forward serves training (no cache), prefill (a cache and any number of tokens per sequence, none included)
@@ -78,6 +96,9 @@ class Decoder(nn.Module):
             tokens: `[T]` int64, sequences back to back.
             cu_seqlens: how T splits into N sequences.
             cache: of N rows, continued and updated in place; None starts every sequence afresh.
+            prompt_lengths: `[N]` int64, tokens of each sequence, those in the cache included, before the generated
+                ones, which MoBA layers let read what `moba_decode` says: so training sees what sampling does, and
+                drafts of several tokens what steps do. None: what decodes is generated, everything else is not.
 
         Returns:
             `[T, d_model]`; with `output_weight` it gives the logits.
@@ -90,10 +111,12 @@ class Decoder(nn.Module):
         layout = as_layout(cu_seqlens, tokens)
         if cache is not None and len(cache.entries) != self.config.num_layers:
             raise ValueError(f"cache has {len(cache.entries)} entries but the model {self.config.num_layers} layers")
+        if prompt_lengths is not None:
+            prompt_lengths = _check_prompts(prompt_lengths, layout).cpu()
         entries = [None] * self.config.num_layers if cache is None else cache.entries
         x: Tensor = self.embed_tokens(tokens)
         for block, entry in zip(self.layers, entries, strict=True):
-            x = block(x, layout, entry)
+            x = block(x, layout, entry, prompt_lengths)
         if cache is not None:
             cache.advance(layout)
         y: Tensor = self.norm(x)
@@ -130,6 +153,15 @@ class Decoder(nn.Module):
     def adamw_parameters(self) -> set[str]:
         """Embedding and output matrix."""
         return {"embed_tokens.weight"} | ({"lm_head.weight"} if self.lm_head is not None else set())
+
+
+def _check_prompts(prompt_lengths: Tensor, layout: SequenceLayout) -> Tensor:
+    if prompt_lengths.shape != (layout.num_sequences,) or prompt_lengths.dtype != torch.int64:
+        raise ValueError(
+            f"prompt_lengths must be [{layout.num_sequences}] int64, one for each sequence, got "
+            f"{prompt_lengths.dtype} of shape {tuple(prompt_lengths.shape)}"
+        )
+    return prompt_lengths
 
 
 def build_model(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Self, get_args
 
 import torch
@@ -19,14 +20,14 @@ from perilune.nn.stepping import check_rows, is_step, token_positions
 from perilune.ops.attention import decode_attention, varlen_attention
 from perilune.ops.conv import short_conv, short_conv_step
 from perilune.ops.layout import SequenceLayout
-from perilune.ops.moba import moba_attention, moba_decode, moba_route
+from perilune.ops.moba import moba_attention, moba_decode
 
 
 class MoBAttention(nn.Module):
     """y = W_o moba(q, k, v), or softmax attention over every earlier token: in both modes the parameters are the same.
 
-    With a key convolution k is k + silu(conv(k)). With a cache, a forward of one token for every row generates, and
-    reads what `moba_decode` says; any other is part of a prompt, and reads what it would in training.
+    With a key convolution k is k + silu(conv(k)). Generated tokens read what `moba_decode` says. Which are generated,
+    `prompt_lengths` tells; without it those of a forward with a cache and one token for every row, and no others.
 
     Source: MoBA (2502.13189), section 2.2; key convolution: FlashMoBA (2511.11571), appendix C.
     """
@@ -52,13 +53,21 @@ class MoBAttention(nn.Module):
         check_choice("mode", mode, get_args(AttentionMode))
         self.mode = mode
 
-    def forward(self, x: Tensor, layout: SequenceLayout, cache: BlockEntry | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        layout: SequenceLayout,
+        cache: BlockEntry | None = None,
+        prompt_lengths: Tensor | None = None,
+    ) -> Tensor:
         """Mix the tokens of each sequence.
 
         Args:
             x: `[T, d]`.
             layout: how T splits into N sequences.
             cache: entry of `new_cache`, continued and updated in place; None starts every sequence afresh.
+            prompt_lengths: `[N]` int64, tokens of each sequence, those in the cache included, before the generated
+                ones; on the CPU, as it is read there.
 
         Returns:
             `[T, d]`.
@@ -66,9 +75,10 @@ class MoBAttention(nn.Module):
         if cache is not None:
             check_rows(layout, cache)
         q, k, v = self._project(x, layout, cache)
+        full_from = prompt_lengths if self.mode == "moba" and self.config.moba_decode == "full" else None
         if cache is None:
-            o = self._attend(q, k, v, layout, layout)
-        elif is_step(layout):
+            o = self._attend(q, k, v, layout, layout, full_from)
+        elif is_step(layout) and not _is_within(cache, full_from):
             keys, values = cache.tokens.push(k, v)
             cache.close_blocks(self._mean_dtype(k))
             o = self._decode(q.to(keys.dtype), keys, values, cache)
@@ -77,7 +87,7 @@ class MoBAttention(nn.Module):
             cache.tokens.extend(layout, k, v)
             cache.close_blocks(self._mean_dtype(k))
             layout_k, (k, v) = cache.tokens.packed() if has_history else (layout, (k, v))
-            o = self._attend(q, k.to(q.dtype), v.to(q.dtype), layout, layout_k)
+            o = self._attend(q, k.to(q.dtype), v.to(q.dtype), layout, layout_k, full_from)
         y: Tensor = self.o_proj(o.flatten(1).to(x.dtype))
         return y
 
@@ -118,10 +128,18 @@ class MoBAttention(nn.Module):
         positions = token_positions(layout, None if cache is None else cache.tokens)
         return self._rotary.turn(q, positions), self._rotary.turn(k, positions), v
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, layout_q: SequenceLayout, layout_k: SequenceLayout) -> Tensor:
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout_q: SequenceLayout,
+        layout_k: SequenceLayout,
+        full_from: Tensor | None = None,
+    ) -> Tensor:
         """Attention of packed sequences `[T, H, D]`; records the maximum logits in training."""
         is_recording = self.training and torch.is_grad_enabled()
-        attend = varlen_attention if self.mode == "full" else self._read_blocks
+        attend = varlen_attention if self.mode == "full" else partial(self._read_blocks, full_from=full_from)
         o, maxima = attend(q, k, v, layout_q, layout_k, scale=self._heads.softmax_scale, return_max_logits=is_recording)
         if maxima is not None:
             torch.maximum(self.max_logits, maxima.detach(), out=self.max_logits)
@@ -137,21 +155,10 @@ class MoBAttention(nn.Module):
         *,
         scale: float,
         return_max_logits: bool,
+        full_from: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """`moba_attention` as the layer is configured, in the form of `varlen_attention`."""
-        config, routing = self.config, None
-        if config.moba_gate_dtype == "float32":
-            routing = moba_route(
-                q,
-                k,
-                block_size=config.moba_chunk_size,
-                topk=config.moba_topk,
-                cu_seqlens_q=layout_q,
-                cu_seqlens_k=layout_k,
-                scale=scale,
-                policy=config.moba_policy,
-                float32_means=True,
-            )
+        config = self.config
         result = moba_attention(
             q,
             k,
@@ -162,7 +169,8 @@ class MoBAttention(nn.Module):
             cu_seqlens_k=layout_k,
             scale=scale,
             policy=config.moba_policy,
-            routing=routing,
+            float32_means=config.moba_gate_dtype == "float32",
+            full_from=full_from,
             return_max_logits=return_max_logits,
         )
         return (result, None) if isinstance(result, Tensor) else (result[0], result[1])
@@ -224,6 +232,11 @@ class KeyConv(nn.Module):
     def adamw_parameters(self) -> set[str]:
         """The filters: a stack of vectors, not a matrix."""
         return {"weight"}
+
+
+def _is_within(cache: BlockEntry, prompt_lengths: Tensor | None) -> bool:
+    """Whether the next token of some row belongs to its prompt."""
+    return prompt_lengths is not None and bool((cache.tokens.lengths.to(prompt_lengths.device) < prompt_lengths).any())
 
 
 def zero_key_convs(model: nn.Module) -> None:

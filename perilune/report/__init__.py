@@ -27,9 +27,12 @@ from perilune.report.results import (
     write_result,
     write_samples,
 )
+from perilune.report.routing import BlockLoad, LayerReads, block_load, load_table, routing_page, routing_picture
 from perilune.report.tables import summary_rows, summary_table, task_table
 
 __all__ = [
+    "BlockLoad",
+    "LayerReads",
     "LineProgress",
     "MetricRecord",
     "MetricValue",
@@ -41,12 +44,16 @@ __all__ = [
     "StageResult",
     "TaskScore",
     "TerminalProgress",
+    "block_load",
     "comparison_tables",
+    "load_table",
     "logs_as_notes",
     "make_progress",
     "read_metrics",
     "read_result",
     "read_samples",
+    "routing_page",
+    "routing_picture",
     "series",
     "summary_rows",
     "summary_table",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -54,6 +54,8 @@ _STYLE: dict[RcKeyType, Any] = {
     "legend.frameon": False,
 }
 
+_ON_WHITE = {INK: "#22272e", FAINT: "#d5d9de"}
+
 _ID = re.compile(r' id="([^"]+)"')
 _REFERENCE = re.compile(r'(?:url\(#|href="#)([^)"]+)')
 
@@ -67,6 +69,16 @@ def plot_style(name: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def picture_style() -> Iterator[None]:
+    """Draw with the same style inside the block, for a file that stands alone: dark on white."""
+    import matplotlib as mpl
+
+    paper: dict[RcKeyType, Any] = dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "white")
+    with mpl.rc_context({**{key: _ON_WHITE.get(value, value) for key, value in _STYLE.items()}, **paper}):
+        yield
+
+
 def new_axes(width: float = 6.6, height: float = 3.0) -> tuple[Figure, Axes]:
     """Return an empty figure of `width` x `height` inches and its axes."""
     from matplotlib.figure import Figure
@@ -75,18 +87,28 @@ def new_axes(width: float = 6.6, height: float = 3.0) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def to_svg(figure: Figure, description: str) -> str:
+def to_png(figure: Figure) -> bytes:
+    """Return the figure, drawn inside `picture_style`, as a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None}, pil_kwargs={"optimize": True})
+    return buffer.getvalue()
+
+
+def to_svg(figure: Figure, description: str, hints: Mapping[str, str] | None = None) -> str:
     """Return the figure as inline SVG whose colors are the page's CSS variables.
 
     Args:
         figure: drawn inside `plot_style`.
         description: what the plot shows, for readers who hear the page.
+        hints: what to show while the pointer is over an artist, by the artist's gid.
     """
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    for gid, hint in (hints or {}).items():
+        text = text.replace(f'<g id="{gid}">', f'<g pointer-events="all"><title>{escape(hint)}</title>', 1)
     used = set(_REFERENCE.findall(text))
     text = _ID.sub(lambda match: match.group(0) if match.group(1) in used else "", text)
     for color, variable in _VARIABLES.items():

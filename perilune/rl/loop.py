@@ -34,7 +34,14 @@ from perilune.rl.scoring import (
     shuffle_rewards,
 )
 from perilune.rl.update import PolicyTrainer
-from perilune.train import CheckpointStore, module_tensors, optimizer_state, restore_module, restore_optimizer
+from perilune.train import (
+    CheckpointStore,
+    model_state,
+    module_tensors,
+    optimizer_state,
+    restore_model,
+    restore_optimizer,
+)
 
 if TYPE_CHECKING:
     from perilune.models import Decoder
@@ -250,6 +257,7 @@ class RLLoop:
             "bad_steps": self._trainer.bad_steps,
             "sampler": self._sampler.state_dict(),
             "prompts": self._prompts_hash(),
+            **model_state(self._model),
             "optimizer": skeleton,
         }
         groups = {"model": module_tensors(self._model), "optimizer": tensors}
@@ -267,7 +275,7 @@ class RLLoop:
         state = checkpoint.state
         if state["prompts"] != self._prompts_hash():
             raise CheckpointError(f"{checkpoint.path}: was saved with another prompt set; the curation has changed")
-        restore_module(self._model, checkpoint)
+        restore_model(self._model, checkpoint)
         restore_optimizer(self._optimizer, checkpoint.group("optimizer"), state["optimizer"])
         self._sampler.load_state_dict(state["sampler"])
         self._trainer.bad_steps = state["bad_steps"]

@@ -30,6 +30,8 @@ class PackedResponses:
     """`[R]` int64, the response tokens."""
     rows: Tensor
     """`[R]` int64, sequence of each response token."""
+    prompt_lengths: Tensor
+    """`[B]` int64 on the CPU, tokens of each sequence before its response."""
 
 
 def pack_responses(trajectories: Sequence[Trajectory], device: torch.device) -> PackedResponses:
@@ -50,21 +52,26 @@ def pack_responses(trajectories: Sequence[Trajectory], device: torch.device) -> 
         positions=is_predictor.nonzero()[:, 0],
         targets=torch.tensor([token for t in trajectories for token in t.token_ids], device=device),
         rows=layout.sequence_ids[is_predictor],
+        prompt_lengths=prompt_lengths,
     )
 
 
 def response_logprobs(model: Decoder, packed: PackedResponses, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of every response token under softmax(logits / temperature).
 
-    The head runs on response positions only, in chunks, so `[T, vocab]` logits never exist.
+    The head runs on response positions only, in chunks, so `[T, vocab]` logits never exist. Each token reads what it
+    read when it was sampled: with MoBA layers that may be other keys in the response than in the prompt.
 
     Returns:
         logprobs `[R]` and entropy `[R]`, float32; only logprobs carry a gradient that is meant to be used.
 
     Source: Kimi k1.5, section 2.3.2 (log pi_theta(y, z | x)).
     """
-    hidden = model.hidden(packed.tokens, packed.layout)[packed.positions]
-    return linear_logprobs(hidden, model.output_weight, packed.targets, temperature=temperature, return_entropy=True)
+    hidden = model.hidden(packed.tokens, packed.layout, prompt_lengths=packed.prompt_lengths)
+    predictors = hidden[packed.positions]
+    return linear_logprobs(
+        predictors, model.output_weight, packed.targets, temperature=temperature, return_entropy=True
+    )
 
 
 def sum_by_sequence(values: Tensor, packed: PackedResponses) -> Tensor:

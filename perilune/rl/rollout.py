@@ -13,6 +13,7 @@ import torch
 
 from perilune.engine import Completion, Engine, FinishReason, Request, SamplingParams
 from perilune.errors import EngineError
+from perilune.models import attention_modes, restore_attention_modes
 from perilune.rl.config import RolloutConfig
 from perilune.seeding import derive_seed
 
@@ -83,11 +84,12 @@ class NativeRolloutEngine:
         self._engine = engine
 
     def set_weights(self, model: Decoder, version: int) -> None:
-        """Copy the weights of `model`, unless the engine runs on `model` itself."""
+        """Copy the weights of `model` and its attention modes, unless the engine runs on `model` itself."""
         del version
         if model is not self._engine.model:
             with torch.no_grad():
                 self._engine.model.load_state_dict(model.state_dict())
+            restore_attention_modes(self._engine.model, attention_modes(model))
 
     def generate(
         self, requests: Sequence[Request], progress: Callable[[int, int], None] | None = None

@@ -16,6 +16,7 @@ def response_example(trajectory: Trajectory) -> Example:
     return Example(
         tokens=(*trajectory.prompt_ids, *trajectory.token_ids),
         mask=(False,) * len(trajectory.prompt_ids) + (True,) * len(trajectory.token_ids),
+        prompt_length=len(trajectory.prompt_ids),
     )
 
 

@@ -8,6 +8,7 @@ from perilune.run.launch import describe_preset, load, preset_names, run_recipe
 from perilune.run.loading import LoadedModel, load_model, read_recipe
 from perilune.run.pipeline import RunSummary, StageContext, check_stages, run_pipeline
 from perilune.run.recipe import LoadedRecipe, build_recipe, dump_recipe, load_recipe
+from perilune.run.routing import RoutingView, draw_routing
 from perilune.run.schema import FieldDoc, explain
 from perilune.run.stages import STAGES
 from perilune.run.sweep import plan_sweep, run_sweep
@@ -19,12 +20,14 @@ __all__ = [
     "LoadedModel",
     "LoadedRecipe",
     "Recipe",
+    "RoutingView",
     "RunDirectory",
     "RunSummary",
     "StageContext",
     "build_recipe",
     "check_stages",
     "describe_preset",
+    "draw_routing",
     "dump_recipe",
     "evaluate_run",
     "explain",

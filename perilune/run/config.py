@@ -56,6 +56,9 @@ class EvaluationConfig:
     """Tokens of a window of held-out text."""
     text_bytes: int = 200_000
     """Most bytes of held-out text."""
+    loss_parts: int = 1
+    """Equal parts of a window of text, of a synthetic sequence or of a worked answer with its problem, whose losses are
+    told apart: what attention misses, it misses at the end; 1 for the whole alone."""
     problems: int = 100
     """Problems per task."""
     split: Literal["validation", "test"] = "test"
@@ -73,6 +76,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         _require_at_least(1, context=self.context, text_bytes=self.text_bytes, problems=self.problems)
+        _require_at_least(1, loss_parts=self.loss_parts)
         _require_at_least(1, max_response_tokens=self.max_response_tokens)
         _require_at_least(0, samples=self.samples, transcripts=self.transcripts)
         _require(0 < self.temperature < float("inf"), "temperature", "finite and > 0", self.temperature)
@@ -92,6 +96,9 @@ class PretrainStage:
     """Tokens of a window."""
     windows: int = 32
     """Windows in a batch."""
+    moba_full_last_n: int | None = None
+    """In place of the model's: this many layers at the end have full attention from here on, the other MoBA layers read
+    blocks; without it layers read what they did at the end of the stage before."""
 
     def __post_init__(self) -> None:
         _require_at_least(1, context=self.context, windows=self.windows)
@@ -113,6 +120,9 @@ class SyntheticStage:
     """Sequences in a batch."""
     evaluation_sequences: int = 256
     """Sequences of the fixed set that accuracy is measured on."""
+    moba_full_last_n: int | None = None
+    """In place of the model's: this many layers at the end have full attention from here on, the other MoBA layers read
+    blocks; without it layers read what they did at the end of the stage before."""
 
     def __post_init__(self) -> None:
         _require_at_least(1, sequences=self.sequences, evaluation_sequences=self.evaluation_sequences)
@@ -139,6 +149,13 @@ class SFTStage:
     short_share: float = 0.0
     """Share of the worked answers that show steps alone, in [0, 1): a policy that never writes a short answer gives a
     length reward nothing to choose."""
+    moba_full_last_n: int | None = None
+    """In place of the model's: this many layers at the end have full attention from here on, the other MoBA layers read
+    blocks; without it layers read what they did at the end of the stage before."""
+
+    answers_as_generated: bool = True
+    """Whether MoBA layers let the tokens of worked answers read what generated ones do (`moba_decode`), so that SFT and
+    reinforcement learning see one model; false: what they read in pre-training."""
 
     def __post_init__(self) -> None:
         _require_at_least(1, examples=self.examples, batch_tokens=self.batch_tokens)
@@ -278,6 +295,10 @@ class DPOStage:
         _require_at_least(1, batch_tokens=self.batch_tokens, max_negatives=self.max_negatives)
         _require_at_least(2, samples=self.samples)
         _require(1 <= self.ratio < float("inf"), "ratio", "finite and >= 1", self.ratio)
+        has_schedule = bool(self.train.attn_schedule)
+        _require(
+            not has_schedule, "train.attn_schedule", "left out (the reference reads as at the start)", has_schedule
+        )
         _require(0 < self.beta < float("inf"), "beta", "finite and > 0", self.beta)
         _require(0 <= self.sft_weight < float("inf"), "sft_weight", "finite and >= 0", self.sft_weight)
 
@@ -360,6 +381,7 @@ class Recipe:
             )
         _check_vocabulary(self.stages, self.model.vocab_size)
         _check_references(self.stages)
+        _check_attention(self.stages, self.model)
         shared = () if self.sweep is None else self.sweep.shared
         _require(tuple(self.stages)[: len(shared)] == shared, "sweep.shared", "the first stages in order", list(shared))
 
@@ -389,6 +411,19 @@ def _check_references(stages: Mapping[str, StageConfig]) -> None:
                     f"stages.{name}.{key} must name an earlier stage that makes a model ({there}), got {source!r}"
                 )
         (curated if isinstance(stage, CurateStage) else models).append(name)
+
+
+def _check_attention(stages: Mapping[str, StageConfig], model: ModelConfig) -> None:
+    """Check that stages that say what MoBA layers read have such layers, and leave full no more than there are."""
+    for name, stage in stages.items():
+        full = stage.moba_full_last_n if isinstance(stage, PretrainStage | SyntheticStage | SFTStage) else None
+        trains = isinstance(stage, PretrainStage | SyntheticStage | SFTStage | RejectionStage | DPOStage)
+        has_schedule = trains and bool(stage.train.attn_schedule)
+        if "moba" not in model.layers and (has_schedule or full is not None):
+            key = "train.attn_schedule" if has_schedule else "moba_full_last_n"
+            raise ValueError(f"stages.{name}.{key} needs moba among model.layers, which are {list(model.layers)}")
+        if full is not None and not 0 <= full <= model.num_layers:
+            raise ValueError(f"stages.{name}.moba_full_last_n must be in [0, {model.num_layers}], got {full}")
 
 
 def presets() -> dict[str, dict[str, Tree]]:

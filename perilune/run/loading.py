@@ -12,7 +12,7 @@ from perilune.report import read_result
 from perilune.run.config import Recipe
 from perilune.run.directory import RunDirectory
 from perilune.run.recipe import build_recipe
-from perilune.train import CheckpointStore, restore_module
+from perilune.train import CheckpointStore, restore_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +68,7 @@ def load_model(run_directory: Path, stage: str | None = None) -> LoadedModel:
 
 
 def restore_stage(model: Decoder, checkpoints: Path) -> None:
-    """Copy the last weights under a finished stage's checkpoint directory into `model`.
+    """Make `model` what the last checkpoint of a finished stage holds: its weights and the modes of its attention.
 
     An older checkpoint does not stand in for a damaged last one: it is another model than the one that was measured.
 
@@ -81,7 +81,7 @@ def restore_stage(model: Decoder, checkpoints: Path) -> None:
     except CheckpointError as error:
         advice = f"restore it from a copy, or remove results/{checkpoints.name}.json and run the recipe again"
         raise CheckpointError(f"{error}; {advice}") from error
-    restore_module(model, saved)
+    restore_model(model, saved)
 
 
 def _checkpoint_of(directory: RunDirectory, stage: str) -> str | None:

@@ -1,7 +1,7 @@
 """Training: one loop, its losses, evaluation, the checkpoint store, and what the machine does underneath."""
 
 from perilune.train.checkpoint import Checkpoint, CheckpointStore
-from perilune.train.config import PrecisionName, TrainConfig
+from perilune.train.config import AttentionPhase, PrecisionName, TrainConfig
 from perilune.train.context import Evaluation, MetricsSink, TrainContext, TrainResult
 from perilune.train.evaluate import TargetScore, TextScore, score_targets, score_text
 from perilune.train.loop import train
@@ -10,8 +10,10 @@ from perilune.train.monitors import LayerMonitor, clip_metrics
 from perilune.train.runtime import Interrupted, SignalWatch, choose_precision, matmul_rate
 from perilune.train.snapshot import (
     flatten_state,
+    model_state,
     module_tensors,
     optimizer_state,
+    restore_model,
     restore_module,
     restore_optimizer,
     unflatten_state,
@@ -19,6 +21,7 @@ from perilune.train.snapshot import (
 from perilune.train.step import BadStepGuard, StepTotals, accumulate_gradients, autocast, finish_gradients, trainable
 
 __all__ = [
+    "AttentionPhase",
     "BadStepGuard",
     "Checkpoint",
     "CheckpointStore",
@@ -46,8 +49,10 @@ __all__ = [
     "flatten_state",
     "lm_loss",
     "matmul_rate",
+    "model_state",
     "module_tensors",
     "optimizer_state",
+    "restore_model",
     "restore_module",
     "restore_optimizer",
     "score_targets",

@@ -5,8 +5,10 @@ No postponed annotations here: recipe validation reads them.
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal, get_args
 
+from perilune.nn import AttentionMode
 from perilune.optim import OptimizerConfig, ScheduleConfig
 
 PrecisionName = Literal["float32", "bfloat16", "auto"]
@@ -19,6 +21,21 @@ def _require(is_right: bool, name: str, rule: str, value: object) -> None:
 
 def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     _require(value in choices, name, f"one of {', '.join(choices)}", value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionPhase:
+    """What MoBA layers read in a part of a stage."""
+
+    until: float
+    """Share of the stage at which this part ends, in (0, 1], as the learning rate's schedule counts it."""
+    mode: AttentionMode
+    """`moba`: blocks, in the layers that the model's configuration names; `full`: every earlier token."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        _require(0 < self.until <= 1, "until", "in (0, 1]", self.until)
+        _require_choice("mode", self.mode, get_args(AttentionMode))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +54,8 @@ class TrainConfig:
     """The optimizer, with its peak learning rate."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """Learning rate over the share of the stage that is done."""
+    attn_schedule: tuple[AttentionPhase, ...] = ()
+    """What MoBA layers read in each part of the stage, until 1.0; without it what they read when the stage begins."""
     grad_clip: float = 1.0
     """Largest global norm of the gradient; 0 leaves it as it is."""
     precision: PrecisionName = "float32"
@@ -84,3 +103,13 @@ class TrainConfig:
             _require(0 <= value < math.inf, name, "finite and >= 0", value)
         _require_choice("precision", self.precision, get_args(PrecisionName))
         _require_choice("on_save_error", self.on_save_error, ("stop", "continue"))
+        ends = [phase.until for phase in self.attn_schedule]
+        is_rising = all(low < high for low, high in pairwise(ends))
+        _require(not ends or (is_rising and ends[-1] == 1), "attn_schedule", "phases whose until rises to 1.0", ends)
+
+    def attention_mode(self, progress: float) -> AttentionMode | None:
+        """What MoBA layers read at a share of the stage; None without a schedule."""
+        for phase in self.attn_schedule:
+            if progress < phase.until:
+                return phase.mode
+        return self.attn_schedule[-1].mode if self.attn_schedule else None

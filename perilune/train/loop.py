@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from perilune.data import Batch, BatchSource
 from perilune.errors import CheckpointError
-from perilune.models import Decoder, flops_per_token
+from perilune.models import Decoder, attention_modes, config_as_set, flops_per_token, set_attention_mode
 from perilune.optim import Muon, WSDSchedule, set_lr
 from perilune.report import MetricValue, ProgressTask
 from perilune.train.checkpoint import CheckpointStore
@@ -25,7 +25,13 @@ from perilune.train.context import TrainContext, TrainResult
 from perilune.train.losses import Loss
 from perilune.train.monitors import LayerMonitor, clip_metrics
 from perilune.train.runtime import choose_precision, matmul_rate
-from perilune.train.snapshot import module_tensors, optimizer_state, restore_module, restore_optimizer
+from perilune.train.snapshot import (
+    model_state,
+    module_tensors,
+    optimizer_state,
+    restore_model,
+    restore_optimizer,
+)
 from perilune.train.step import (
     BadStepGuard,
     StepTotals,
@@ -62,6 +68,7 @@ def train(
         Counts and last numbers, also of the part before a resume.
 
     Raises:
+        ValueError: there is a schedule of attention but no MoBA layer.
         NumericsError: too many bad steps in a row; the batch is dumped beside the checkpoints.
         CheckpointError: a checkpoint cannot be written, read, or belongs to another configuration.
         Exception: what `context.stopped()` makes, after a stop was requested and the state saved.
@@ -88,6 +95,8 @@ class _Trainer:
         config: TrainConfig,
         context: TrainContext,
     ) -> None:
+        if config.attn_schedule and not attention_modes(model):
+            raise ValueError(f"attn_schedule needs moba layers; the model's are {', '.join(model.config.layers)}")
         self.model, self.optimizer, self.source, self.loss = model, optimizer, source, loss
         self.config, self.context = config, context
         self.device = next(model.parameters()).device
@@ -145,8 +154,10 @@ class _Trainer:
 
     def _take_step(self, task: ProgressTask) -> None:
         started_s = self.clock.elapsed_s()
-        lr = self.schedule.lr(self.clock.progress(self.step + 0.5))
+        progress = self.clock.progress(self.step + 0.5)
+        lr = self.schedule.lr(progress)
         set_lr(self.optimizer, lr)
+        self._switch_attention(progress)
         batches = [self.source.batch(self.step, micro).to(self.device) for micro in range(self.config.micro_batches)]
         totals, norm = self._compute_gradients(batches)
         metrics: dict[str, MetricValue] = {"loss": totals.loss, "lr": lr, "grad_norm": norm, **totals.metrics}
@@ -162,6 +173,15 @@ class _Trainer:
         if should_log:
             self._log({**metrics, **speed, "tokens": self.tokens, "skipped_steps": self.skipped})
         task.update(self.clock.progress(self.step), {"loss": totals.loss, "tok/s": speed["tokens_per_s"]})
+
+    def _switch_attention(self, progress: float) -> None:
+        mode = self.config.attention_mode(progress)
+        if mode is None:
+            return
+        before = attention_modes(self.model)
+        set_attention_mode(self.model, mode)
+        if attention_modes(self.model) != before:
+            logger.info("%s: attention is %r from step %d on", self.context.stage, mode, self.step + 1)
 
     def _compute_gradients(self, batches: list[Batch]) -> tuple[StepTotals, float]:
         self.model.train()
@@ -198,7 +218,7 @@ class _Trainer:
             return {"tokens_per_s": rate}
         # Forward and backward are three forwards' worth; a token sees half of its sequence.
         context = (totals.num_tokens / totals.num_sequences + 1) / 2
-        flops = 3 * flops_per_token(self.model.config, context)
+        flops = 3 * flops_per_token(config_as_set(self.model), context)
         return {"tokens_per_s": rate, "flop_utilization": rate * flops / self.peak_flops}
 
     def _after_step(self) -> None:
@@ -254,6 +274,7 @@ class _Trainer:
             "loss": self.last_loss,
             "evaluation": _plain(self.evaluation),
             "evaluated_step": self.evaluated_step,
+            **model_state(self.model),
             "optimizer": optimizer_skeleton,
         }
 
@@ -264,7 +285,7 @@ class _Trainer:
                 f"{checkpoint.path}: was written with configuration {checkpoint.config_hash or 'none'}, this is "
                 f"{self.context.config_hash or 'none'}; resume with the same settings, or start in a new directory"
             )
-        restore_module(self.model, checkpoint)
+        restore_model(self.model, checkpoint)
         state = checkpoint.state
         try:
             restore_optimizer(self.optimizer, checkpoint.group("optimizer"), state["optimizer"])

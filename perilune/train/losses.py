@@ -26,8 +26,10 @@ class LanguageModel(Protocol):
         """`[vocab, d]`, the weight of the output head."""
         ...
 
-    def hidden(self, tokens: Tensor, cu_seqlens: Tensor | SequenceLayout) -> Tensor:
-        """Return `[T, d]`, the states after the final norm."""
+    def hidden(
+        self, tokens: Tensor, cu_seqlens: Tensor | SequenceLayout, *, prompt_lengths: Tensor | None = None
+    ) -> Tensor:
+        """Return `[T, d]`, the states after the final norm; tokens after `prompt_lengths` `[N]` count as generated."""
         ...
 
 
@@ -59,7 +61,7 @@ def lm_loss(model: LanguageModel, batch: Batch) -> tuple[Tensor, LossStats]:
     Returns:
         The sum in nats and its statistics; `count` is the sum of the weights.
     """
-    logprobs, weights = _target_logprobs(model, batch)
+    logprobs, weights, _ = target_logprobs(model, batch)
     return -(weights * logprobs).sum(), LossStats(count=weights.sum())
 
 
@@ -117,20 +119,20 @@ def sequence_logprobs(model: LanguageModel, batch: Batch) -> Tensor:
 def _sequence_logprobs(model: LanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """`[N]` summed target log-probabilities and `[N]` target counts."""
     layout = SequenceLayout.from_cu_seqlens(batch.cu_seqlens, batch.num_tokens)
-    logprobs, weights = _target_logprobs(model, batch)
-    ids = layout.sequence_ids[_is_target(batch)]
+    logprobs, weights, is_target = target_logprobs(model, batch)
+    ids = layout.sequence_ids[is_target]
     zeros = logprobs.new_zeros(layout.num_sequences)
     return zeros.index_add(0, ids, weights * logprobs), zeros.index_add(0, ids, weights)
 
 
-def _target_logprobs(model: LanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """`[A]` float32 log-probabilities and weights of the A positions that count."""
-    hidden = model.hidden(batch.tokens, batch.cu_seqlens)
+def target_logprobs(model: LanguageModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """`[A]` float32 log-probabilities and weights of the A positions that count, and `[T]` bool, which these are."""
+    hidden = model.hidden(batch.tokens, batch.cu_seqlens, prompt_lengths=batch.prompt_lengths)
     is_target = _is_target(batch)
     # Only positions that count meet the vocabulary: in SFT most of a conversation is prompt.
     logprobs = linear_logprobs(hidden[is_target], model.output_weight, batch.targets[is_target])
     weights = torch.ones_like(logprobs) if batch.weights is None else batch.weights[is_target]
-    return logprobs, weights
+    return logprobs, weights, is_target
 
 
 def _is_target(batch: Batch) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from perilune.models import attention_modes
 from perilune.nn import MoE
 from perilune.optim import MuonClip, qk_clip_specs
 from perilune.report import MetricValue
@@ -19,6 +20,7 @@ class LayerMonitor:
 
     def __init__(self, model: nn.Module) -> None:
         """Collect the layers that count; any module may have none."""
+        self._model = model
         self._attention = qk_clip_specs(model)
         self._experts = [module for module in model.modules() if isinstance(module, MoE)]
 
@@ -28,9 +30,12 @@ class LayerMonitor:
         Returns:
             `max_logits` (one number per attention layer) and its maximum `max_logit`; `expert_load` (MoE layer by
             expert, shares of the routed tokens), and over layers the mean of `expert_imbalance` (largest load over mean
-            load, 1 is balanced) and of `expert_entropy` (1 is balanced, 0 is one expert). Only what the model has.
+            load, 1 is balanced) and of `expert_entropy` (1 is balanced, 0 is one expert); `moba_layers`, how many MoBA
+            layers read blocks at present. Only what the model has.
         """
         values: dict[str, MetricValue] = {}
+        if modes := attention_modes(self._model):
+            values["moba_layers"] = sum(mode == "moba" for mode in modes.values())
         if self._attention:
             maxima = [float(spec.max_logits().max()) for spec in self._attention]
             values |= {"max_logits": maxima, "max_logit": max(maxima)}

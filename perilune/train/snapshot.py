@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from perilune.errors import CheckpointError
+from perilune.models import attention_modes, restore_attention_modes
 from perilune.train.checkpoint import Checkpoint
 
 _TENSOR, _TUPLE, _ITEMS, _FLOAT = "$tensor", "$tuple", "$items", "$float"
+_MODES = "attention_modes"
 
 
 def flatten_state(tree: Any) -> tuple[dict[str, Tensor], Any]:
@@ -91,6 +93,26 @@ def restore_module(module: nn.Module, checkpoint: Checkpoint, group: str = "mode
     with torch.no_grad():
         for name, tensor in live.items():
             tensor.copy_(saved[name])
+
+
+def model_state(model: nn.Module) -> dict[str, Any]:
+    """Return what decides a model's outputs beside its tensors, for a checkpoint's state: the modes of MoBA layers."""
+    return {_MODES: attention_modes(model)}
+
+
+def restore_model(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Make a model what it was when it was saved: its tensors, and what `model_state` kept if that was saved.
+
+    Raises:
+        CheckpointError: as `restore_module`, or the modes are of other layers.
+    """
+    restore_module(model, checkpoint)
+    if (modes := checkpoint.state.get(_MODES)) is None:
+        return
+    try:
+        restore_attention_modes(model, dict(modes))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint.path}: {_MODES} of state.json do not fit the model ({error})") from error
 
 
 def optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], Any]:

@@ -170,6 +170,7 @@ def dump_batches(path: Path, batches: Sequence[Batch]) -> None:
             "weights": batch.weights,
             "pairs": batch.pairs,
             "reference_logprobs": batch.reference_logprobs,
+            "prompt_lengths": batch.prompt_lengths,
         }
         tensors |= {f"{index}.{name}": value for name, value in fields.items() if value is not None}
     temporary = path.with_suffix(".tmp")

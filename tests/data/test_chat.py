@@ -37,8 +37,9 @@ def test_conversation_is_the_golden_string() -> None:
 
 def test_prompt_and_response_make_the_conversation() -> None:
     messages = [Message(role="user", content="ask"), Message(role="assistant", content="answer", thinking="")]
-    joined = encode_prompt(TOKENIZER, "ask") + encode_response(TOKENIZER, "answer", "")
-    assert joined == list(encode_conversation(TOKENIZER, messages).tokens)
+    prompt, example = encode_prompt(TOKENIZER, "ask"), encode_conversation(TOKENIZER, messages)
+    assert prompt + encode_response(TOKENIZER, "answer", "") == list(example.tokens)
+    assert example.prompt_length == len(prompt)
 
 
 def test_every_assistant_turn_is_a_target() -> None:

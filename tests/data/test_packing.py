@@ -58,6 +58,24 @@ def test_concatenation_equals_packing_at_once() -> None:
     assert joined.cu_seqlens.dtype == torch.int32
 
 
+def test_prompts_are_counted_in_packs_and_texts_have_nothing_generated() -> None:
+    text, answer = Example.document([1, 2, 3]), Example(tokens=(4, 5, 6), mask=(False, True, True), prompt_length=1)
+    assert pack_examples([text]).prompt_lengths is None
+    assert pack_examples([text, answer]).prompt_lengths.tolist() == [2, 1]
+    joined = concat_batches([pack_examples([answer, answer]), pack_examples([text, text])])
+    assert joined.prompt_lengths.tolist() == [1, 1, 2, 2]
+    assert joined.prompt_lengths.dtype == torch.int64
+    assert concat_batches([pack_examples([text])] * 2).prompt_lengths is None
+    # what is read on the host stays there
+    assert joined.to("meta").prompt_lengths is joined.prompt_lengths
+
+
+@pytest.mark.parametrize("length", [-1, 4])
+def test_a_prompt_is_part_of_its_example(length: int) -> None:
+    with pytest.raises(ValueError, match=rf"prompt_length must be in \[0, 3\], got {length}"):
+        Example(tokens=(4, 5, 6), mask=(False, True, True), prompt_length=length)
+
+
 def test_concatenation_needs_batches() -> None:
     with pytest.raises(ValueError, match="at least one batch"):
         concat_batches([])

@@ -3,6 +3,7 @@ import torch
 
 from perilune.data import (
     IGNORE_INDEX,
+    CopiesConfig,
     PalindromeConfig,
     RecallConfig,
     StackConfig,
@@ -13,7 +14,8 @@ from perilune.data import (
 PALINDROME = PalindromeConfig(length=9, num_symbols=5)
 RECALL = RecallConfig(num_pairs=4, num_queries=6, num_keys=7, num_values=3)
 STACK = StackConfig(num_operations=40, num_stacks=3, num_elements=5, max_depth=2)
-ALL = [PALINDROME, RECALL, STACK]
+COPIES = CopiesConfig(length=200, num_symbols=7, min_span=3, max_span=5)
+ALL = [PALINDROME, RECALL, STACK, COPIES]
 
 
 @pytest.mark.parametrize("config", ALL)
@@ -78,6 +80,25 @@ def test_stack_replays() -> None:
     assert pops > 8 * 10
 
 
+def test_copies_go_on_with_an_earlier_part() -> None:
+    config = CopiesConfig(length=400, num_symbols=50_000, min_span=4, max_span=9)
+    batch = synthetic_batch(config, 8, seed=0)
+    distances: list[int] = []
+    for tokens, targets in zip(batch.tokens.view(8, 400).tolist(), batch.targets.view(8, 400).tolist(), strict=True):
+        assert all(target in (IGNORE_INDEX, following) for target, following in zip(targets, tokens[1:], strict=False))
+        starts = [t for t in range(1, 400) if targets[t] != IGNORE_INDEX and targets[t - 1] == IGNORE_INDEX]
+        for start in starts:
+            assert start >= 18
+            earlier = [u for u in range(start) if tokens[u : u + 2] == [tokens[start], targets[start]]]
+            assert earlier, "a copy has an original"
+            distances.append(start - earlier[-1])
+    share = float((batch.targets != IGNORE_INDEX).float().mean())
+    assert 0.4 < share < 0.7
+    assert min(distances) < 10
+    # the nearest original may be a copy itself
+    assert sum(distance > 100 for distance in distances) >= 20
+
+
 @pytest.mark.parametrize(
     ("config", "options", "words"),
     [
@@ -85,6 +106,9 @@ def test_stack_replays() -> None:
         (PalindromeConfig, {"num_symbols": 1}, "num_symbols must be at least 2, got 1"),
         (RecallConfig, {"num_pairs": 65}, "num_keys must be at least 65, got 64"),
         (StackConfig, {"max_depth": 0}, "max_depth must be at least 1"),
+        (CopiesConfig, {"max_span": 7}, "max_span must be at least 8, got 7"),
+        (CopiesConfig, {"length": 95}, "length must be at least 96, got 95"),
+        (CopiesConfig, {"copy_share": 0.0}, r"copy_share must be in \(0, 1\], got 0.0"),
     ],
 )
 def test_config_ranges_are_checked(config, options: dict, words: str) -> None:

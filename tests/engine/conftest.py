@@ -36,7 +36,7 @@ class RecurrentModel(nn.Module):
     def new_cache(self, num_sequences):
         return RecurrentCache(torch.zeros(num_sequences, self.mix.shape[0]))
 
-    def hidden(self, tokens, cu_seqlens, cache=None):
+    def hidden(self, tokens, cu_seqlens, cache=None, *, prompt_lengths=None):
         layout = as_layout(cu_seqlens, tokens)
         self.calls.append(layout.lengths)
         states = self.new_cache(layout.num_sequences).state if cache is None else cache.state

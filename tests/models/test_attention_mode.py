@@ -9,7 +9,15 @@ import pytest
 import tomli_w
 import torch
 
-from perilune.models import PRESETS, ModelConfig, build_model, config_as_set, set_attention_mode
+from perilune.models import (
+    PRESETS,
+    ModelConfig,
+    attention_modes,
+    build_model,
+    config_as_set,
+    restore_attention_modes,
+    set_attention_mode,
+)
 from perilune.nn import MoBAConfig
 from perilune.ops import SequenceLayout
 from perilune.run import build_recipe
@@ -90,6 +98,29 @@ def test_modes_as_set_survive_as_well():
     switched = build_model(config_as_set(model), seed=0)
     set_attention_mode(switched, "moba")
     assert modes(switched) == ["full", None, "full", "full"]
+
+
+def test_modes_move_from_one_model_to_another():
+    model, other = build_model(CONFIG, seed=0), build_model(FULL, seed=1)
+    assert attention_modes(model) == {"layers.0.mixer": "moba", "layers.2.mixer": "moba", "layers.3.mixer": "full"}
+    restore_attention_modes(other, attention_modes(model))
+    assert modes(other) == modes(model)
+    assert attention_modes(build_model(PRESETS["smoke"], seed=0)) == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers.1.mixer": "moba"}, r"of \['layers.0.mixer', 'layers.1.mixer', .* but the MoBA layers are"),
+        ({"layers.3.mixer": "sparse"}, "mode of layers.3.mixer must be one of"),
+    ],
+)
+def test_modes_that_do_not_fit_change_nothing(change, message):
+    model = build_model(CONFIG, seed=0)
+    before = attention_modes(model)
+    with pytest.raises(ValueError, match=message):
+        restore_attention_modes(model, {**before, "layers.0.mixer": "full", **change})
+    assert attention_modes(model) == before
 
 
 @pytest.mark.parametrize(

@@ -218,3 +218,24 @@ def test_state_dict_loads_into_another_model():
 def test_wrong_inputs_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(make_model("mixed"))
+
+
+@pytest.mark.parametrize("prompt_lengths", [torch.tensor([1]), torch.tensor([1, 2], dtype=torch.int32), torch.ones(2)])
+def test_prompt_lengths_are_one_for_each_sequence(prompt_lengths):
+    model = make_model("sparse")
+    with pytest.raises(ValueError, match=r"prompt_lengths must be \[2\] int64, one for each sequence, got"):
+        model(*tokens_of(4, 3), prompt_lengths=prompt_lengths)
+
+
+@torch.no_grad()
+def test_prompt_lengths_matter_to_layers_that_read_blocks_alone():
+    tokens, layout = tokens_of(20, 9)
+    told = torch.tensor([11, 4])
+    for name in CONFIGS:
+        model = make_model(name)
+        assert torch.equal(model(tokens, layout), model(tokens, layout, prompt_lengths=told)), name
+    config = replace(SPARSE, moba=replace(MOBA, moba_decode="full"))
+    model = build_model(config, seed=0).to(torch.float64).eval()
+    plain, found = model(tokens, layout), model(tokens, layout, prompt_lengths=told)
+    torch.testing.assert_close(found[:11], plain[:11])
+    assert not torch.allclose(found[11:20], plain[11:20])

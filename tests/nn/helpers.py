@@ -70,14 +70,19 @@ def split_packed(x: Tensor, lengths: tuple[int, ...]) -> list[Tensor]:
     return list(x.split(list(lengths)))
 
 
-def run_pieces(mixer: nn.Module, sequences: list[Tensor], pieces: list[tuple[int, ...]]) -> tuple[list[Tensor], object]:
-    """Feed `pieces[i][n]` tokens of sequence n in forward i, through one cache; returns outputs per sequence."""
+def run_pieces(
+    mixer: nn.Module, sequences: list[Tensor], pieces: list[tuple[int, ...]], *told: Tensor
+) -> tuple[list[Tensor], object]:
+    """Feed `pieces[i][n]` tokens of sequence n in forward i, through one cache; returns outputs per sequence.
+
+    What is `told` goes to every forward.
+    """
     cache = mixer.new_cache(len(sequences), "cpu", sequences[0].dtype)
     done = [0] * len(sequences)
     outputs: list[list[Tensor]] = [[] for _ in sequences]
     for lengths in pieces:
         parts = [s[start : start + n] for s, start, n in zip(sequences, done, lengths, strict=True)]
-        y = mixer(torch.cat(parts), SequenceLayout.from_lengths(lengths), cache)
+        y = mixer(torch.cat(parts), SequenceLayout.from_lengths(lengths), cache, *told)
         for n, part in enumerate(y.split(list(lengths))):
             outputs[n].append(part)
             done[n] += lengths[n]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -17,11 +16,9 @@ from perilune.nn import (
     MoBAttention,
     Rotary,
     initialize,
-    moba,
     zero_key_convs,
 )
 from perilune.nn.config import KEY_CONV_REWIND
-from perilune.ops import moba_attention
 from perilune.ops.layout import SequenceLayout
 from perilune.ops.moba import routing
 from perilune.optim import parameter_groups
@@ -111,18 +108,39 @@ def test_steps_across_block_borders_equal_a_prefill(name, mode):
 
 @pytest.mark.parametrize("key_conv", [0, 3])
 @torch.no_grad()
-def test_generated_tokens_read_everything_where_so_configured(key_conv, monkeypatch):
+def test_generated_tokens_read_everything_where_so_configured(key_conv):
     layer = make_layer(moba_decode="full", moba_key_conv=key_conv)
     x, layout = packed_input((45, 23, 29))
     sequences = split_packed(x, (45, 23, 29))
-    prompts = (40, 18, 24)
+    prompts = torch.tensor([40, 18, 24])
     found, _ = run_pieces(layer, sequences, [(11, 18, 2), (29, 0, 22), *[(1, 1, 1)] * 5])
-    sparse = layer(x, layout)
-    mixed = partial(moba_attention, full_from=torch.tensor(prompts))
-    monkeypatch.setattr(moba, "moba_attention", mixed)
-    expected = layer(x, layout)
+    sparse, expected = layer(x, layout), layer(x, layout, None, prompts)
     torch.testing.assert_close(torch.cat(found), expected, **TIGHT)
-    assert not torch.allclose(expected, sparse)
+    for y, plain, prompt in zip(split_packed(expected, (45, 23, 29)), sparse.split([45, 23, 29]), prompts, strict=True):
+        torch.testing.assert_close(y[:prompt], plain[:prompt], **TIGHT)
+        assert not torch.allclose(y[prompt:], plain[prompt:])
+    layer.set_mode("full")
+    torch.testing.assert_close(expected[40:45], layer(x, layout)[40:45], **TIGHT)
+    torch.testing.assert_close(layer(x, layout, None, prompts), layer(x, layout), **TIGHT)
+
+
+@pytest.mark.parametrize("decode", ["full", "moba"])
+@torch.no_grad()
+def test_a_caller_may_say_where_prompts_end(decode):
+    """Prompts in pieces of one token, drafts of several, and rows that are not yet where others are."""
+    layer = make_layer(moba_decode=decode)
+    x, layout = packed_input((45, 23, 29))
+    prompts = torch.tensor([40, 18, 24])
+    expected = layer(x, layout, None, prompts)
+    assert torch.equal(expected, layer(x, layout)) == (decode == "moba")
+    for pieces in (
+        [(37, 15, 21), *[(1, 1, 1)] * 8],
+        [(40, 18, 24), (3, 3, 3), (2, 2, 2)],
+        [(40, 14, 20), *[(1, 1, 1)] * 5, (0, 4, 4)],
+        [(38, 17, 24), (5, 2, 1), (2, 4, 4)],
+    ):
+        found, _ = run_pieces(layer, split_packed(x, (45, 23, 29)), pieces, prompts)
+        torch.testing.assert_close(torch.cat(found), expected, **TIGHT)
 
 
 @pytest.mark.parametrize(("precision", "gate"), [("autocast", "kv"), ("bfloat16", "kv"), ("bfloat16", "float32")])

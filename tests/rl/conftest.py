@@ -34,7 +34,7 @@ class BigramModel(nn.Module):
     def new_cache(self, num_sequences):
         return NoCache(num_sequences)
 
-    def hidden(self, tokens, cu_seqlens, cache=None):
+    def hidden(self, tokens, cu_seqlens, cache=None, *, prompt_lengths=None):
         as_layout(cu_seqlens, tokens)
         return self.embedding[tokens]
 

@@ -29,6 +29,7 @@ def test_packing_names_the_positions_that_predict_the_response():
     assert packed.positions.tolist() == [2, 3, 4, 6, 7, 8]
     assert packed.targets.tolist() == [4, 5, 7, 10, 11, 12]
     assert packed.rows.tolist() == [0, 0, 1, 2, 2, 2]
+    assert packed.prompt_lengths.tolist() == [3, 1, 2]
 
 
 def test_a_response_without_tokens_is_refused():

@@ -32,6 +32,7 @@ def test_the_shortest_right_response_becomes_an_example_with_its_response_as_tar
     (example,) = shortest_examples(scored([0, 1, 1, 1], [2, 5, 3, 4]))
     assert example.tokens == (1, 2, 1, 9, 9)
     assert example.mask == (False, False, True, True, True)
+    assert example.prompt_length == 2
     assert shortest_examples(scored([0, 0], [2, 3])) == []
 
 

@@ -19,7 +19,9 @@ class TinyModel(nn.Module):
         self.mix = nn.Parameter(torch.randn(width, width, generator=generator, dtype=dtype))
         self.output_weight = nn.Parameter(torch.randn(VOCAB, width, generator=generator, dtype=dtype))
 
-    def hidden(self, tokens: Tensor, cu_seqlens: Tensor | SequenceLayout) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, cu_seqlens: Tensor | SequenceLayout, *, prompt_lengths: Tensor | None = None
+    ) -> Tensor:
         layout = as_layout(cu_seqlens, tokens)
         parts = self.embedding[tokens].split(list(layout.lengths))
         means = [part.cumsum(0) / torch.arange(1, len(part) + 1)[:, None] for part in parts]

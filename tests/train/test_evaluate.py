@@ -41,6 +41,24 @@ def test_every_token_is_scored_once_with_its_context(context: int, stride: int, 
     assert score.bits_per_byte == pytest.approx(nats / math.log(2) / 77, rel=1e-5)
 
 
+@torch.no_grad()
+def test_losses_are_told_apart_by_position() -> None:
+    model, text = TinyModel(), TEXT[:49]
+    score = score_text(model, text, 77, context=8, parts=4)
+    losses: list[list[float]] = [[], [], [], []]
+    for start in range(0, 48, 8):
+        inputs = torch.as_tensor(text[start : start + 8])
+        hidden = model.hidden(inputs, torch.tensor([0, len(inputs)], dtype=torch.int32))
+        logprobs = (hidden @ model.output_weight.T).log_softmax(-1)
+        for position in range(8):
+            losses[position // 2].append(-float(logprobs[position, text[start + position + 1]]))
+    assert score.nats_by_part == pytest.approx([sum(part) / len(part) for part in losses], rel=1e-5)
+    whole = score_text(model, text, 77, context=8)
+    assert whole.nats_by_part == (whole.nats_per_token,)
+    assert score.nats_per_token == pytest.approx(whole.nats_per_token, rel=1e-12)
+    assert math.isnan(score_text(model, text, 77, context=96, parts=3).nats_by_part[2])
+
+
 def test_windows_per_pass_do_not_change_the_score() -> None:
     scores = [score_text(TinyModel(), TEXT, 77, context=8, stride=4, windows=count) for count in (1, 4, 100)]
     assert scores[0].bits_per_byte == pytest.approx(scores[1].bits_per_byte, rel=1e-6)
@@ -61,6 +79,7 @@ def test_a_uniform_model_needs_log_of_its_vocabulary() -> None:
         ({"stride": 9}, "1 <= stride <= context"),
         ({"stride": 0}, "1 <= stride <= context"),
         ({"windows": 0}, "windows >= 1"),
+        ({"parts": 0}, "parts must be >= 1, got 0"),
     ],
 )
 def test_score_text_checks_its_arguments(changes: dict, message: str) -> None:
@@ -81,6 +100,19 @@ def test_accuracy_counts_targets_and_whole_sequences() -> None:
     assert score.num_targets == 24
     assert score.accuracy == 22 / 24
     assert score.sequence_accuracy == 4 / 6
+
+
+@torch.no_grad()
+def test_losses_of_targets_are_mean_negative_log_probabilities() -> None:
+    model, batch = TinyModel(), make_batch([5, 4, 0, 6, 3], masked=0.4)
+    logprobs = (model.hidden(batch.tokens, batch.cu_seqlens) @ model.output_weight.T).log_softmax(-1)
+    positions = torch.cat([torch.arange(length) for length in (5, 4, 0, 6, 3)])
+    counts = batch.targets != IGNORE_INDEX
+    nats = -logprobs[counts].gather(1, batch.targets[counts, None])[:, 0]
+    score = score_targets(model, [batch, batch], parts=2)
+    assert score.nats_per_target == pytest.approx(float(nats.mean()), rel=1e-5)
+    late = positions[counts] >= 3
+    assert score.nats_by_part == pytest.approx([float(nats[~late].mean()), float(nats[late].mean())], rel=1e-5)
 
 
 def test_accuracy_without_targets_is_refused() -> None:

@@ -20,7 +20,7 @@ class RouterSNR:
     p_fail: float
     """Probability that one block without wanted keys scores higher."""
     required_snr: float
-    """The ratio above which the block is expected among the k best of n; -inf if all are read."""
+    """The ratio above which the block is expected among the k best of n."""
     expected_above: float
     """Blocks expected to score higher, n * p_fail."""
 
@@ -46,7 +46,7 @@ def router_snr(
         d: channels of a head.
         block_size: B, tokens of a block.
         k: blocks that are chosen by their scores; of a MoBA layer's `moba_topk`, all but the query's own.
-        n: blocks to choose from.
+        n: blocks to choose from, more than k.
         dmu: expected product of the query with the wanted key, less that with any other.
         m: keys of the block that are like the wanted one, itself included, in [1, B].
         cluster_gap: mu_cluster - mu_noise, the same difference for each of the other m - 1.
@@ -62,12 +62,12 @@ def router_snr(
     for name, value in (("dmu", dmu), ("cluster_gap", cluster_gap)):
         if not math.isfinite(value):
             raise ValueError(f"router_snr: {name} must be finite, got {value}")
-    if k > n:
-        raise ValueError(f"router_snr: k must be <= n, the {n} blocks there are to choose from, got {k}")
+    if k >= n:
+        raise ValueError(f"router_snr: k must be < n={n}, as otherwise every block is chosen, got {k}")
     if m > block_size:
         raise ValueError(f"router_snr: m must be <= block_size={block_size}, the keys of a block, got {m}")
     gap = dmu + (m - 1) * cluster_gap
     snr = gap * math.sqrt(d / (2 * block_size))
     p_fail = _NORMAL.cdf(-snr)
-    required = -math.inf if k == n else _NORMAL.inv_cdf(1 - k / n)
+    required = _NORMAL.inv_cdf(1 - k / n)
     return RouterSNR(gap=gap, snr=snr, p_fail=p_fail, required_snr=required, expected_above=n * p_fail)

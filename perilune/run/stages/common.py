@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from hashlib import sha256
 from typing import Any
 
 from torch import nn
 
 from perilune.data import BatchSource
-from perilune.models import Decoder, build_model
+from perilune.models import Decoder, build_model, set_attention_mode
 from perilune.optim import build_optimizer
 from perilune.report import MetricValue, StageResult
 from perilune.run.config import Recipe, StageConfig
@@ -23,13 +24,25 @@ from perilune.run.tree import flatten
 from perilune.train import CheckpointStore, Loss, TrainConfig, TrainContext, TrainResult, score_text, train
 
 
-def starting_model(context: StageContext, stage: str | None = None) -> Decoder:
-    """Return the model of `stage` (None: the one this stage starts from), or a fresh one if there is none."""
+def starting_model(context: StageContext, stage: str | None = None, *, moba_full_last_n: int | None = None) -> Decoder:
+    """Return the model that a stage starts with.
+
+    Args:
+        context: the stage's.
+        stage: whose model; None for the one that this stage starts from, or a fresh one if there is none.
+        moba_full_last_n: in place of the recipe's: all other MoBA layers that it names read blocks, whatever they read
+            before. None: layers read what they did when they were saved.
+    """
     recipe: Recipe = context.recipe
-    model = build_model(recipe.model, seed=recipe.seed)
+    config = recipe.model
+    if moba_full_last_n is not None:
+        config = replace(config, moba_full_last_n=moba_full_last_n)
+    model = build_model(config, seed=recipe.seed)
     source = stage if stage is not None else context.start_from
     if source is not None:
         restore_stage(model, context.directory.checkpoints(source))
+        if moba_full_last_n is not None:
+            set_attention_mode(model, "moba")
     return model
 
 
@@ -78,10 +91,27 @@ def text_evaluation(data: PreparedData, recipe: Recipe) -> Any:
 
     def evaluate(model: nn.Module) -> Mapping[str, MetricValue]:
         assert isinstance(model, Decoder)
-        score = score_text(model, data.held_out_tokens, data.held_out_bytes, context=recipe.evaluation.context)
-        return {"bits_per_byte": score.bits_per_byte, "validation_loss": score.nats_per_token}
+        config = recipe.evaluation
+        score = score_text(
+            model, data.held_out_tokens, data.held_out_bytes, context=config.context, parts=config.loss_parts
+        )
+        values = {"bits_per_byte": score.bits_per_byte, "validation_loss": score.nats_per_token}
+        return values | part_losses(score.nats_by_part)
 
     return evaluate
+
+
+def part_losses(nats: Sequence[float], name: str = "loss") -> dict[str, float]:
+    """Return the losses of the parts of held-out sequences by name; nothing of the whole alone, or of an empty part."""
+    if len(nats) == 1:
+        return {}
+    return {f"{name}_part_{part}": value for part, value in enumerate(nats, start=1) if math.isfinite(value)}
+
+
+def last_numbers(trained: TrainResult, prefix: str) -> dict[str, float]:
+    """Return the numbers of a stage's last evaluation whose names begin so."""
+    found = trained.evaluation.items()
+    return {name: value for name, value in found if name.startswith(prefix) and isinstance(value, float)}
 
 
 def stage_result(

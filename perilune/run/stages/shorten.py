@@ -32,19 +32,20 @@ from perilune.run.stages.common import checkpoint_store, settings_hash, stage_re
 from perilune.run.stages.reinforce import stop_ids, task_prompts
 from perilune.seeding import derive_seed
 from perilune.tasks import TaskMixture
-from perilune.train import dpo_loss, lm_loss, module_tensors, sequence_logprobs
+from perilune.train import dpo_loss, lm_loss, model_state, module_tensors, sequence_logprobs
 
 _PAIRS_AT_ONCE = 16
 
 
 def run_merge(context: StageContext, settings: MergeStage) -> StageResult:
-    """Average the weights of a long and a short model."""
+    """Average the weights of a long and a short model; attention is that of the long one."""
     started_s = time.monotonic()
     data = prepare_data(context.recipe, context.directory, context.progress)
     model, short = starting_model(context), starting_model(context, settings.short)
     merged = merge_weights(model.state_dict(), short.state_dict(), long_share=settings.long_share)
     model.load_state_dict(merged)
-    checkpoint_store(context).save(0, {"model": module_tensors(model)}, {}, settings_hash(settings))
+    groups = {"model": module_tensors(model)}
+    checkpoint_store(context).save(0, groups, model_state(model), settings_hash(settings))
     model.eval()
     return stage_result(context, settings, model, data, time_s=time.monotonic() - started_s)
 
