@@ -78,6 +78,7 @@ def test_each_stage_begins_as_the_one_before_ended_unless_told_otherwise(run):
     assert logged == {"pretrain": [2, 2, 2, 0, 0], "sft": [0, 0, 0], "hybrid": [1, 1, 1]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("questions", [2, 5, 9])
 def test_stopped_before_and_after_the_switch_and_in_the_next_stage_is_undisturbed(run, tmp_path, questions):
     first = dict(list(STAGES.items())[:3])

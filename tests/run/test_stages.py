@@ -18,9 +18,9 @@ from perilune.run.prepared import prepare_data
 from perilune.run.stages import STAGES
 from perilune.run.stages.common import settings_hash, starting_model
 from perilune.run.stages.reinforce import read_prompts, task_prompts
-from perilune.run.stages.supervised import teacher_examples
+from perilune.run.stages.supervised import held_out_answers, teacher_examples
 from perilune.tasks import TaskMixture
-from perilune.train import CheckpointStore, SignalWatch, module_tensors
+from perilune.train import CheckpointStore, SignalWatch, module_tensors, score_targets
 from tests.run import tiny_run
 from tests.run.tiny_run import write_recipe
 
@@ -148,6 +148,26 @@ def test_supervised_examples_teach_the_answer_and_not_the_question(recipe, data)
         assert problem.split == "train"
 
 
+def test_the_loss_of_answers_is_measured_on_problems_that_are_not_trained_on(finished, recipe, data):
+    settings = recipe.stages["sft"]
+    answers = held_out_answers(recipe, data, settings)
+    assert sum(batch.cu_seqlens.numel() - 1 for batch in answers) == recipe.evaluation.problems
+    assert all(int(batch.prompt_lengths.min()) > 3 for batch in answers)
+    plain = held_out_answers(recipe, data, replace(settings, answers_as_generated=False))
+    assert {batch.prompt_lengths for batch in plain} == {None}
+    trained = teacher_examples(recipe, data, settings, seed=0)
+    seen = {example.tokens[: example.prompt_length] for example in trained}
+    for batch in answers:
+        starts = zip(batch.cu_seqlens.tolist(), batch.prompt_lengths.tolist(), strict=False)
+        assert not {tuple(batch.tokens[start : start + length].tolist()) for start, length in starts} & seen
+    model = build_model(recipe.model, seed=0)
+    restore_stage(model, finished / "checkpoints" / "sft")
+    measured = score_targets(model.eval(), answers).nats_per_target
+    numbers = json.loads((finished / "results" / "sft.json").read_text())["numbers"]
+    assert numbers["answer_loss"] == pytest.approx(measured, rel=1e-6)
+    assert numbers.keys().isdisjoint({"answer_loss_part_1", "loss_part_1"})
+
+
 def test_a_share_of_the_examples_may_be_short(recipe, data):
     tasks = (replace(recipe.tasks[0], style="long"),)
     settings = replace(recipe.stages["sft"], short_share=0.25)
@@ -219,6 +239,23 @@ def test_a_synthetic_stage_needs_no_text_and_measures_recall(tmp_path):
     assert accuracies[-1] == result.numbers["accuracy"]
     with pytest.raises(DataError, match="synthetic tasks alone has no text and no tokenizer"):
         load_model(tmp_path / "run")
+
+
+def test_losses_are_told_apart_by_position_where_asked(tmp_path):
+    pytest.importorskip("reasoning_gym", reason="the tasks extra is not installed")
+    copies = {**PROBE, "task": {"kind": "copies", "length": 96, "min_span": 2, "max_span": 4, "num_symbols": 12}}
+    stages = {"probe": copies, "pretrain": tiny_run.STAGES["pretrain"], "sft": tiny_run.STAGES["sft"]}
+    evaluation = {**tiny_run.RECIPE["evaluation"], "loss_parts": 3}
+    loaded = load(write_recipe(tmp_path / "parts.toml", stages=stages, evaluation=evaluation))
+    results = {result.stage: result.numbers for result in run_recipe(loaded, tmp_path / "run").results}
+    for stage, name in (("probe", "loss"), ("pretrain", "loss"), ("sft", "answer_loss")):
+        parts = [results[stage].get(f"{name}_part_{part}") for part in (1, 2, 3)]
+        if stage == "sft":  # a prompt may fill the first part
+            parts = [part for part in parts if part is not None]
+        assert all(0 < part < 10 for part in parts)
+        logged = [record.values for record in read_metrics(tmp_path / "run" / "metrics.jsonl", stage)][-1]
+        assert {value for key, value in logged.items() if key.startswith(f"{name}_part_")} == set(parts)
+    assert min(results["probe"][f"loss_part_{part}"] for part in (1, 2, 3)) < results["probe"]["loss"]
 
 
 def test_the_short_phase_takes_its_length_reward_from_its_own_keys(tmp_path):
