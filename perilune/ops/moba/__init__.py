@@ -146,7 +146,7 @@ def moba_attention(
     if backend not in ("auto", "dense", "blockwise", "triton"):
         raise ValueError(f"moba_attention: backend must be 'auto', 'dense', 'blockwise' or 'triton', got {backend!r}")
     chosen = backend if backend != "auto" else _default(q, v)
-    if backend == "auto" and options.is_dense and not (return_lse or return_routing or options.full_from):
+    if backend == "auto" and options.is_dense and not (return_lse or return_routing):
         full, top = varlen_attention(
             q, k, v, options.layout_q, options.layout_k, scale=options.scale, return_max_logits=return_max_logits
         )
