@@ -298,7 +298,7 @@ class Row:
             return f"{head} {self.problem}"
         ms = {key: 1e3 * value for key, value in spread(tuple(self.seconds)).items()}
         errors = " ".join(f"{name} {error:.1e}" for name, error in self.errors.items())
-        rate = f"{(1 if self.direction == 'forward' else 3.5) * self.case.flops / self.median_s / 1e12:.0f} TF"
+        rate = f"{(1 if self.direction == 'forward' else 3.5) * self.case.flops / self.median_s / 1e12:.3g} TF"
         return (
             f"{head} {ms['median']:.3f} ms [{ms['p10']:.3f} {ms['p90']:.3f}]{'' if self.is_graph else ' eager'} "
             f"+{self.extra_bytes / 2**20:.0f} MiB {rate if is_sparse(self.name) else ''} {errors}"

@@ -10,7 +10,26 @@ import torch
 from perilune.ops import SequenceLayout, kda, kda_backend
 from perilune.ops.cuda import CudaKernel
 from perilune.ops.kda import cuda
-from perilune.ops.kda.cuda import kda_cuda_obstacle
+from tests.gpu.kda_checks import (
+    BOTH_WALKS,
+    DEVICE,
+    GRID,
+    LIMITS,
+    MAIN,
+    PARAMETERS,
+    SEGMENTED,
+    WIDE,
+    as_leaves,
+    assert_same_bits,
+    by_sequence,
+    check,
+    constants,
+    leaves,
+    options,
+    piece,
+    pulled_back,
+    squares,
+)
 from tests.ops.kda_cases import Case, as_dtype
 from tests.ops.kda_triton_cases import (
     PACKED,
@@ -21,154 +40,6 @@ from tests.ops.kda_triton_cases import (
 )
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-DEVICE = "cuda"
-
-
-@pytest.fixture(params=["cuda", "triton"])
-def backend(request):
-    return request.param
-
-
-LIMITS = {
-    "o": 5e-3, "final_state": 5e-3, "dq": 8e-3, "dk": 8e-3, "dv": 8e-3, "dinitial_state": 8e-3, "dg": 2e-2,
-    "dbeta": 2e-2, "ddt_bias": 8e-3, "dA_log": 2e-2,
-}  # fmt: skip
-PARAMETERS = {"dA_log", "ddt_bias"}
-"""Sums over all chunks of a pack, whose order shows in their last bits."""
-WIDE = {"key_dim": 128, "value_dim": 128, "chunk_size": 64}
-NARROW = {"key_dim": 64, "value_dim": 64, "chunk_size": 64}
-MAIN = Case(raw=True, lengths=(300, 0, 1, 466), **WIDE)
-GRID = {
-    "every length": Case(raw=True, lengths=(1, 15, 16, 17, 63, 64, 65, 500, 1024), **WIDE),
-    "empty and single": MAIN,
-    "no state": Case(raw=True, lengths=(129, 0, 70), state=False, **WIDE),
-    "scale 1": Case(raw=True, lengths=(64, 33), scale=1.0, **WIDE),
-    "repeated raw keys": Case(raw=True, lengths=(200, 1), keys="repeated", **WIDE),
-    "zero raw keys": Case(raw=True, lengths=(200, 1), keys="some_zero", **WIDE),
-    "128 x 256": Case(raw=True, lengths=(65, 130), key_dim=128, value_dim=256, chunk_size=64),
-    "64": Case(raw=True, lengths=(500, 17), **NARROW),
-    "100 x 60, doubled beta": Case(
-        raw=True, lengths=(130, 0, 5), key_dim=100, value_dim=60, chunk_size=64, switches={"allow_neg_eigval": True}
-    ),
-    "bounded, grouped": Case(raw=True, lengths=(500, 1, 64), groups=2, lower_bound=-5.0, **WIDE),
-    "chunks of 32": Case(raw=True, lengths=(129, 32), **{**WIDE, "chunk_size": 32}),
-    "32, chunks of 64": Case(raw=True, lengths=(130, 64), key_dim=32, value_dim=32, chunk_size=64),
-    "60 x 100": Case(raw=True, lengths=(130, 64), key_dim=60, value_dim=100, chunk_size=64, groups=2),
-    "16 x 32, chunks of 16": Case(raw=True, lengths=(37, 0, 16), groups=4, key_dim=16, value_dim=32),
-    **{
-        f"gate {gate}, keys {keys}, beta {beta}": Case(lengths=(200, 65), gate=gate, keys=keys, beta=beta, **WIDE)
-        for gate, keys, beta in (
-            ("zero", "random", None),
-            ("tiny", "identical", 0.95),
-            ("init", "identical", None),
-            ("init", "correlated", 1.0),
-            ("init", "repeated", None),
-            ("init", "random", 2.0),
-            ("init", "some_zero", 0.0),
-            ("saturated", "random", None),
-            ("spiky", "correlated", 0.95),
-            ("hundred", "repeated", None),
-            ("masks", "random", None),
-            ("masks_and_init", "random", None),
-        )
-    },
-}
-
-SEGMENTED = {
-    "empty and single": 1,
-    "128 x 256": 1,
-    "64": 3,
-    "100 x 60, doubled beta": 1,
-    "bounded, grouped": 3,
-    "chunks of 32": 2,
-    "16 x 32, chunks of 16": 1,
-    "gate zero, keys random, beta None": 1,
-    "gate init, keys correlated, beta 1.0": 2,
-    "gate hundred, keys repeated, beta None": 1,
-    "gate masks_and_init, keys random, beta None": 2,
-}
-"""Cases of the grid with the chunks of their segments."""
-BOTH_WALKS = pytest.mark.parametrize("segments", [None, 2], ids=["whole", "in segments"])
-
-
-def leaves(case, dtype=torch.bfloat16, seed=0):
-    """Leaf tensors in `dtype` on the device; states and gate parameters in float32."""
-    made = case.tensors(seed=seed)
-    kept = {name: x.detach().to(dtype if name in PACKED else torch.float32) for name, x in made.items()}
-    return {name: x.to(DEVICE).requires_grad_() for name, x in kept.items()}
-
-
-def options(case, segments=None):
-    layout = SequenceLayout.from_lengths(case.lengths, DEVICE)
-    return {**case.options(), "cu_seqlens": layout, "segment_chunks": segments}
-
-
-def pulled_back(case, tensors, **changes):
-    """Outputs, and gradients against ones that bfloat16 holds, so that no dtype of the call rounds them."""
-    o, final_state = kda(**tensors, **{**options(case), **changes})[:2]
-    generator = torch.Generator().manual_seed(1)
-    seeds = [torch.randn(x.shape, generator=generator).bfloat16().to(x) for x in (o, final_state)]
-    grads = torch.autograd.grad((o, final_state), list(tensors.values()), seeds)
-    named = {f"d{name}": grad for name, grad in zip(tensors, grads, strict=True)}
-    return {"o": o.detach(), "final_state": final_state.detach(), **named}
-
-
-def by_sequence(name, x, lengths):
-    """Parts of a result; gradients of gate parameters have none."""
-    if name in ("o", "dq", "dk", "dv", "dg", "dbeta"):
-        return x.split(lengths, 1)
-    return x.unbind() if name in ("final_state", "dinitial_state") else (x,)
-
-
-def worst_errors(case, found, wanted):
-    """Of all sequences; dbeta is measured over the pack, as a token has but one a head."""
-    errors = {}
-    for name in wanted:
-        lengths = case.lengths if name != "dbeta" else (sum(case.lengths),)
-        parts = (by_sequence(name, x[name], lengths) for x in (found, wanted))
-        errors[name] = max(relative_error(*part) for part in zip(*parts, strict=True))
-    return errors
-
-
-def check(backend, case, dtype, limits, **changes):
-    tensors = leaves(case, dtype)
-    if backend == "cuda" and (obstacle := kda_cuda_obstacle(tensors["q"], tensors["v"], case.chunk_size)):
-        pytest.skip(f"backend 'cuda' {obstacle}")
-    found = pulled_back(case, tensors, backend=backend, **changes)
-    wanted = pulled_back(case, as_dtype(tensors, torch.float64), backend="torch")
-    errors = worst_errors(case, found, wanted)
-    beyond = {name: f"{error:.1e}" for name, error in errors.items() if not error < limits[name]}
-    assert not beyond
-
-
-def piece(tensors, tokens, sequences):
-    """Leaves of some of the tokens and sequences."""
-    parts = {name: x[:, tokens] if name in PACKED else x for name, x in tensors.items()}
-    parts["initial_state"] = tensors["initial_state"][sequences]
-    return as_leaves(parts)
-
-
-def as_leaves(tensors):
-    return {name: x.detach().clone().requires_grad_() for name, x in tensors.items()}
-
-
-def constants(tensors):
-    return {name: x.detach() for name, x in tensors.items()}
-
-
-def squares(tensors, call=kda, **arguments):
-    """Outputs, and gradients of the sum of their squares."""
-    o, final_state = call(**tensors, **arguments)[:2]
-    loss = o.float().square().sum() + final_state.square().sum()
-    grads = torch.autograd.grad(loss, list(tensors.values()))
-    return {"o": o, "final_state": final_state, **{f"d{n}": x for n, x in zip(tensors, grads, strict=True)}}
-
-
-def assert_same_bits(found, wanted, *but):
-    differing = [name for name in wanted if name not in but and not torch.equal(found[name], wanted[name])]
-    assert not differing
-
 
 BEYOND = {"gate tiny, keys identical, beta 0.95": {"dv": 1e-2}}
 """Limits of section 19 that no backend keeps: dv is 8.3e-3 on an H100 (docs/kernels.md)."""
@@ -411,174 +282,3 @@ def test_extreme_log_decays_stay_finite(strongest, backend):
     tensors["g"][:, ::7] = strongest
     found = squares(as_leaves(tensors), **options(case), backend=backend)
     assert not [name for name, x in found.items() if not x.isfinite().all()]
-
-
-def lengths_argument(case, host_knows):
-    """A layout, or a tensor that leaves the last tokens out; nothing of it is to be read from the device."""
-    if host_knows:
-        return SequenceLayout.from_lengths(case.lengths, DEVICE)
-    return torch.tensor([0, 300, 300, 301, 700], dtype=torch.int32, device=DEVICE)
-
-
-@BOTH_WALKS
-@pytest.mark.parametrize("host_knows", [True, False])
-def test_a_captured_forward_is_the_eager_one(host_knows, segments, backend):
-    tensors = constants(leaves(MAIN))
-    arguments = {**options(MAIN, segments), "cu_seqlens": lengths_argument(MAIN, host_knows), "backend": backend}
-    expected = kda(**tensors, **arguments)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = kda(**tensors, **arguments)
-    for _ in range(2):
-        for x in found:
-            x.fill_(torch.nan)
-        graph.replay()
-        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
-
-
-@BOTH_WALKS
-def test_captured_gradients_are_the_eager_ones(segments, backend):
-    tensors = leaves(MAIN)
-    arguments = {**options(MAIN, segments), "backend": backend}
-    # Without its graph, whose leaves would belong to the default stream, which a capture must not meet.
-    expected = {name: x.detach() for name, x in squares(tensors, **arguments).items()}
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        squares(tensors, **arguments)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = squares(tensors, **arguments)
-    for x in found.values():
-        x.detach().fill_(torch.nan)
-    graph.replay()
-    assert_same_bits(found, expected)
-
-
-@BOTH_WALKS
-def test_a_replay_follows_new_lengths(segments, backend):
-    tensors = constants(leaves(MAIN))
-    bounds = lengths_argument(MAIN, False)
-    arguments = {**options(MAIN, segments), "cu_seqlens": bounds, "backend": backend}
-    kda(**tensors, **arguments)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = kda(**tensors, **arguments)
-    bounds.copy_(torch.tensor([0, 5, 130, 130, 767]))
-    graph.replay()
-    expected = kda(**tensors, **arguments)
-    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
-
-
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-@BOTH_WALKS
-@pytest.mark.parametrize("host_knows", [True, False])
-def test_nothing_waits_for_the_device(host_knows, segments, backend):
-    tensors = leaves(MAIN)
-    arguments = {**options(MAIN, segments), "cu_seqlens": lengths_argument(MAIN, host_knows), "backend": backend}
-    expected = squares(tensors, **arguments)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        found = squares(tensors, **arguments)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert_same_bits(found, expected)
-
-
-@BOTH_WALKS
-def test_uncovered_tokens_get_zeros_and_stay_unread(segments, backend):
-    tensors = constants(leaves(MAIN))
-    for name in PACKED:
-        tensors[name][:, 700:] = torch.nan
-    bounds = lengths_argument(MAIN, False)
-    found = squares(as_leaves(tensors), **{**options(MAIN, segments), "cu_seqlens": bounds}, backend=backend)
-    layout = SequenceLayout.from_lengths((300, 0, 1, 399), DEVICE)
-    covered = piece(tensors, slice(0, 700), slice(None))
-    wanted = squares(covered, **{**options(MAIN, segments), "cu_seqlens": layout}, backend=backend)
-    for name, x in wanted.items():
-        if name in PARAMETERS:
-            assert relative_error(found[name], x) < 1e-4
-        else:
-            ours = found[name]
-            is_token = name in ("o", "dq", "dk", "dv", "dg", "dbeta")
-            assert torch.equal(ours[:, :700] if is_token else ours, x), name
-            assert not is_token or not ours[:, 700:].any(), name
-
-
-@BOTH_WALKS
-def test_compiled_equals_eager(segments, backend):
-    tensors = leaves(MAIN)
-    arguments = {**options(MAIN, segments), "backend": backend}
-    eager = squares(tensors, **arguments)
-    compiled = squares(tensors, torch.compile(kda, fullgraph=True, backend="aot_eager"), **arguments)
-    assert_same_bits(compiled, eager, *PARAMETERS)
-    assert max(relative_error(compiled[name], eager[name]) for name in PARAMETERS) < 1e-5
-
-
-def test_offsets_beyond_32_bits(backend):
-    if torch.cuda.get_device_properties(0).total_memory < 76e9:
-        pytest.skip("needs 76 GB of memory")
-    torch.cuda.empty_cache()
-    heads, tokens = 32, 540_000
-    layout = SequenceLayout.from_lengths([tokens - 300, 300], DEVICE)
-    generator = torch.Generator(DEVICE).manual_seed(0)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator, device=DEVICE, dtype=torch.bfloat16)
-
-    tensors = {name: draw(1, tokens, heads, 128) for name in ("q", "k", "v", "g")}
-    assert tensors["q"][:, :-300].numel() > 2**31
-    tensors["beta"] = draw(1, tokens, heads)
-    switches = {"gate_in_kernel": True, "qk_l2norm_in_kernel": True, "beta_sigmoid_in_kernel": True}
-    switches["A_log"] = torch.zeros(heads, device=DEVICE)
-    last = {name: x[:, -300:].contiguous() for name, x in tensors.items()}
-    with torch.no_grad():
-        far = kda(**tensors, **switches, cu_seqlens=layout, backend=backend)[0][:, -300:].clone()
-        near = kda(**last, **switches, backend=backend)[0]
-    assert near.any()
-    assert torch.equal(far, near)
-
-
-def test_gradients_beyond_32_bits(backend):
-    """Of states and their gradients, and of everything in bytes; more does not fit."""
-    if torch.cuda.get_device_properties(0).total_memory < 76e9:
-        pytest.skip("needs 76 GB of memory")
-    torch.cuda.empty_cache()
-    heads, tokens = 8, 1_070_000
-    layout = SequenceLayout.from_lengths([tokens - 300, 300], DEVICE)
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    names = ("q", "k", "v", "g")
-    shapes = dict.fromkeys(names, (1, tokens, heads, 128)) | {"beta": (1, tokens, heads)}
-    whole = {
-        name: torch.randn(*shape, generator=generator, device=DEVICE, dtype=torch.bfloat16)
-        for name, shape in shapes.items()
-    }
-    assert tokens * heads * 128 * 2 > 2**31
-    assert tokens // 64 * heads * 128 * 128 > 2**31
-    switches = {"gate_in_kernel": True, "qk_l2norm_in_kernel": True, "beta_sigmoid_in_kernel": True}
-    switches["A_log"] = torch.zeros(heads, device=DEVICE)
-    results = []
-    for tensors, bounds in ((whole, layout), ({name: x[:, -300:].clone() for name, x in whole.items()}, None)):
-        for x in tensors.values():
-            x.requires_grad_()
-        o = kda(**tensors, **switches, cu_seqlens=bounds, backend=backend)[0]
-        grads = torch.autograd.grad(o, list(tensors.values()), o.detach())
-        results.append([x[:, -300:].clone() for x in (o.detach(), *grads)])
-        del o, grads
-    for far, near in zip(*results, strict=True):
-        assert near.any()
-        assert torch.equal(far, near)
-
-
-@pytest.mark.parametrize("backend", ["cuda", "triton", "torch"])
-def test_sequence_bounds_may_lie_on_the_cpu(backend):
-    """What reads them on the GPU would otherwise read anything."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    q, k, v, g = (torch.randn(1, 200, 2, 64, generator=generator, device="cuda").bfloat16() for _ in range(4))
-    beta = torch.rand(1, 200, 2, generator=generator, device="cuda").bfloat16()
-    layout = SequenceLayout.from_lengths([70, 0, 130], "cuda")
-    options = {"A_log": None, "lower_bound": -5.0, "gate_in_kernel": True, "qk_l2norm_in_kernel": True}
-    want = kda(q, k, v, g, beta, cu_seqlens=layout, backend=backend, **options)[0]
-    for bounds in (SequenceLayout.from_lengths([70, 0, 130]), layout.cu_seqlens.cpu(), layout.cu_seqlens.cpu().long()):
-        assert torch.equal(kda(q, k, v, g, beta, cu_seqlens=bounds, backend=backend, **options)[0], want)

@@ -164,7 +164,7 @@ def test_a_score_that_is_not_a_number_is_the_lowest(backend):
     assert out[30:].isfinite().all()
 
 
-def test_infinite_scores_leave_no_nan_in_finite_rows():
+def test_scores_that_overflow_both_ways_are_the_lowest():
     q, k = torch.full((40, 1, 2), 1e30), torch.ones(40, 1, 2)
     k[:, :, 0], k[:, :, 1] = 1e30, -1e30  # products overflow both ways
     chosen = moba_route(q, k, block_size=10, topk=2).blocks()[:, 0]

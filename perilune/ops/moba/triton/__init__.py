@@ -200,7 +200,7 @@ def make_lists(past: Tensor, plan: Plan, block_size: int, kv_heads: int) -> List
     choices = torch.empty(past.numel(), dtype=torch.int32, device=past.device)
     counters = torch.zeros(kv_heads * blocks * runs + 1, dtype=torch.int32, device=past.device)
     shape = {"H": heads, "HKV": kv_heads, "COUNT": count, "SIZE": SORTED, "num_warps": 4}
-    bins = min(BINS, triton.next_power_of_2(blocks))
+    bins = min(BINS, max(16, triton.next_power_of_2(blocks)))
     count_choices[(runs, kv_heads)](
         past, counters, plan.info, plan.runs, blocks, runs, B=block_size, BINS=bins, **shape
     )  # fmt: skip

@@ -1,0 +1,9 @@
+"""What tests of several files on a GPU take."""
+
+import pytest
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def backend(request):
+    """Each backend of KDA with kernels."""
+    return request.param
