@@ -5,5 +5,5 @@ import pytest
 
 @pytest.fixture(params=["cuda", "triton"])
 def backend(request):
-    """Each backend of KDA with kernels."""
+    """Each backend of KDA and its decode step with kernels."""
     return request.param

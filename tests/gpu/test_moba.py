@@ -33,7 +33,7 @@ def compare(inputs, options, dtype):
     got = run_moba(inputs, options, "triton", routing=chosen)
     expected = run_moba([x.double() for x in inputs], options, "blockwise", routing=chosen)
     for name in ("o", "dq", "dk", "dv"):
-        assert_close(name, expected[name], got[name], RATIO[dtype])
+        assert_close(name, expected[name], got[name], RATIO[dtype], floor=1e-5)  # the gradients of one key are zero
     torch.testing.assert_close(got["lse"], expected["lse"].float(), rtol=0, atol=1e-5)
     torch.testing.assert_close(got["max"], expected["max"], rtol=1e-5, atol=1e-6)
     assert (got["o"].double() - expected["o"]).abs().max() < 2e-2

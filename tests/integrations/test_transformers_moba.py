@@ -1,5 +1,6 @@
 """Models of transformers that run MoBA by name: equal to sdpa where all is read, to a mask by hand where not."""
 
+import inspect
 import sys
 
 import pytest
@@ -80,6 +81,8 @@ def assert_same(reference, got, atol=2e-5):
     torch.testing.assert_close(got, reference, atol=atol, rtol=1e-4)
 
 
+CACHE = "cache" if "cache" in inspect.signature(transformers.LlamaModel.forward).parameters else "past_key_values"
+"""What models call it: 5.17 has another name for it than 5.24."""
 FAMILIES = pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
 
 
@@ -179,7 +182,7 @@ def stepped(model, x, chunks, cache=None, mask=None):
     parts, done = [], 0
     for size in chunks:
         seen = None if mask is None else mask[:, : done + size]
-        parts.append(model(x[:, done : done + size], cache=cache, attention_mask=seen).logits)
+        parts.append(model(x[:, done : done + size], attention_mask=seen, **{CACHE: cache}).logits)
         done += size
     assert done == x.shape[1]
     return torch.cat(parts, 1)
@@ -218,11 +221,11 @@ def test_a_step_reads_everything_by_default():
     model, x = build(), tokens()
     caches = [transformers.DynamicCache(config=model.config) for _ in range(2)]
     for cache in caches:
-        model(x[:, :-1], cache=cache)
-    got = model(x[:, -1:], cache=caches[0]).logits
+        model(x[:, :-1], **{CACHE: cache})
+    got = model(x[:, -1:], **{CACHE: caches[0]}).logits
     sparse = model(x).logits[:, -1:]
     model.set_attn_implementation("sdpa")
-    assert_same(model(x[:, -1:], cache=caches[1]).logits, got)
+    assert_same(model(x[:, -1:], **{CACHE: caches[1]}).logits, got)
     assert (sparse - got).abs().max() > 1e-3
 
 

@@ -6,15 +6,16 @@ import torch.nn.functional as F
 
 from perilune.errors import BackendError
 from perilune.ops import SequenceLayout, kda
-from perilune.ops.cuda import CudaKernel
-from perilune.ops.cuda.launch import INCLUDE
 from perilune.ops.kda import cuda
 from perilune.ops.kda.options import KdaInputs, KdaOptions
-from tests.ops.cuda_emulator import has_compiler, run_emulated
+from tests.ops.cuda_emulator import has_compiler
 from tests.ops.kda_cases import Case, as_dtype
 from tests.ops.kda_triton_cases import PACKED, relative_error
 
-pytestmark = pytest.mark.skipif(not has_compiler(), reason="needs g++, which compiles the kernels for the CPU")
+pytestmark = [
+    pytest.mark.skipif(not has_compiler(), reason="needs g++, which compiles the kernels for the CPU"),
+    pytest.mark.usefixtures("emulated"),
+]
 BF16 = torch.bfloat16
 LIMITS = {
     "o": 5e-3, "final_state": 5e-3, "dq": 8e-3, "dk": 8e-3, "dv": 8e-3, "dinitial_state": 8e-3, "dg": 2e-2,
@@ -43,17 +44,6 @@ CASES = {
 }  # fmt: skip
 BEYOND = {"no decay, identical keys": {"dv": 1.2e-2}}
 """Write keys nearly cancel there, and their operands are bfloat16 (docs/kernels.md)."""
-
-
-@pytest.fixture(params=[False, True], ids=["", "last threads first"], autouse=True)
-def emulated(request, monkeypatch):
-    def launch(kernel, grid, shared_bytes, arguments, defines):
-        run_emulated(
-            kernel.source, kernel.name, grid, kernel.threads, shared_bytes, arguments, defines, INCLUDE,
-            backwards=request.param,
-        )  # fmt: skip
-
-    monkeypatch.setattr(CudaKernel, "launch", launch)
 
 
 def prepared(case, tensors, lengths_dtype=torch.int32):

@@ -239,7 +239,9 @@ def test_memories_that_would_spill_registers_do_not_go_to_the_kernel(value_dim, 
 
 def test_backends_that_cannot_serve_say_why(monkeypatch):
     inputs = make_inputs(1, 1, 1, 1, 8, 8)
-    with pytest.raises(ValueError, match="must be 'auto', 'triton', 'torch' or 'reference', got 'cuda'"):
+    with pytest.raises(ValueError, match="must be 'auto', 'cuda', 'triton', 'torch' or 'reference', got 'gpu'"):
+        kda_decode(**inputs, backend="gpu")
+    with pytest.raises(BackendError, match=r"backend 'cuda' needs tensors on a GPU, got cpu; use 'torch'"):
         kda_decode(**inputs, backend="cuda")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(BackendError, match=r"takes float32, got torch\.float64|needs the package triton"):

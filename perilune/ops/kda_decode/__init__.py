@@ -9,6 +9,7 @@ from torch import Tensor, float32, int32, int64
 from perilune.errors import BackendError
 from perilune.ops.backends import note_slower, triton_obstacle
 from perilune.ops.kda.arguments import LOWEST_BOUND
+from perilune.ops.kda_decode.cuda import kda_decode_cuda, kda_decode_cuda_obstacle
 from perilune.ops.kda_decode.options import DecodeInputs, DecodeOptions
 from perilune.ops.kda_decode.reference import kda_decode_reference
 from perilune.ops.kda_decode.torch import kda_decode_torch
@@ -76,8 +77,9 @@ def kda_decode(
         lower_bound: floor of the log decay per token, in [-5.9, 0); selects the bounded gate.
         allow_neg_eigval: double the sigmoid of beta.
         norm_eps: inside the root of the norm.
-        backend: `triton` (one launch, on a GPU), `torch`, `reference` (float64-able), or `auto`: triton where it runs,
-            for V x K up to 128 x 128.
+        backend: `cuda` (one launch, for K and V of 64 and 128) and `triton` (one launch, any), on a GPU, `torch`,
+            `reference` (float64-able), or `auto`: the first of them that can serve the call, with V x K up to 128 x 128
+            on a GPU's two.
 
     Returns:
         `[N, L, HV, V]` in qkv's dtype.
@@ -114,22 +116,48 @@ def kda_decode(
 
 
 def _choose(backend: str, inputs: DecodeInputs) -> _Backend:
-    if backend not in ("auto", "triton", "torch", "reference"):
-        raise ValueError(f"kda_decode: backend must be 'auto', 'triton', 'torch' or 'reference', got {backend!r}")
-    if backend == "triton" or (backend == "auto" and inputs.qkv.is_cuda):
-        obstacle = triton_obstacle(inputs.states, dtypes=(float32,))
-        if obstacle is None and backend == "auto" and not _fits(inputs.states):
+    known = {"cuda": kda_decode_cuda, "triton": _triton, "torch": kda_decode_torch, "reference": kda_decode_reference}
+    if backend not in ("auto", *known):
+        raise ValueError(
+            f"kda_decode: backend must be 'auto', 'cuda', 'triton', 'torch' or 'reference', got {backend!r}"
+        )
+    if backend == "auto":
+        backend = _fastest(inputs) if inputs.qkv.is_cuda else "torch"
+    else:
+        obstacle = _obstacle(backend, inputs)
+        if obstacle is not None:
+            raise BackendError(f"kda_decode: backend '{backend}' {obstacle}; use 'torch'")
+    return known[backend]
+
+
+def _fastest(inputs: DecodeInputs) -> str:
+    """The first backend that can serve a call on a GPU."""
+    reasons = []
+    for name in ("cuda", "triton"):
+        obstacle = _obstacle(name, inputs)
+        if obstacle is None and not _fits(inputs.states):
             value_dim, key_dim = inputs.states.shape[2:]
             obstacle = f"spills the registers of memories as large as V={value_dim} by K={key_dim}"
         if obstacle is None:
-            from perilune.ops.kda_decode.triton import kda_decode_triton
+            break
+        reasons.append(f"'{name}' {obstacle}")
+    else:
+        name = "torch"
+    if reasons:
+        note_slower("kda_decode", name, "; ".join(reasons))
+    return name
 
-            return kda_decode_triton
-        if backend == "auto":
-            note_slower("kda_decode", "torch", f"'triton' {obstacle}")
-        else:
-            raise BackendError(f"kda_decode: backend 'triton' cannot hold these states: it {obstacle}; use 'torch'")
-    return kda_decode_reference if backend == "reference" else kda_decode_torch
+
+def _obstacle(backend: str, inputs: DecodeInputs) -> str | None:
+    if backend == "cuda":
+        return kda_decode_cuda_obstacle(inputs)
+    return triton_obstacle(inputs.states, dtypes=(float32,)) if backend == "triton" else None
+
+
+def _triton(inputs: DecodeInputs, options: DecodeOptions) -> Tensor:
+    from perilune.ops.kda_decode.triton import kda_decode_triton
+
+    return kda_decode_triton(inputs, options)
 
 
 def _fits(states: Tensor) -> bool:

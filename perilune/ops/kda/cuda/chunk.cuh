@@ -10,14 +10,13 @@
 // UNIT, SIGMOID, DOUBLED as in the Triton kernels.
 #pragma once
 
-#include "primitives.cuh"
+#include "numbers.cuh"
 
 constexpr int C = 64;
 constexpr int K = KEY_DIM;
 constexpr int STEPS = K / 16;
 constexpr int PITCH = K + 4;  // of rows of floats in shared memory: 4 banks apart
 constexpr int GATE_BYTES = GATE_TYPE == 2 ? 4 : 2;
-constexpr float LOG2E = 1.4426950408889634f;
 // Lowest base-2 log decay of a step. What it leaves, 2^-28, is lost in the rounding of a float32 sum.
 constexpr float LOWEST = -28.0f;
 // Half the base-2 range of decays that one anchor serves: 7 steps of 28, or of a bounded gate 15 of 8.6.
@@ -56,20 +55,11 @@ __device__ __forceinline__ void unpack(u32 word, float& low, float& high) {
     }
 }
 
-template <int TYPE>
-__device__ __forceinline__ float load_one(const void* x, i64 place) {
-    if (TYPE == 2) return ((const float*)x)[place];
-    u16 bits = ((const u16*)x)[place];
-    return TYPE == 0 ? bits_float((u32)bits << 16) : half_float(bits);
-}
-
 // Four values, aligned.
 __device__ __forceinline__ void load_four(float (&y)[4], const float* x) {
     float4 found = *(const float4*)x;
     y[0] = found.x, y[1] = found.y, y[2] = found.z, y[3] = found.w;
 }
-
-__device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.0f + exp2_(-x * LOG2E)); }
 
 // A write strength.
 __device__ __forceinline__ float beta_of(float x) {
@@ -80,13 +70,6 @@ __device__ __forceinline__ float beta_of(float x) {
 #endif
 #endif
     return x;
-}
-
-// log2(1 + 2^x), by its series where 1 would swallow 2^x.
-__device__ __forceinline__ float log2_grown(float x) {
-    float e = exp2_(x), small = e * (LOG2E + e * (-0.5f * LOG2E + e * (LOG2E / 3.0f)));
-    float y = e < 0x1p-6f ? small : log2_(1.0f + e);
-    return x > 24.0f ? x : y;
 }
 
 // The gate of a channel: base-2 log decays of raw values, -rate log2(1 + e^z) or, if bounded, lower_bound log2(e) /
