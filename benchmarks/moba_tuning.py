@@ -18,7 +18,7 @@ from harness import reason
 from moba import Case, Inputs
 from torch.profiler import ProfilerActivity, profile
 
-import perilune.ops.moba.triton as kernels
+import perilune.ops.moba.triton.plan as tables
 from perilune.ops import moba_attention
 from perilune.ops.moba.triton import configurations
 
@@ -31,7 +31,7 @@ CANDIDATES = {
     "key_value_gradient": [(64, 128, 1, 8), (64, 128, 2, 8), (32, 128, 2, 8), (64, 64, 2, 4), (64, 64, 3, 4)],
 }
 """Rows, most keys, stages and warps."""
-SORTS = (256, 512, 1024, 2048)
+SORTS = (128, 256, 512, 1024)
 """Choices that `place_choices` sorts at a time."""
 
 
@@ -68,9 +68,9 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {x.case.label}")
     for name in arguments.kernels.split(","):
         if name == "place_choices":
-            for kernels.SORTED in SORTS:
-                report(name, kernels.SORTED, call)
-            kernels.SORTED = 1024
+            for tables.SORTED in SORTS:
+                report(name, tables.SORTED, call)
+            tables.SORTED = 256
             continue
         shipped = configurations._HALF[name]
         for candidate in dict.fromkeys([shipped[which], *CANDIDATES[name]]):

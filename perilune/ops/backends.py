@@ -56,12 +56,6 @@ def shared_memory_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 1 << 62
 
 
-@cache
-def multiprocessors(device: torch.device) -> int:
-    """How many a GPU has; 1 where kernels are emulated."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 def note_slower(op: str, chosen: str, reason: str) -> None:
     """Log, once in a process, that `auto` serves tensors on a GPU by a slower backend than others of its calls.
 

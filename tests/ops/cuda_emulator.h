@@ -724,10 +724,6 @@ inline u32 float_bits(float x) { return std::bit_cast<u32>(x); }
 inline float bits_float(u32 x) { return std::bit_cast<float>(x); }
 
 inline bool is_running() { return true; }
-// Looks at the ends, so that addresses that do not exist are found.
-inline void prefetch(const void* global, u32 bytes) {
-    (void)*(const volatile char*)global, (void)((const volatile char*)global)[bytes - 1];
-}
 inline float2 load_again(const float2* shared) { return *shared; }
 inline uint2 load_again(const uint2* global) { return *global; }
 

@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-import perilune.ops.moba.triton as kernels
+import perilune.ops.moba.triton.plan as tables
 from perilune.ops import moba_attention, moba_route
 from perilune.seeding import make_generator
 from tests.helpers import assert_close
@@ -38,11 +38,12 @@ def check_shapes() -> None:
 
 def check_slices() -> None:
     """A workspace of a tile of queries, lists in pieces, and blocks counted in several rounds change nothing."""
-    kernels.TILE, kernels.BINS = 64, 4
-    for kernels.WORKSPACE_BYTES, kernels.PIECE in ((1, 4096), (1 << 30, 32)):
+    tables.TILE, tables.BINS = 64, 4
+    tables._plan.cache_clear()
+    for tables.WORKSPACE_BYTES, tables.PIECE in ((1, 4096), (1 << 30, 32)):
         for shape in ("5 B + 3, k = 3", "packed"):
             compare(shape)
-    kernels.WORKSPACE_BYTES = 1
+    tables.WORKSPACE_BYTES = 1
     for shape in ("packed", "full from some place"):  # without gradients it chooses in slices, too
         inputs, options = make_moba(shape, dtype=torch.float32)
         with torch.no_grad():
@@ -84,7 +85,7 @@ SECTIONS = {"shapes": check_shapes, "slices": check_slices, "choices": check_cho
 
 
 if __name__ == "__main__":
-    kernels.SORTED = 64  # fewer steps of a sort that the interpreter takes one by one
+    tables.SORTED = 64  # fewer steps of a sort that the interpreter takes one by one
     for section in sys.argv[1:] or SECTIONS:
         SECTIONS[section]()
     print("equal")

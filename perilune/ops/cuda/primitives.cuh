@@ -137,13 +137,6 @@ __device__ __forceinline__ void copy_async(uint4* shared, const void* global, bo
 }
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" : : : "memory"); }
 
-// Fetches bytes into the GPU's common cache, and does not wait; older GPUs do nothing. Address and size are multiples of 16.
-__device__ __forceinline__ void prefetch(const void* global, u32 bytes) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" : : "l"(global), "r"(bytes) : "memory");
-#endif
-}
-
 // From (r, 2c), (r, 2c + 1) of an 8 x 8 matrix of 2-byte values to those of its transpose.
 __device__ __forceinline__ u32 transpose_matrix(u32 x) {
     u32 y;

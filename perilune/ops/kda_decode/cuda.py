@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from perilune.ops.backends import multiprocessors
 from perilune.ops.cuda import CudaKernel, cuda_obstacle
 from perilune.ops.kda.options import L2NORM_EPS
 from perilune.ops.kda_decode.options import DecodeInputs, DecodeOptions
@@ -20,8 +19,10 @@ MOST_TAPS = 8
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _SOURCE = Path(__file__).with_name("step.cu")
 _KERNELS = {threads: CudaKernel(_SOURCE, "advance_memories", threads=threads) for threads in (128, 256)}
-_SETTINGS = {(64, 64): (128, 6), (64, 128): (128, 4), (128, 64): (128, 4), (128, 128): (128, 2)}
-"""Threads of a block, and blocks of a multiprocessor that the compiler leaves registers for, of each V, K."""
+_SETTINGS = {(64, 64): (128, 6), (64, 128): (128, 4), (128, 64): (128, 4), (128, 128): (256, 2)}
+"""Threads of a block, and blocks of a multiprocessor that the compiler leaves registers for, of each V, K.
+
+Measured on an H200 (docs/kernels.md)."""
 
 
 def kda_decode_cuda_obstacle(inputs: DecodeInputs) -> str | None:
@@ -59,7 +60,7 @@ def kda_decode_cuda(inputs: DecodeInputs, options: DecodeOptions) -> Tensor:
         [
             *numbers,
             *(inputs.states, slots, keep, o),
-            *(inputs.num_heads, heads, length, blocks * multiprocessors(qkv.device)),
+            *(inputs.num_heads, heads, length),
             *(options.scale, options.lower_bound or 0.0, 2.0 if options.allow_neg_eigval else 1.0),
             *(options.norm_eps, L2NORM_EPS),
         ],

@@ -2,8 +2,7 @@
 //
 // Data movement. The memory of a value head, V x K float32, is read once into registers, advanced by all new tokens, and
 // written once; beside it all is small. A block is over in a few times the latency of memory, so it asks for everything
-// before it waits for anything, waits for its other threads twice a token, and has the memory fetched into the cache that
-// the next block on its multiprocessor will ask for.
+// before it waits for anything, and waits for its other threads twice a token.
 //
 // Work. Of what is filtered, 2 K + V channels, a thread has a few: it alone reads and writes what the convolution
 // remembers of them. Of the memory, a row of values has LANES threads, and a thread ROWS rows of them. With S' = S exp(a),
@@ -74,7 +73,7 @@ __device__ __forceinline__ float sum_lanes(float x) {
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) advance_memories(
     const void* qkv, void* conv_states, const void* conv_weight, const void* g, const void* beta, const void* z,
     const void* norm_weight, const void* log_rate, const void* bias, float* states, const void* slots, const void* keep,
-    void* o, i64 heads, i64 value_heads, i64 length, i64 resident, float scale, float lower_bound, float beta_factor, float norm_eps,
+    void* o, i64 heads, i64 value_heads, i64 length, float scale, float lower_bound, float beta_factor, float norm_eps,
     float unit_eps) {
     SHARED_MEMORY(shared);
     if (SINGLE) length = 1;
@@ -121,13 +120,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) advance_memories(
         for (int r = 0; r < ROWS; ++r)
 #pragma unroll
             for (int j = 0; j < VECTORS; ++j) state[r][j] = tile[(r * GROUPS + group) * (K / 4) + j * LANES];
-        // The block that will follow this one finds its memory in the cache.
-        i64 next = (i64)blockIdx.x + resident;
-        if (thread == 0 && next < gridDim.x) {
-            i64 place = slots ? load_index<LONG_SLOTS>(slots, next / heads) : next / heads;
-            place = place * value_heads + next % heads * members + member;
-            if (place >= 0) prefetch(states + place * (K * V), 4 * K * V);
-        }
         rate = exp2_(rate * LOG2E);
         for (i64 token = 0; token < length; ++token) {
             i64 at = (row * length + token) * value_heads + value_head;

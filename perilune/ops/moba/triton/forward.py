@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 
 LN2 = tl.constexpr(0.6931471805599453)
+UNROLLED = tl.constexpr(4)
+"""Chosen blocks whose parts are asked for before the first is taken up."""
 
 
 @triton.jit
@@ -223,7 +225,7 @@ def attend_own(
         if tl.max(has_parts.to(tl.int32), 0) > 0:
             choice = row * COUNT - first_choice
             if WITH_TOP:
-                for i in range(COUNT):
+                for i in tl.range(0, COUNT, loop_unroll_factor=UNROLLED):
                     top = tl.maximum(top, tl.load(part_top_ptr + choice + i, mask=has_parts, other=float("-inf")))
             highest, mass, total = merge_parts(
                 part_ptr, level_ptr, choice, has_parts, highest, mass, total, DV, BDV, COUNT
@@ -250,14 +252,14 @@ def merge_parts(
     """
     values = tl.arange(0, BDV)
     own = highest
-    for i in range(COUNT):
+    for i in tl.range(0, COUNT, loop_unroll_factor=UNROLLED):
         highest = tl.maximum(highest, tl.load(level_ptr + choice + i, mask=has_parts, other=float("-inf")))
     shift = tl.where(highest == float("-inf"), 0.0, highest)
     kept = tl.exp2(own - shift)
     mass *= kept
     total *= kept[:, None]
     mask = has_parts[:, None] & (values < DV)[None, :]
-    for i in range(COUNT):
+    for i in tl.range(0, COUNT, loop_unroll_factor=UNROLLED):
         weight = tl.exp2(tl.load(level_ptr + choice + i, mask=has_parts, other=float("-inf")) - shift)
         part = tl.load(part_ptr + (choice + i)[:, None] * DV + values[None, :], mask=mask, other=0.0)
         mass += weight

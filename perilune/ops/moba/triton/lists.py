@@ -1,7 +1,7 @@
 """Kernels 3 to 5: from the blocks of each query to the queries of each block, in order and without a word to the host.
 
 A counting sort. A program has a run of queries of one key head: it counts their choices of each block, and, after a
-running sum over blocks and runs, sorts 1024 choices at a time by block and takes places from counters of its own.
+running sum over blocks and runs, sorts some choices at a time by block and takes places from counters of its own.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false, reportCallIssue=false
