@@ -164,6 +164,25 @@ def test_a_score_that_is_not_a_number_is_the_lowest(backend):
     assert out[30:].isfinite().all()
 
 
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("shape", ["5 B + 3, k = 1", "5 B + 3, k = 3", "packed", "full from some place"])
+@pytest.mark.parametrize("backend", ["dense", "blockwise"])
+@torch.no_grad()
+def test_a_value_that_is_no_finite_number_reaches_those_that_read_it_alone(backend, shape, number):
+    (q, k, v), options = make_moba(shape)
+    options["routing"] = moba_route(q, k, **options)
+    expected = moba_attention(q, k, v, **options, backend="dense")
+    for token in (0, 5, 43, 59, v.shape[0] - 1):
+        seen, spoilt = torch.zeros_like(v), v.clone()
+        seen[token, 1], spoilt[token, 1, 3] = 1, number
+        is_reading = moba_attention(q, k, seen, **options, backend="dense")[..., 3] > 0
+        assert is_reading.any()
+        wanted = expected.clone()
+        wanted[..., 3][is_reading] = number
+        out = moba_attention(q, k, spoilt, **options, backend=backend)
+        torch.testing.assert_close(out, wanted, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
 def test_scores_that_overflow_both_ways_are_the_lowest():
     q, k = torch.full((40, 1, 2), 1e30), torch.ones(40, 1, 2)
     k[:, :, 0], k[:, :, 1] = 1e30, -1e30  # products overflow both ways
