@@ -242,6 +242,19 @@ def test_bytes_of_a_step_never_change_results(monkeypatch):
     compare(expected, run_moba(inputs, options, "blockwise"), torch.float64)
 
 
+@pytest.mark.parametrize("backend", ["dense", "blockwise"])
+def test_more_blocks_than_there_are_cost_nothing_and_are_listed_as_none(backend):
+    (q, k, v), options = make_moba("5 B + 3, k = 100")
+    chosen = moba_route(q, k, **{**options, "topk": 10**9}, backend=backend)
+    assert chosen.past.shape[-1] < 8  # for 6 blocks
+    chosen = moba_route(q, k, **options, backend=backend)
+    blocks = chosen.blocks()
+    assert blocks.shape == (83, 4, 100)
+    assert blocks[82, 0].tolist() == [0, 1, 2, 3, 4, 5] + [-1] * 94
+    expected = moba_attention(q, k, v, **options, backend=backend)
+    assert torch.equal(moba_attention(q, k, v, **options, routing=chosen, backend=backend), expected)
+
+
 def test_repeats_to_the_bit():
     inputs, options = make_moba("packed", dtype=torch.float32)
     first, second = (run_moba(inputs, options, "blockwise") for _ in range(2))
@@ -294,6 +307,8 @@ def test_autocast_brings_inputs_to_its_dtype():
 
 WRONG = [
     ({"topk": 0}, "topk must be >= 1"),
+    ({"topk": 2.0}, r"topk must be an integer, got 2\.0"),
+    ({"block_size": 4.0}, r"block_size must be an integer, got 4\.0"),
     ({"block_size": 0}, "block_size must be >= 1"),
     ({"policy": "best"}, "policy must be one of 'mean'"),
     ({"backend": "fast"}, "backend must be 'auto', 'dense'"),
@@ -304,8 +319,11 @@ WRONG = [
     ({"cu_seqlens_k": torch.tensor([0, 10, 10])}, "both must have the same"),
     ({"full_from": torch.tensor([1, 2])}, "an entry for each of the 1 sequences"),
     ({"full_from": torch.tensor([1.5])}, "int32 or int64"),
-    ({"q": torch.zeros(10, 3, 4)}, "Hkv must divide H"),
-    ({"q": torch.zeros(10, 4, 5)}, "both must share D"),
+    ({"full_from": [3]}, r"full_from must be a tensor \[N\] int32 or int64, got \[3\]"),
+    ({"q": torch.zeros(10, 3, 4)}, "H=3 heads but k has Hkv=2; both must be >= 1 and Hkv divide H"),
+    ({"q": torch.zeros(10, 0, 4)}, "H=0 heads but k has Hkv=2; both must be >= 1"),
+    ({"q": torch.zeros(10, 4, 5)}, "D=5 but k has D=4; both must share a D >= 1"),
+    ({"q": torch.zeros(10, 4, 0), "k": torch.zeros(10, 2, 0)}, "D=0 but k has D=0; both must share a D >= 1"),
     ({"q": torch.zeros(10, 4)}, r"\[tokens, heads, dim\]"),
     ({"q": torch.zeros(10, 4, 4).double()}, "one floating dtype"),
     ({"v": torch.zeros(9, 2, 4)}, "both must share tokens and heads"),
@@ -314,11 +332,32 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("change", "message"), WRONG)
-def test_wrong_arguments_are_named(change, message):
+@pytest.mark.parametrize("topk", [2, 3], ids=["10 tokens choose", "12 are full attention"])
+def test_wrong_arguments_are_named_however_long_sequences_are(change, message, topk):
     arguments = {"q": torch.zeros(10, 4, 4), "k": torch.zeros(10, 2, 4), "v": torch.zeros(10, 2, 4)}
-    arguments |= {"block_size": 4, "topk": 2, **change}
+    arguments |= {"block_size": 4, "topk": topk, **change}
     with pytest.raises(ValueError, match=message):
         moba_attention(**arguments)
+    del arguments["v"]
+    if "v" not in change:
+        with pytest.raises(ValueError, match=message):
+            moba_route(**arguments)
+
+
+@pytest.mark.parametrize("change", [{"policy": "best"}, {"backend": "fast"}])
+def test_choices_are_checked_though_blocks_are_given(change):
+    (q, k, v), options = make_moba("packed")
+    with pytest.raises(ValueError, match="must be"):
+        moba_attention(q, k, v, **options, routing=moba_route(q, k, **options), **change)
+
+
+@pytest.mark.parametrize("change", [{"block_size": 15}, {"topk": 8}, {"full_from": torch.tensor([4])}, {"scale": 2.0}])
+def test_blocks_chosen_for_another_call_are_refused_in_full_attention_too(change):
+    (q, k, v), options = make_moba("5 B + 3, k = n")
+    chosen = moba_route(q, k, **options)
+    moba_attention(q, k, v, **options, routing=chosen)
+    with pytest.raises(ValueError, match="routing was made for other"):
+        moba_attention(q, k, v, **{**options, **change}, routing=chosen)
 
 
 def test_more_queries_than_keys_are_refused():
@@ -353,6 +392,9 @@ def test_tensors_that_the_kernels_do_not_take_are_refused_with_the_reason(monkey
     q = torch.zeros(4, 1, 8)
     with pytest.raises(BackendError, match="needs tensors on a GPU, got cpu"):
         moba_attention(q, q, q, block_size=2, topk=1, backend="triton")
+    for policy in ("mean", "recent"):
+        with pytest.raises(BackendError, match="needs tensors on a GPU, got cpu"):
+            moba_route(q, q, block_size=2, topk=1, policy=policy, backend="triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(BackendError, match=r"takes float32, bfloat16 and float16, got torch\.float64; use 'blockwise'"):
         moba_attention(*(q.double() for _ in range(3)), block_size=2, topk=1, backend="triton")

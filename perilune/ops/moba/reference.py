@@ -63,8 +63,8 @@ def best_blocks(scores: Tensor, count: int) -> list[int]:
 def moba_reference(q: Tensor, k: Tensor, v: Tensor, routing: MobaRouting) -> MobaResult:
     """Same contract as `perilune.ops.moba_attention`, on checked arguments, by one masked softmax a sequence.
 
-    o_t = sum_u softmax_u(scale q_t . k_u) v_u over the keys u <= t of the blocks that t reads. A value that is no finite
-    number reaches the queries that read it, and no others.
+    o_t = sum_u softmax_u(scale q_t . k_u) v_u over the keys u <= t of the blocks that t reads. A value that is NaN or
+    infinite reaches the queries that read it, and no others.
 
     Raises:
         ValueError: a sequence has more than `MOST_SCORES` scores.
