@@ -63,7 +63,9 @@ def register_moba(
     too.
 
     A batch may be padded on the right; rows of padding are zeros. A forward of one token is a step of generation, any
-    other is part of a prompt, whether or not tokens came before it.
+    other is part of a prompt, whether or not tokens came before it. Several drafted tokens at a time, or all tokens
+    once more at each step, are read as a prompt: speculative decoding and `use_cache=False` need `decode="moba"`, or
+    else generate other tokens than plain generation does. So do prompts in chunks of which one is a single token.
 
     Args:
         block_size: B, tokens of a block; blocks are cut from the start of each sequence.
@@ -190,10 +192,13 @@ def _right_padded_lengths(mask: Tensor) -> list[int]:
     is_off = (there != (torch.arange(there.shape[1], device="cpu") < lengths[:, None])).any(1)
     if is_off.any():
         row = int(is_off.nonzero()[0])
-        where = "between tokens" if there[row, 0] else "on the left"
+        if there[row, 0]:
+            where, advice = "between tokens", "generate() writes behind padding on the right: run prompts"
+        else:
+            where, advice = "on the left", 'pad on the right (tokenizer.padding_side = "right"), or run sequences'
         raise ValueError(
             f"moba: attention_mask has padding {where} in sequence {row}, which would move the borders of its blocks; "
-            'pad on the right (tokenizer.padding_side = "right"), or run sequences of one length together'
+            f"{advice} of one length together"
         )
     return lengths.tolist()
 

@@ -252,6 +252,19 @@ def test_generation_with_and_without_cache_agrees_in_moba_decode_mode(family):
 
 
 @torch.no_grad()
+def test_drafted_tokens_change_nothing_in_moba_decode_mode():
+    register_moba(block_size=BLOCK, topk=TOPK, decode="moba")
+    model, x, widths = build(), tokens(1, 6).repeat(1, 5), []
+    model.model.layers[0].register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].shape[1]))
+    settings = {"max_new_tokens": 2 * BLOCK + 2, "do_sample": False}
+    plain = model.generate(x, **settings)
+    assert set(widths[1:]) == {1}
+    widths.clear()
+    assert torch.equal(model.generate(x, prompt_lookup_num_tokens=3, **settings), plain)
+    assert max(widths[1:]) > 1, "some tokens were drafted"
+
+
+@torch.no_grad()
 def test_two_names_stand_for_two_settings():
     register_moba(block_size=4, topk=3, name="moba_fine")
     model, x = build(), tokens()
@@ -268,7 +281,7 @@ def test_two_names_stand_for_two_settings():
     [
         ([[1, 1, 1, 1], [0, 1, 1, 1]], "padding on the left in sequence 1"),
         ([[0, 0, 0, 1], [1, 1, 1, 1]], "padding on the left in sequence 0"),
-        ([[1, 1, 1, 1], [1, 0, 1, 1]], "padding between tokens in sequence 1"),
+        ([[1, 1, 1, 1], [1, 0, 1, 1]], "padding between tokens in sequence 1.*run prompts of one length together"),
         (torch.zeros(2, 1, 4, 4), r"must be \[b, L\].* got torch.float32 of shape \(2, 1, 4, 4\)"),
         (torch.ones(2, 1, 4, 4, dtype=torch.bool), r"must be \[b, L\]"),
         ([[1, 1, 1], [1, 1, 1]], "3 columns for 4 positions"),
@@ -277,6 +290,12 @@ def test_two_names_stand_for_two_settings():
 def test_masks_that_it_does_not_take_are_refused(mask, message):
     with pytest.raises(ValueError, match=message):
         build()(tokens(length=4), attention_mask=torch.as_tensor(mask))
+
+
+def test_generation_behind_padding_is_refused_with_what_to_do():
+    mask = right_padded([LONG, 26])
+    with pytest.raises(ValueError, match=r"generate\(\) writes behind padding .*: run prompts of one length together"):
+        build().generate(tokens(), attention_mask=mask, max_new_tokens=2, do_sample=False)
 
 
 def test_dropout_is_refused_where_it_would_be_applied():

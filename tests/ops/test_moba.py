@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perilune.errors import BackendError
@@ -83,28 +83,38 @@ def test_one_block_is_attention_inside_blocks(backend):
     )
 
 
+@settings(max_examples=60)
 @given(
-    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=4),
+    sequences=st.lists(st.tuples(st.integers(0, 24), st.integers(0, 24), st.integers(0, 50)), min_size=1, max_size=4),
+    is_full_from=st.booleans(),
+    heads=st.sampled_from([(1, 1), (2, 2), (2, 1), (6, 2)]),
     block_size=st.integers(1, 12),
     topk=st.integers(1, 6),
     seed=st.integers(0, 1000),
 )
-def test_any_packing_equals_the_oracle_and_each_sequence_alone(lengths, block_size, topk, seed):
+def test_any_call_equals_the_oracle_with_gradients_and_each_sequence_alone(
+    sequences, is_full_from, heads, block_size, topk, seed
+):
+    queries, before, full_from = zip(*sequences, strict=True)
+    keys = [sum(pair) for pair in zip(queries, before, strict=True)]
     generator = make_generator(seed, "moba")
-    q, k, v = (torch.randn(sum(lengths), h, 4, generator=generator, dtype=torch.float64) for h in (2, 1, 1))
-    q, k = q.round(decimals=0), k.round(decimals=0)  # many ties
-    options = {"block_size": block_size, "topk": topk}
-    layout = SequenceLayout.from_lengths(lengths)
-    packed, blocks = moba_attention(q, k, v, **options, cu_seqlens_q=layout, backend="blockwise", return_routing=True)
-    expected, expected_blocks = moba_attention(
-        q, k, v, **options, cu_seqlens_q=layout, backend="dense", return_routing=True
-    )
-    assert torch.equal(blocks, expected_blocks)
-    torch.testing.assert_close(packed, expected, rtol=1e-12, atol=1e-12)
-    for start, length in zip(layout.starts, lengths, strict=True):
-        part = slice(start, start + length)
-        alone = moba_attention(q[part], k[part], v[part], **options, backend="blockwise")
-        torch.testing.assert_close(packed[part], alone, rtol=1e-12, atol=1e-12)
+    shapes = (sum(queries), heads[0], 4), (sum(keys), heads[1], 4), (sum(keys), heads[1], 3)
+    q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    if block_size.bit_count() == 1:  # means of integers are exact, and so are ties, of which there are many
+        q, k = q.round(), k.round()
+    layout_q, layout_k = (SequenceLayout.from_lengths(lengths) for lengths in (queries, keys))
+    options = {"block_size": block_size, "topk": topk, "cu_seqlens_q": layout_q, "cu_seqlens_k": layout_k}
+    options["full_from"] = torch.tensor(full_from) if is_full_from else None
+    found = run_moba((q, k, v), options, "blockwise")
+    compare(run_moba((q, k, v), options, "dense"), found, torch.float64)
+    for n in range(len(sequences)):
+        rows, columns = (slice(x.starts[n], x.starts[n] + x.lengths[n]) for x in (layout_q, layout_k))
+        options |= {
+            f"cu_seqlens_{name}": SequenceLayout.from_lengths([x[n]]) for name, x in (("q", queries), ("k", keys))
+        }
+        options["full_from"] = torch.tensor(full_from[n : n + 1]) if is_full_from else None
+        alone = moba_attention(q[rows], k[columns], v[columns], **options, backend="blockwise")
+        torch.testing.assert_close(found["o"][rows], alone, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("cut", [1, 30, 40, 63, 82])
@@ -162,6 +172,25 @@ def test_a_score_that_is_not_a_number_is_the_lowest(backend):
     out = moba_attention(q, k, torch.ones(50, 1, 2), block_size=10, topk=3, backend=backend)
     assert out[:30].isnan().any(-1).all()  # they read the NaN
     assert out[30:].isfinite().all()
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("shape", ["5 B + 3, k = 1", "5 B + 3, k = 3", "packed", "full from some place"])
+@pytest.mark.parametrize("backend", ["dense", "blockwise"])
+@torch.no_grad()
+def test_a_value_that_is_no_finite_number_reaches_those_that_read_it_alone(backend, shape, number):
+    (q, k, v), options = make_moba(shape)
+    options["routing"] = moba_route(q, k, **options)
+    expected = moba_attention(q, k, v, **options, backend="dense")
+    for token in (0, 5, 43, 59, v.shape[0] - 1):
+        seen, spoilt = torch.zeros_like(v), v.clone()
+        seen[token, 1], spoilt[token, 1, 3] = 1, number
+        is_reading = moba_attention(q, k, seen, **options, backend="dense")[..., 3] > 0
+        assert is_reading.any()
+        wanted = expected.clone()
+        wanted[..., 3][is_reading] = number
+        out = moba_attention(q, k, spoilt, **options, backend=backend)
+        torch.testing.assert_close(out, wanted, rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
 def test_scores_that_overflow_both_ways_are_the_lowest():
@@ -223,6 +252,19 @@ def test_bytes_of_a_step_never_change_results(monkeypatch):
     compare(expected, run_moba(inputs, options, "blockwise"), torch.float64)
 
 
+@pytest.mark.parametrize("backend", ["dense", "blockwise"])
+def test_more_blocks_than_there_are_cost_nothing_and_are_listed_as_none(backend):
+    (q, k, v), options = make_moba("5 B + 3, k = 100")
+    chosen = moba_route(q, k, **{**options, "topk": 10**9}, backend=backend)
+    assert chosen.past.shape[-1] < 8  # for 6 blocks
+    chosen = moba_route(q, k, **options, backend=backend)
+    blocks = chosen.blocks()
+    assert blocks.shape == (83, 4, 100)
+    assert blocks[82, 0].tolist() == [0, 1, 2, 3, 4, 5] + [-1] * 94
+    expected = moba_attention(q, k, v, **options, backend=backend)
+    assert torch.equal(moba_attention(q, k, v, **options, routing=chosen, backend=backend), expected)
+
+
 def test_repeats_to_the_bit():
     inputs, options = make_moba("packed", dtype=torch.float32)
     first, second = (run_moba(inputs, options, "blockwise") for _ in range(2))
@@ -275,6 +317,8 @@ def test_autocast_brings_inputs_to_its_dtype():
 
 WRONG = [
     ({"topk": 0}, "topk must be >= 1"),
+    ({"topk": 2.0}, r"topk must be an integer, got 2\.0"),
+    ({"block_size": 4.0}, r"block_size must be an integer, got 4\.0"),
     ({"block_size": 0}, "block_size must be >= 1"),
     ({"policy": "best"}, "policy must be one of 'mean'"),
     ({"backend": "fast"}, "backend must be 'auto', 'dense'"),
@@ -285,8 +329,11 @@ WRONG = [
     ({"cu_seqlens_k": torch.tensor([0, 10, 10])}, "both must have the same"),
     ({"full_from": torch.tensor([1, 2])}, "an entry for each of the 1 sequences"),
     ({"full_from": torch.tensor([1.5])}, "int32 or int64"),
-    ({"q": torch.zeros(10, 3, 4)}, "Hkv must divide H"),
-    ({"q": torch.zeros(10, 4, 5)}, "both must share D"),
+    ({"full_from": [3]}, r"full_from must be a tensor \[N\] int32 or int64, got \[3\]"),
+    ({"q": torch.zeros(10, 3, 4)}, "H=3 heads but k has Hkv=2; both must be >= 1 and Hkv divide H"),
+    ({"q": torch.zeros(10, 0, 4)}, "H=0 heads but k has Hkv=2; both must be >= 1"),
+    ({"q": torch.zeros(10, 4, 5)}, "D=5 but k has D=4; both must share a D >= 1"),
+    ({"q": torch.zeros(10, 4, 0), "k": torch.zeros(10, 2, 0)}, "D=0 but k has D=0; both must share a D >= 1"),
     ({"q": torch.zeros(10, 4)}, r"\[tokens, heads, dim\]"),
     ({"q": torch.zeros(10, 4, 4).double()}, "one floating dtype"),
     ({"v": torch.zeros(9, 2, 4)}, "both must share tokens and heads"),
@@ -295,11 +342,32 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("change", "message"), WRONG)
-def test_wrong_arguments_are_named(change, message):
+@pytest.mark.parametrize("topk", [2, 3], ids=["10 tokens choose", "12 are full attention"])
+def test_wrong_arguments_are_named_however_long_sequences_are(change, message, topk):
     arguments = {"q": torch.zeros(10, 4, 4), "k": torch.zeros(10, 2, 4), "v": torch.zeros(10, 2, 4)}
-    arguments |= {"block_size": 4, "topk": 2, **change}
+    arguments |= {"block_size": 4, "topk": topk, **change}
     with pytest.raises(ValueError, match=message):
         moba_attention(**arguments)
+    del arguments["v"]
+    if "v" not in change:
+        with pytest.raises(ValueError, match=message):
+            moba_route(**arguments)
+
+
+@pytest.mark.parametrize("change", [{"policy": "best"}, {"backend": "fast"}])
+def test_choices_are_checked_though_blocks_are_given(change):
+    (q, k, v), options = make_moba("packed")
+    with pytest.raises(ValueError, match="must be"):
+        moba_attention(q, k, v, **options, routing=moba_route(q, k, **options), **change)
+
+
+@pytest.mark.parametrize("change", [{"block_size": 15}, {"topk": 8}, {"full_from": torch.tensor([4])}, {"scale": 2.0}])
+def test_blocks_chosen_for_another_call_are_refused_in_full_attention_too(change):
+    (q, k, v), options = make_moba("5 B + 3, k = n")
+    chosen = moba_route(q, k, **options)
+    moba_attention(q, k, v, **options, routing=chosen)
+    with pytest.raises(ValueError, match="routing was made for other"):
+        moba_attention(q, k, v, **{**options, **change}, routing=chosen)
 
 
 def test_more_queries_than_keys_are_refused():
@@ -334,6 +402,9 @@ def test_tensors_that_the_kernels_do_not_take_are_refused_with_the_reason(monkey
     q = torch.zeros(4, 1, 8)
     with pytest.raises(BackendError, match="needs tensors on a GPU, got cpu"):
         moba_attention(q, q, q, block_size=2, topk=1, backend="triton")
+    for policy in ("mean", "recent"):
+        with pytest.raises(BackendError, match="needs tensors on a GPU, got cpu"):
+            moba_route(q, q, block_size=2, topk=1, policy=policy, backend="triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(BackendError, match=r"takes float32, bfloat16 and float16, got torch\.float64; use 'blockwise'"):
         moba_attention(*(q.double() for _ in range(3)), block_size=2, topk=1, backend="triton")

@@ -147,7 +147,8 @@ GOOD = {
     [
         ({"q": torch.zeros(2, 24)}, r"q must be \[N, H, D\]"),
         ({"q": torch.zeros(3, 4, 6)}, "must agree on N"),
-        ({"q": torch.zeros(2, 3, 6)}, "Hkv must divide H"),
+        ({"q": torch.zeros(2, 3, 6)}, "H=3 heads but keys Hkv=2; both must be >= 1 and Hkv divide H"),
+        ({"q": torch.zeros(2, 0, 6)}, "H=0 heads but keys Hkv=2"),
         ({"q": torch.zeros(2, 4, 5)}, "all must share D"),
         ({"q": torch.zeros(2, 4, 6).double()}, "one floating dtype"),
         ({"values": torch.zeros(2, 19, 2, 6)}, "must agree on N"),
@@ -158,8 +159,9 @@ GOOD = {
         ),
         ({"lengths": torch.tensor([21, 3])}, r"lengths must be in \[0, 20\]"),
         ({"lengths": torch.tensor([-1, 3])}, r"lengths must be in \[0, 20\]"),
-        ({"block_size": 0}, "block_size and topk must be >= 1"),
-        ({"topk": 0}, "block_size and topk must be >= 1"),
+        ({"block_size": 0}, "moba_decode: block_size must be >= 1, got 0"),
+        ({"topk": 0}, "moba_decode: topk must be >= 1"),
+        ({"topk": 2.0}, "moba_decode: topk must be an integer"),
         ({"backend": "fast"}, "backend must be 'auto', 'reference' or 'torch'"),
     ],
 )

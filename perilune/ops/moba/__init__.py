@@ -7,7 +7,7 @@ routing    which blocks: means, scores, top k
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Literal, get_args, overload
 
 import torch
 from torch import Tensor
@@ -103,25 +103,34 @@ def moba_attention(
     key: short sequences get full attention. The choice has no gradient; gradients are those of attention over what was
     chosen.
 
-    Equal scores go to the lower block, and every backend chooses by the same scores, but near-ties may fall either way
-    between backends, which add up in different orders. One backend repeats itself to the bit, gradients too.
+    Every backend chooses by the same scores. Those that are equal as computed go to the lower block; near-ties, and
+    scores that only exact arithmetic makes equal, may fall either way between backends, which add up in different
+    orders. One backend repeats itself to the bit, gradients too.
+
+    A NaN score, and -inf, is lower than every number. A value of NaN or infinity reaches the queries that read it, in
+    `dense` and `blockwise` no others. In `triton`, and in the full attention that `auto` takes where it is the same,
+    it may reach other queries of the same sequence that are computed in one tile with those, earlier ones too.
+    Gradients are not kept apart anywhere.
 
     Args:
         q: `[Tq, H, D]`, floating.
         k: `[Tk, Hkv, D]`, q's dtype; Hkv divides H, and query head h reads key head h // (H / Hkv).
         v: `[Tk, Hkv, Dv]`, q's dtype.
         block_size: B, tokens of a block.
-        topk: k, blocks that a query reads, its own included; 1 is attention inside blocks alone.
+        topk: k, blocks that a query reads, its own included; 1 is attention inside blocks alone. It may be larger than
+            the number of blocks.
         cu_seqlens_q: how Tq splits into N sequences; a `SequenceLayout` or `[N + 1]` int32 or int64. None: one
-            sequence. Empty sequences are allowed.
+            sequence. Empty sequences are allowed. A tensor on a GPU is waited for in every call, a layout is not.
         cu_seqlens_k: how Tk splits into the same N sequences; None means as the queries. The queries of a sequence are
             its last keys, so that a chunk of a prefill gives the rows of the whole.
         scale: factor of the logits; None means D ** -0.5. Block scores have none.
         policy: who chooses: `mean` (MoBA), `minmax` (Quest's bound), `recent`, `sink_recent`, `random` (of a fixed
             seed), or `oracle` (the blocks that full attention weighs most; quadratic).
-        float32_means: score against block means in float32 instead of rounding them to k's dtype.
+        float32_means: score against block means in float32 instead of rounding them to k's dtype; read by
+            `policy="mean"` alone, as no other scores means.
         full_from: `[N]` int32 or int64, the position from which on queries read every earlier key: training then
-            sees what a model does that reads its prompt sparsely and generates with full attention.
+            sees what a model does that reads its prompt sparsely and generates with full attention. Best on the CPU,
+            as every call waits for one on a GPU.
         routing: blocks that `moba_route` has chosen for the same lengths, block size and topk, instead of `policy`.
         return_lse: also return the logarithm of each softmax's denominator.
         return_routing: also return the blocks that each query reads.
@@ -132,7 +141,8 @@ def moba_attention(
     Returns:
         o `[Tq, H, Dv]` in q's dtype; if more is asked for, a tuple of it and, in this order: lse `[Tq, H]` float32
         (float64 for float64 inputs), blocks `[Tq, H, topk]` int32 as `MobaRouting.blocks` gives them, and maximum
-        logits `[H]` float32. None of these has a gradient.
+        logits `[H]` float32. None of these has a gradient. Blocks are ascending and -1 behind the last; a query from
+        `full_from` on has only its own there, though it reads all.
 
     Raises:
         ValueError: arguments do not fit, or the backend is unknown; the message says what would.
@@ -143,22 +153,19 @@ def moba_attention(
     q, k, v = follow_autocast(q, k, v)
     options = _options(q, k, block_size, topk, cu_seqlens_q, cu_seqlens_k, scale, full_from)
     _check_values(k, v)
-    if backend not in ("auto", "dense", "blockwise", "triton"):
-        raise ValueError(f"moba_attention: backend must be 'auto', 'dense', 'blockwise' or 'triton', got {backend!r}")
-    chosen = backend if backend != "auto" else _default(q, v)
-    if backend == "auto" and options.is_dense and not (return_lse or return_routing):
-        full, top = varlen_attention(
-            q, k, v, options.layout_q, options.layout_k, scale=options.scale, return_max_logits=return_max_logits
-        )
-        return (full, top) if top is not None else full
+    chosen = _choose_backend(q, v, policy, backend)
     if routing is not None and not routing.matches(options, q.shape[1]):
         raise ValueError(
             "moba_attention: routing was made for other lengths, heads, block_size, topk, scale or full_from; call "
             "moba_route with this call's"
         )
+    if backend == "auto" and options.is_dense and not (return_lse or return_routing):
+        full, top = varlen_attention(
+            q, k, v, options.layout_q, options.layout_k, scale=options.scale, return_max_logits=return_max_logits
+        )
+        return (full, top) if top is not None else full
     wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if chosen == "triton" and policy == "mean" and not (routing or return_routing or wants_gradient):
-        _check_triton(q, v)
         from perilune.ops.moba.triton import moba_triton_forward
 
         result = moba_triton_forward(q, k, v, options, float32_means, return_max_logits)
@@ -213,14 +220,25 @@ def moba_route(
     """
     q, k = follow_autocast(q, k)
     options = _options(q, k, block_size, topk, cu_seqlens_q, cu_seqlens_k, scale, full_from)
-    return _route(q, k, options, policy, seed, float32_means, _default(q, k) if backend == "auto" else backend)
+    return _route(q, k, options, policy, seed, float32_means, _choose_backend(q, k, policy, backend))
 
 
-def _default(q: Tensor, v: Tensor) -> Backend:
-    """What `auto` is where routing matters; a GPU whose half types fall to torch is told why, once."""
-    if not q.is_cuda or q.dtype not in HALF_TYPES:
+def _choose_backend(q: Tensor, v: Tensor, policy: Policy, backend: Backend) -> Backend:
+    """Check the choices of a call, and say what `auto` is where routing matters.
+
+    A GPU whose half types fall to torch is told why, once.
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"moba_attention: policy must be one of {', '.join(map(repr, POLICIES))}, got {policy!r}")
+    if backend not in get_args(Backend):
+        raise ValueError(f"moba_attention: backend must be 'auto', 'dense', 'blockwise' or 'triton', got {backend!r}")
+    if backend in ("dense", "blockwise"):
+        return backend
+    if backend == "auto" and (not q.is_cuda or q.dtype not in HALF_TYPES):
         return "blockwise"
     obstacle = _triton_obstacle(q, v)
+    if obstacle is not None and backend == "triton":
+        raise BackendError(f"moba_attention: backend 'triton' {obstacle}; use 'blockwise'")
     if obstacle is not None:
         note_slower("moba_attention", "blockwise", f"'triton' {obstacle}")
     return "triton" if obstacle is None else "blockwise"
@@ -233,21 +251,12 @@ def _triton_obstacle(q: Tensor, v: Tensor) -> str | None:
     return triton_obstacle(q)
 
 
-def _check_triton(q: Tensor, v: Tensor) -> None:
-    obstacle = _triton_obstacle(q, v)
-    if obstacle is not None:
-        raise BackendError(f"moba_attention: backend 'triton' {obstacle}; use 'blockwise'")
-
-
 def _route(
     q: Tensor, k: Tensor, options: MobaOptions, policy: Policy, seed: int, float32_means: bool, backend: Backend
 ) -> MobaRouting:
-    if policy not in POLICIES:
-        raise ValueError(f"moba_attention: policy must be one of {', '.join(map(repr, POLICIES))}, got {policy!r}")
     if backend == "dense" and policy == "mean":
         return route_reference(q, k, options, float32_means)
     if backend == "triton" and policy == "mean":
-        _check_triton(q, k)
         from perilune.ops.moba.triton import route_triton
 
         return route_triton(q, k, options, float32_means)
@@ -260,7 +269,6 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, routing: MobaRouting, backend: Back
         case "dense":
             return moba_reference(q, k, v, routing)
         case "triton":
-            _check_triton(q, v)
             from perilune.ops.moba.triton import moba_triton
 
             return moba_triton(q, k, v, routing, with_max)
@@ -285,21 +293,25 @@ def _options(
         raise ValueError(f"moba_attention: q, k and v must share one floating dtype, got {q.dtype} and {k.dtype}")
     if q.device != k.device:
         raise ValueError(f"moba_attention: q, k and v must be on one device, got {q.device} and {k.device}")
-    if q.shape[2] != k.shape[2]:
-        raise ValueError(f"moba_attention: q has D={q.shape[2]} but k has D={k.shape[2]}; both must share D")
-    if not k.shape[1] or q.shape[1] % k.shape[1]:
-        raise ValueError(f"moba_attention: q has H={q.shape[1]} heads but k has Hkv={k.shape[1]}; Hkv must divide H")
+    if q.shape[2] != k.shape[2] or not q.shape[2]:
+        raise ValueError(f"moba_attention: q has D={q.shape[2]} but k has D={k.shape[2]}; both must share a D >= 1")
+    if not q.shape[1] or not k.shape[1] or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"moba_attention: q has H={q.shape[1]} heads but k has Hkv={k.shape[1]}; both must be >= 1 and Hkv divide H"
+        )
     layout_q = _layout(cu_seqlens_q, q)
     same = cu_seqlens_k is None and (cu_seqlens_q is not None or q.shape[0] == k.shape[0])
     starts = None
     if full_from is not None:
+        if not isinstance(full_from, Tensor):
+            raise ValueError(f"moba_attention: full_from must be a tensor [N] int32 or int64, got {full_from!r}")
         if full_from.ndim != 1 or full_from.dtype not in (torch.int32, torch.int64):
             raise ValueError(
                 f"moba_attention: full_from must be [N] int32 or int64, got {full_from.dtype} of shape "
                 f"{tuple(full_from.shape)}"
             )
         starts = tuple(full_from.tolist())
-    return MobaOptions(
+    options = MobaOptions(
         block_size=block_size,
         topk=topk,
         scale=q.shape[2] ** -0.5 if scale is None else scale,
@@ -307,6 +319,7 @@ def _options(
         layout_k=as_layout(layout_q, k) if same else _layout(cu_seqlens_k, k),
         full_from=starts,
     )
+    return options.bounded()
 
 
 def _layout(cu_seqlens: Lengths | None, x: Tensor) -> SequenceLayout:

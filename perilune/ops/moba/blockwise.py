@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from perilune.ops.moba.options import MobaOptions
-from perilune.ops.moba.reference import MobaResult
+from perilune.ops.moba.reference import MobaResult, finite, unbounded
 from perilune.ops.moba.routing import MobaRouting
 
 # Scores computed at a time.
@@ -120,12 +120,16 @@ class _Moba(torch.autograd.Function):
             a, b, c = _head(q, k, v, head, wide, options.scale)
             total = c.new_empty(a.shape[0], c.shape[-1])
             best, mass = c.new_empty(a.shape[0]), c.new_empty(a.shape[0])
+            is_finite = bool(c.sum().isfinite())
             for run in runs:
                 rows, values = run.rows(group), _batch(c, run)
                 p = _own_logits(a, b, run, group)
                 highest = p.amax(-1)
                 p.sub_(_finite(highest)[..., None]).exp_()
-                torch.bmm(p, values, out=total[rows].view(run.count, -1, c.shape[-1]))
+                o = total[rows].view(run.count, -1, c.shape[-1])
+                torch.bmm(p, values if is_finite else finite(values), out=o)
+                if not is_finite:  # those of later tokens must not reach earlier ones as 0 * NaN
+                    o += unbounded(~run.hidden(group, a.device), values)
                 torch.sum(p, -1, out=mass[rows].view(run.count, -1))
                 best[rows] = highest.flatten()
             for rows, keys in chosen_runs(routing, group, head):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from perilune.ops.attention.decode import decode_attention_torch
 from perilune.ops.attention.reference import attend_row
+from perilune.ops.moba.options import check_counts
 from perilune.ops.moba.reference import best_blocks
 from perilune.ops.moba.routing import top_blocks
 
@@ -182,10 +183,11 @@ def _check(q: Tensor, keys: Tensor, values: Tensor, means: Tensor, lengths: Tens
         raise ValueError(
             f"moba_decode: q has D={q.shape[2]}, keys D={keys.shape[3]} and means D={means.shape[3]}; all must share D"
         )
-    if not keys.shape[2] or q.shape[1] % keys.shape[2]:
-        raise ValueError(f"moba_decode: q has H={q.shape[1]} heads but keys Hkv={keys.shape[2]}; Hkv must divide H")
-    if block_size < 1 or topk < 1:
-        raise ValueError(f"moba_decode: block_size and topk must be >= 1, got {block_size} and {topk}")
+    if not q.shape[1] or not keys.shape[2] or q.shape[1] % keys.shape[2]:
+        raise ValueError(
+            f"moba_decode: q has H={q.shape[1]} heads but keys Hkv={keys.shape[2]}; both must be >= 1 and Hkv divide H"
+        )
+    check_counts("moba_decode", block_size=block_size, topk=topk)
     if not lengths.numel():
         return
     longest = int(lengths.max())

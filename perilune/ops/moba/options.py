@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Literal, get_args
 
 import torch
@@ -22,7 +23,7 @@ class MobaOptions:
     block_size: int
     """B, tokens of a block; blocks are cut from the start of each sequence."""
     topk: int
-    """k, blocks that a query reads, its own included."""
+    """k, blocks that a query reads at most, its own included."""
     scale: float
     """Factor of the logits; block scores have none."""
     layout_q: SequenceLayout
@@ -31,12 +32,11 @@ class MobaOptions:
     """Keys of each sequence."""
     full_from: tuple[int, ...] | None = None
     """For each sequence the position from which on queries read every earlier key; None: no query does."""
+    asked_topk: int | None = None
+    """The larger topk that was asked for, before `bounded`; None: topk itself."""
 
     def __post_init__(self) -> None:
-        if self.block_size < 1:
-            raise ValueError(f"moba_attention: block_size must be >= 1, got {self.block_size}")
-        if self.topk < 1:
-            raise ValueError(f"moba_attention: topk must be >= 1 (it counts a query's own block), got {self.topk}")
+        check_counts("moba_attention", block_size=self.block_size, topk=self.topk)
         if self.layout_q.num_sequences != self.layout_k.num_sequences:
             raise ValueError(
                 f"moba_attention: cu_seqlens_q has {self.layout_q.num_sequences} sequences but cu_seqlens_k has "
@@ -53,6 +53,15 @@ class MobaOptions:
                 f"moba_attention: full_from must have an entry for each of the {self.layout_q.num_sequences} "
                 f"sequences, got {len(self.full_from)}"
             )
+
+    def bounded(self) -> MobaOptions:
+        """The same with a topk that makes no room for blocks that no sequence has.
+
+        What it is cut to is a power of two, so that there are few: kernels are compiled for each.
+        """
+        most = max((1, *self.block_counts()))
+        topk = min(self.topk, 1 << (most - 1).bit_length())
+        return self if topk == self.topk else replace(self, topk=topk, asked_topk=self.topk)
 
     @property
     def dense_tokens(self) -> int:
@@ -121,3 +130,17 @@ class MobaOptions:
     def block_counts(self) -> tuple[int, ...]:
         """Blocks of each sequence, the last perhaps a partial one."""
         return tuple(-(-length // self.block_size) for length in self.layout_k.lengths)
+
+
+def check_counts(op: str, **counts: int) -> None:
+    """Refuse block sizes and numbers of blocks that are no integers from 1 on.
+
+    Raises:
+        ValueError: one is not; the message begins with `op`.
+    """
+    for name, count in counts.items():
+        if not isinstance(count, Integral):
+            raise ValueError(f"{op}: {name} must be an integer, got {count!r}")
+        if count < 1:
+            hint = " (it counts a query's own block)" if name == "topk" else ""
+            raise ValueError(f"{op}: {name} must be >= 1{hint}, got {count}")

@@ -63,7 +63,8 @@ def best_blocks(scores: Tensor, count: int) -> list[int]:
 def moba_reference(q: Tensor, k: Tensor, v: Tensor, routing: MobaRouting) -> MobaResult:
     """Same contract as `perilune.ops.moba_attention`, on checked arguments, by one masked softmax a sequence.
 
-    o_t = sum_u softmax_u(scale q_t . k_u) v_u over the keys u <= t of the blocks that t reads.
+    o_t = sum_u softmax_u(scale q_t . k_u) v_u over the keys u <= t of the blocks that t reads. A value that is NaN or
+    infinite reaches the queries that read it, and no others.
 
     Raises:
         ValueError: a sequence has more than `MOST_SCORES` scores.
@@ -86,7 +87,7 @@ def moba_reference(q: Tensor, k: Tensor, v: Tensor, routing: MobaRouting) -> Mob
         b, c = (x[columns].to(wide).transpose(0, 1).repeat_interleave(group, 0) for x in (k, v))
         is_read = _mask(routing, rows, keys - queries, keys, options.full_starts[n])
         logits = (options.scale * (a @ b.transpose(1, 2))).masked_fill(~is_read, -torch.inf)
-        outs.append((torch.softmax(logits, -1) @ c).transpose(0, 1).to(q.dtype))
+        outs.append((torch.softmax(logits, -1) @ finite(c) + unbounded(is_read, c)).transpose(0, 1).to(q.dtype))
         lses.append(logits.logsumexp(-1).transpose(0, 1))
         tops.append(logits.detach().flatten(1).max(1).values if queries else logits.new_full(a.shape[:1], -torch.inf))
     if not outs:  # zeros from the inputs, so that gradients are zeros and not absent
@@ -94,6 +95,29 @@ def moba_reference(q: Tensor, k: Tensor, v: Tensor, routing: MobaRouting) -> Mob
         return MobaResult(nothing, q.new_zeros(0, q.shape[1], dtype=wide), q.new_full(q.shape[1:2], -torch.inf).float())
     top = torch.stack(tops).amax(0).float()
     return MobaResult(torch.cat(outs), torch.cat(lses).detach(), top)
+
+
+def finite(values: Tensor) -> Tensor:
+    """The same with 0 for infinities and NaN, which times a probability of 0 would be NaN."""
+    return values.nan_to_num(0, 0, 0)
+
+
+def unbounded(is_read: Tensor, values: Tensor) -> Tensor:
+    """What infinities and NaN among the values add to queries that read them, however small their probability.
+
+    Args:
+        is_read: `[..., Lq, Lk]` bool.
+        values: `[..., Lk, Dv]`.
+
+    Returns:
+        `[..., Lq, Dv]` of 0, inf, -inf and NaN, without gradient; or one 0, if all values are finite.
+    """
+    rows, added = is_read.to(values.dtype), values.new_zeros(())
+    found = {torch.inf: values.isposinf(), -torch.inf: values.isneginf(), torch.nan: values.isnan()}
+    for number, is_there in found.items():
+        if is_there.any():
+            added = added + torch.where(rows @ is_there.to(values.dtype) > 0, number, 0.0)
+    return added
 
 
 def _mask(routing: MobaRouting, rows: slice, shift: int, keys: int, full_start: int) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from perilune.ops.moba.options import MobaOptions, Policy
@@ -27,15 +28,16 @@ class MobaRouting:
     """The past blocks that each query reads; computed once, it serves forward, backward and recomputation alike."""
 
     options: MobaOptions
-    """How sequences are cut."""
+    """How sequences are cut, and what k is."""
     past: Tensor
     """`[T, H, k - 1]` int32: blocks of the query's sequence, ascending, -1 behind the last. A query that reads every
     earlier key, as it has fewer than k past blocks or is behind `full_from`, has none of them here."""
 
     def blocks(self) -> Tensor:
-        """`[T, H, k]` int32 blocks that each query reads, its own included, ascending and -1 behind the last.
+        """`[T, H, topk]` int32 blocks that each query reads, its own included, ascending and -1 behind the last.
 
-        A query behind `full_from` has only its own here, though it reads all.
+        There are as many as were asked for, even if no sequence has so many blocks. A query behind `full_from` has only
+        its own here, though it reads all.
         """
         options = self.options
         positions = options.positions()
@@ -50,7 +52,8 @@ class MobaRouting:
         # -1 sorts behind every block
         last = torch.iinfo(torch.int32).max
         listed = torch.where(listed < 0, last, listed).sort(-1).values
-        return torch.where(listed == last, -1, listed)
+        listed = torch.where(listed == last, -1, listed)
+        return F.pad(listed, (0, (options.asked_topk or options.topk) - options.topk), value=-1)
 
     def matches(self, options: MobaOptions, num_heads: int) -> bool:
         """Whether this routing is one of `options` for `num_heads` query heads."""
