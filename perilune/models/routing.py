@@ -47,5 +47,5 @@ def _record(found: dict[int, MobaRouting], layer: int, mixer: nn.Module, inputs:
         cu_seqlens_q=layout,
         scale=config.full.softmax_scale,
         policy=config.moba_policy,
-        float32_means=config.moba_gate_dtype == "float32",
+        float32_means=config.float32_means,
     )

@@ -45,9 +45,7 @@ class BlockEntry:
         tokens = TokenEntry(num_sequences, [shape, shape], device, dtype)
         means = inputs = None
         if config.moba_decode == "moba":
-            is_wide = config.moba_gate_dtype == "float32"
-            mean_dtype = torch.promote_types(dtype, torch.float32) if is_wide else dtype
-            means = TokenEntry(num_sequences, [shape], device, mean_dtype)
+            means = TokenEntry(num_sequences, [shape], device, config.mean_dtype(dtype))
         if config.moba_key_conv:
             size = config.moba_key_conv - 1 + KEY_CONV_REWIND
             keys = torch.zeros(num_sequences, config.kv_width, size, device=device, dtype=dtype)

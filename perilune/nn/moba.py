@@ -80,12 +80,12 @@ class MoBAttention(nn.Module):
             o = self._attend(q, k, v, layout, layout, full_from)
         elif is_step(layout) and not _is_within(cache, full_from):
             keys, values = cache.tokens.push(k, v)
-            cache.close_blocks(self._mean_dtype(k))
+            cache.close_blocks(self.config.mean_dtype(k.dtype))
             o = self._decode(q.to(keys.dtype), keys, values, cache)
         else:
             has_history = cache.tokens.max_length > 0
             cache.tokens.extend(layout, k, v)
-            cache.close_blocks(self._mean_dtype(k))
+            cache.close_blocks(self.config.mean_dtype(k.dtype))
             layout_k, (k, v) = cache.tokens.packed() if has_history else (layout, (k, v))
             o = self._attend(q, k.to(q.dtype), v.to(q.dtype), layout, layout_k, full_from)
         y: Tensor = self.o_proj(o.flatten(1).to(x.dtype))
@@ -169,7 +169,7 @@ class MoBAttention(nn.Module):
             cu_seqlens_k=layout_k,
             scale=scale,
             policy=config.moba_policy,
-            float32_means=config.moba_gate_dtype == "float32",
+            float32_means=config.float32_means,
             full_from=full_from,
             return_max_logits=return_max_logits,
         )
@@ -191,10 +191,6 @@ class MoBAttention(nn.Module):
             topk=self.config.moba_topk,
             scale=scale,
         )
-
-    def _mean_dtype(self, k: Tensor) -> torch.dtype:
-        """What training rounds means of keys like `k` to."""
-        return torch.promote_types(k.dtype, torch.float32) if self.config.moba_gate_dtype == "float32" else k.dtype
 
 
 class KeyConv(nn.Module):
