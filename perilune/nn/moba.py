@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Self, get_args
+from typing import Self, TypedDict, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ from perilune.nn.stepping import check_rows, is_step, token_positions
 from perilune.ops.attention import decode_attention, varlen_attention
 from perilune.ops.conv import short_conv, short_conv_step
 from perilune.ops.layout import SequenceLayout
-from perilune.ops.moba import moba_attention, moba_decode
+from perilune.ops.moba import MobaRouting, moba_attention, moba_decode, moba_route
+from perilune.ops.moba.options import Policy
 
 
 class MoBAttention(nn.Module):
@@ -91,6 +92,20 @@ class MoBAttention(nn.Module):
         y: Tensor = self.o_proj(o.flatten(1).to(x.dtype))
         return y
 
+    @torch.no_grad()
+    def route(self, x: Tensor, layout: SequenceLayout) -> MobaRouting:
+        """Choose the blocks that a prompt's tokens read in mode `moba`, whatever the mode is now.
+
+        Args:
+            x: `[T, d]`, what a forward without a cache would mix.
+            layout: how T splits into N sequences.
+
+        Returns:
+            Past blocks `[T, H, k - 1]` of each token and query head.
+        """
+        q, k, _ = self._project(x, layout, None)
+        return moba_route(q, k, cu_seqlens_q=layout, scale=self._heads.softmax_scale, **self._block_arguments())
+
     def new_cache(self, num_sequences: int, device: torch.device | str, dtype: torch.dtype) -> BlockEntry:
         """Empty runs of keys and values, and what else `moba_decode` and the key convolution need."""
         return BlockEntry.empty(self.config, num_sequences, device, dtype)
@@ -158,22 +173,27 @@ class MoBAttention(nn.Module):
         full_from: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """`moba_attention` as the layer is configured, in the form of `varlen_attention`."""
-        config = self.config
         result = moba_attention(
             q,
             k,
             v,
-            block_size=config.moba_chunk_size,
-            topk=config.moba_topk,
             cu_seqlens_q=layout_q,
             cu_seqlens_k=layout_k,
             scale=scale,
-            policy=config.moba_policy,
-            float32_means=config.float32_means,
             full_from=full_from,
             return_max_logits=return_max_logits,
+            **self._block_arguments(),
         )
         return (result, None) if isinstance(result, Tensor) else (result[0], result[1])
+
+    def _block_arguments(self) -> BlockArguments:
+        config = self.config
+        return {
+            "block_size": config.moba_chunk_size,
+            "topk": config.moba_topk,
+            "policy": config.moba_policy,
+            "float32_means": config.float32_means,
+        }
 
     def _decode(self, q: Tensor, keys: Tensor, values: Tensor, cache: BlockEntry) -> Tensor:
         """Attention `[N, H, D]` of the newest token of each row."""
@@ -191,6 +211,15 @@ class MoBAttention(nn.Module):
             topk=self.config.moba_topk,
             scale=scale,
         )
+
+
+class BlockArguments(TypedDict):
+    """What the configuration says to `moba_attention` and `moba_route`."""
+
+    block_size: int
+    topk: int
+    policy: Policy
+    float32_means: bool
 
 
 class KeyConv(nn.Module):
