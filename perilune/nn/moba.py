@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from operator import lt
 from typing import Self, TypedDict, get_args
 
 import torch
@@ -261,7 +262,7 @@ class KeyConv(nn.Module):
 
 def _is_within(cache: BlockEntry, prompt_lengths: Tensor | None) -> bool:
     """Whether the next token of some row belongs to its prompt."""
-    return prompt_lengths is not None and bool((cache.tokens.lengths.to(prompt_lengths.device) < prompt_lengths).any())
+    return prompt_lengths is not None and any(map(lt, cache.tokens.host_lengths, prompt_lengths.tolist()))
 
 
 def zero_key_convs(model: nn.Module) -> None:

@@ -174,6 +174,17 @@ def test_cached_means_are_those_of_prefill_to_the_bit(precision, gate):
     assert torch.equal(means.float(), expected[complete].float())
 
 
+def test_steps_inside_blocks_do_not_ask_the_device():
+    """Tensors on meta have no values that could be read."""
+    config = CONFIGS["moba"]
+    cache = BlockEntry.empty(config, 2, "meta", torch.float32)
+    token = torch.empty(2, config.full.kv_heads, config.head_dim, device="meta")
+    for _ in range(config.moba_chunk_size - 1):
+        cache.tokens.push(token, token)
+        cache.close_blocks(torch.float32)
+    assert cache.means.max_length == 0
+
+
 @torch.no_grad()
 def test_a_layer_may_change_its_mode_between_prompt_and_generation():
     layer = make_mixer("moba")
