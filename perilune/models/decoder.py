@@ -48,9 +48,7 @@ class Block(nn.Module):
         """Map the residual stream `[T, d]` to the next."""
         # Rounded once, to what the products take; but a router compares its scores in float32.
         dtype = autocast_dtype(x)
-        # Other mixers make no difference between prompt and response.
-        told = (prompt_lengths,) if isinstance(self.mixer, MoBAttention) else ()
-        x = x + self.mixer(self.mixer_norm(x, dtype=dtype), layout, cache, *told)
+        x = x + self.mixer(self.mixer_norm(x, dtype=dtype), layout, cache, prompt_lengths)
         y: Tensor = x + self.ffn(self.ffn_norm(x, dtype=x.dtype if isinstance(self.ffn, MoE) else dtype))
         return y
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from perilune.models.decoder import Decoder
 from perilune.nn import MoBAttention
-from perilune.ops import MobaRouting, SequenceLayout, moba_route
+from perilune.ops import MobaRouting, SequenceLayout
 
 
 @torch.no_grad()
@@ -37,15 +37,4 @@ def _record(found: dict[int, MobaRouting], layer: int, mixer: nn.Module, inputs:
     """Choose blocks once more for what the layer is about to mix."""
     assert isinstance(mixer, MoBAttention)
     x, layout = inputs[:2]
-    q, k, _ = mixer._project(x, layout, None)
-    config = mixer.config
-    found[layer] = moba_route(
-        q,
-        k,
-        block_size=config.moba_chunk_size,
-        topk=config.moba_topk,
-        cu_seqlens_q=layout,
-        scale=config.full.softmax_scale,
-        policy=config.moba_policy,
-        float32_means=config.moba_gate_dtype == "float32",
-    )
+    found[layer] = mixer.route(x, layout)

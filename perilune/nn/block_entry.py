@@ -45,9 +45,7 @@ class BlockEntry:
         tokens = TokenEntry(num_sequences, [shape, shape], device, dtype)
         means = inputs = None
         if config.moba_decode == "moba":
-            is_wide = config.moba_gate_dtype == "float32"
-            mean_dtype = torch.promote_types(dtype, torch.float32) if is_wide else dtype
-            means = TokenEntry(num_sequences, [shape], device, mean_dtype)
+            means = TokenEntry(num_sequences, [shape], device, config.mean_dtype(dtype))
         if config.moba_key_conv:
             size = config.moba_key_conv - 1 + KEY_CONV_REWIND
             keys = torch.zeros(num_sequences, config.kv_width, size, device=device, dtype=dtype)
@@ -68,10 +66,11 @@ class BlockEntry:
         """Add the means of blocks that new tokens have completed, rounded to `dtype`."""
         if self.means is None:
             return
-        counts = self.tokens.lengths // self.block_size - self.means.lengths
-        layout = SequenceLayout.from_lengths(counts.tolist(), counts.device)
-        if not layout.total:
+        lengths = zip(self.tokens.host_lengths, self.means.host_lengths, strict=True)
+        counts = [tokens // self.block_size - closed for tokens, closed in lengths]
+        if not any(counts):
             return
+        layout = SequenceLayout.from_lengths(counts, self.means.lengths.device)
         rows = layout.sequence_ids
         first = (self.means.lengths[rows] + layout.positions) * self.block_size
         places = first[:, None] + torch.arange(self.block_size, device=first.device)

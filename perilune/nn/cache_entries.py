@@ -7,6 +7,7 @@ batching need; entries of tokens can also take the last ones back. A layer's for
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import add
 from typing import Protocol, Self
 
 import torch
@@ -160,13 +161,18 @@ class TokenEntry:
         self._buffers = [torch.empty(num_sequences, 0, *shape, device=device, dtype=dtype) for shape in shapes]
         self.lengths = torch.zeros(num_sequences, dtype=torch.int64, device=device)
         """`[N]` int64, tokens held by each row."""
-        self.max_length = 0
-        """Largest of `lengths`, known without asking the device."""
+        self.host_lengths: tuple[int, ...] = (0,) * num_sequences
+        """`lengths`, known without asking the device."""
 
     @property
     def num_sequences(self) -> int:
         """N, rows."""
         return self.lengths.shape[0]
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest row."""
+        return max(self.host_lengths, default=0)
 
     @property
     def row_shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -192,7 +198,7 @@ class TokenEntry:
         for buffer, token in zip(self._buffers, tokens, strict=True):
             buffer[rows, self.lengths] = token.detach().to(buffer.dtype)
         self.lengths = self.lengths + 1
-        self.max_length += 1
+        self.host_lengths = tuple(length + 1 for length in self.host_lengths)
         return self.views()
 
     def extend(self, layout: SequenceLayout, *tokens: Tensor) -> None:
@@ -203,13 +209,12 @@ class TokenEntry:
             tokens: for each buffer `[T, ...]`.
         """
         counts = torch.tensor(layout.lengths, dtype=torch.int64, device=self.lengths.device)
-        lengths = self.lengths + counts
-        longest = int(lengths.max()) if lengths.numel() else 0
-        self._reserve(longest)
+        host_lengths = tuple(map(add, self.host_lengths, layout.lengths))
+        self._reserve(max(host_lengths, default=0))
         rows, columns = layout.sequence_ids, self.lengths[layout.sequence_ids] + layout.positions
         for buffer, token in zip(self._buffers, tokens, strict=True):
             buffer[rows, columns] = token.detach().to(buffer.dtype)
-        self.lengths, self.max_length = lengths, longest
+        self.lengths, self.host_lengths = self.lengths + counts, host_lengths
 
     def views(self) -> tuple[Tensor, ...]:
         """Return views `[N, max_length, ...]` of the buffers; row n is valid before `lengths[n]`."""
@@ -217,7 +222,7 @@ class TokenEntry:
 
     def packed(self) -> tuple[SequenceLayout, tuple[Tensor, ...]]:
         """Return the layout of all tokens held, and the packed tokens `[sum of lengths, ...]` of each buffer."""
-        layout = SequenceLayout.from_lengths(self.lengths.tolist(), self.lengths.device)
+        layout = SequenceLayout.from_lengths(self.host_lengths, self.lengths.device)
         return layout, self.gather(layout.sequence_ids, layout.positions)
 
     def gather(self, rows: Tensor, places: Tensor) -> tuple[Tensor, ...]:
@@ -226,7 +231,9 @@ class TokenEntry:
 
     def select(self, index: Tensor) -> TokenEntry:
         """Return a new entry with copies of rows `index` and the same capacity."""
-        new = self._with_lengths(self.lengths.index_select(0, index))
+        new = self._with_lengths(
+            self.lengths.index_select(0, index), tuple(self.host_lengths[row] for row in index.tolist())
+        )
         for buffer in self._buffers:
             grown = buffer.new_zeros(index.shape[0], *buffer.shape[1:])
             grown[:, : new.max_length] = buffer[:, : new.max_length].index_select(0, index)
@@ -248,11 +255,13 @@ class TokenEntry:
             buffer[row, : other.max_length] = source[0, : other.max_length]
         self.lengths = self.lengths.clone()
         self.lengths[row] = other.lengths[0]
-        self.max_length = int(self.lengths.max())
+        rows = list(self.host_lengths)
+        rows[row] = other.max_length
+        self.host_lengths = tuple(rows)
 
     def append(self, other: TokenEntry) -> None:
         """Add the rows of `other` after these."""
-        new = self._with_lengths(torch.cat([self.lengths, other.lengths]))
+        new = self._with_lengths(torch.cat([self.lengths, other.lengths]), self.host_lengths + other.host_lengths)
         capacity = max(self._capacity, _round_up(new.max_length))
         for mine, theirs in zip(self._buffers, other._buffers, strict=True):
             joined = mine.new_zeros(new.num_sequences, capacity, *mine.shape[2:])
@@ -277,25 +286,25 @@ class TokenEntry:
         """Forget the tokens of each row behind the first `lengths[n]`; their places stay set aside."""
         self.check_truncate(lengths)
         self.lengths = lengths.to(self.lengths, copy=True)
-        self.max_length = int(lengths.max()) if lengths.numel() else 0
+        self.host_lengths = tuple(lengths.tolist())
 
     def nbytes(self, *, allocated: bool = False) -> int:
         """Bytes of the tokens held, or of the buffers."""
-        tokens = self.num_sequences * self._capacity if allocated else int(self.lengths.sum())
+        tokens = self.num_sequences * self._capacity if allocated else sum(self.host_lengths)
         return sum(tokens * buffer[0, :1].nbytes if buffer.numel() else 0 for buffer in self._buffers)
 
     @property
     def _capacity(self) -> int:
         return self._buffers[0].shape[1]
 
-    def _with_lengths(self, lengths: Tensor) -> TokenEntry:
+    def _with_lengths(self, lengths: Tensor, host_lengths: tuple[int, ...]) -> TokenEntry:
         """An entry of these lengths whose buffers are still to be added."""
         new = TokenEntry(0, (), lengths.device, self.dtype)
-        new.lengths, new.max_length = lengths, int(lengths.max()) if lengths.numel() else 0
+        new.lengths, new.host_lengths = lengths, host_lengths
         return new
 
     def _become(self, other: TokenEntry) -> None:
-        self._buffers, self.lengths, self.max_length = other._buffers, other.lengths, other.max_length
+        self._buffers, self.lengths, self.host_lengths = other._buffers, other.lengths, other.host_lengths
 
     def _reserve(self, length: int) -> None:
         """Make room for `length` tokens per row; capacity grows by half, so that growth costs O(1) per token."""

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
+import torch
+
 from perilune.ops.moba.options import Policy
 
 OutputGate = Literal["sigmoid", "swish", "none"]
@@ -370,6 +372,15 @@ class MoBAConfig:
         """Hkv * D, channels of all keys."""
         return self.full.kv_heads * self.head_dim
 
+    @property
+    def float32_means(self) -> bool:
+        """Whether means of blocks are kept as float32 at least, whatever the keys are."""
+        return self.moba_gate_dtype == "float32"
+
+    def mean_dtype(self, key_dtype: torch.dtype) -> torch.dtype:
+        """What means of keys of `key_dtype` are rounded to."""
+        return torch.promote_types(key_dtype, torch.float32) if self.float32_means else key_dtype
+
     def num_parameters(self, d_model: int) -> int:
         """Parameters of one layer: those of full attention and of the key convolution."""
         return self.full.num_parameters(d_model) + self.kv_width * self.moba_key_conv
@@ -382,7 +393,7 @@ class MoBAConfig:
         """
         per_token, _ = self.full.cache_bytes(element_bytes)
         if self.moba_decode == "moba":
-            mean_bytes = max(4, element_bytes) if self.moba_gate_dtype == "float32" else element_bytes
+            mean_bytes = max(4, element_bytes) if self.float32_means else element_bytes
             per_token += -(-self.kv_width * mean_bytes // self.moba_chunk_size)
         if not self.moba_key_conv:
             return per_token, 0

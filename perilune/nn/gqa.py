@@ -34,13 +34,20 @@ class GroupedQueryAttention(nn.Module):
         self.max_logits: Tensor
         self._rotary = Rotary.build(config.head_dim, config.rope) if config.use_rope else None
 
-    def forward(self, x: Tensor, layout: SequenceLayout, cache: TokenEntry | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        layout: SequenceLayout,
+        cache: TokenEntry | None = None,
+        prompt_lengths: Tensor | None = None,
+    ) -> Tensor:
         """Mix the tokens of each sequence.
 
         Args:
             x: `[T, d]`.
             layout: how T splits into N sequences.
             cache: entry of `new_cache`, continued and updated in place; None starts every sequence afresh.
+            prompt_lengths: not read: prompt and response are mixed alike.
 
         Returns:
             `[T, d]`.

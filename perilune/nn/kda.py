@@ -55,13 +55,20 @@ class KimiDeltaAttention(nn.Module):
         self.o_norm = RMSNorm(config.head_dim, config.norm_eps)
         self.o_proj = nn.Linear(config.value_width, d_model, bias=False)
 
-    def forward(self, x: Tensor, layout: SequenceLayout, cache: StateEntry | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        layout: SequenceLayout,
+        cache: StateEntry | None = None,
+        prompt_lengths: Tensor | None = None,
+    ) -> Tensor:
         """Mix the tokens of each sequence.
 
         Args:
             x: `[T, d]`.
             layout: how T splits into N sequences; empty ones keep their state.
             cache: entry of `new_cache`, continued and updated in place; None starts every sequence afresh.
+            prompt_lengths: not read: prompt and response are mixed alike.
 
         Returns:
             `[T, d]`.

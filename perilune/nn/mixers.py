@@ -19,8 +19,13 @@ from perilune.ops.layout import SequenceLayout
 class Mixer(Protocol):
     """What the decoder asks of a token mixer; each is constructed from its config and the model width."""
 
-    def __call__(self, x: Tensor, layout: SequenceLayout, cache: Any = None) -> Tensor:
-        """Mix packed tokens `[T, d]` within their sequences, continuing and updating `cache`."""
+    def __call__(
+        self, x: Tensor, layout: SequenceLayout, cache: Any = None, prompt_lengths: Tensor | None = None
+    ) -> Tensor:
+        """Mix packed tokens `[T, d]` within their sequences, continuing and updating `cache`.
+
+        Tokens behind the first `prompt_lengths[n]` of a sequence are generated, which a mixer may treat otherwise.
+        """
         ...
 
     def new_cache(self, num_sequences: int, device: torch.device | str, dtype: torch.dtype) -> CacheEntry:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Self, get_args
+from operator import lt
+from typing import Self, TypedDict, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,8 @@ from perilune.nn.stepping import check_rows, is_step, token_positions
 from perilune.ops.attention import decode_attention, varlen_attention
 from perilune.ops.conv import short_conv, short_conv_step
 from perilune.ops.layout import SequenceLayout
-from perilune.ops.moba import moba_attention, moba_decode
+from perilune.ops.moba import MobaRouting, moba_attention, moba_decode, moba_route
+from perilune.ops.moba.options import Policy
 
 
 class MoBAttention(nn.Module):
@@ -80,16 +82,30 @@ class MoBAttention(nn.Module):
             o = self._attend(q, k, v, layout, layout, full_from)
         elif is_step(layout) and not _is_within(cache, full_from):
             keys, values = cache.tokens.push(k, v)
-            cache.close_blocks(self._mean_dtype(k))
+            cache.close_blocks(self.config.mean_dtype(k.dtype))
             o = self._decode(q.to(keys.dtype), keys, values, cache)
         else:
             has_history = cache.tokens.max_length > 0
             cache.tokens.extend(layout, k, v)
-            cache.close_blocks(self._mean_dtype(k))
+            cache.close_blocks(self.config.mean_dtype(k.dtype))
             layout_k, (k, v) = cache.tokens.packed() if has_history else (layout, (k, v))
             o = self._attend(q, k.to(q.dtype), v.to(q.dtype), layout, layout_k, full_from)
         y: Tensor = self.o_proj(o.flatten(1).to(x.dtype))
         return y
+
+    @torch.no_grad()
+    def route(self, x: Tensor, layout: SequenceLayout) -> MobaRouting:
+        """Choose the blocks that a prompt's tokens read in mode `moba`, whatever the mode is now.
+
+        Args:
+            x: `[T, d]`, what a forward without a cache would mix.
+            layout: how T splits into N sequences.
+
+        Returns:
+            Past blocks `[T, H, k - 1]` of each token and query head.
+        """
+        q, k, _ = self._project(x, layout, None)
+        return moba_route(q, k, cu_seqlens_q=layout, scale=self._heads.softmax_scale, **self._block_arguments())
 
     def new_cache(self, num_sequences: int, device: torch.device | str, dtype: torch.dtype) -> BlockEntry:
         """Empty runs of keys and values, and what else `moba_decode` and the key convolution need."""
@@ -158,22 +174,27 @@ class MoBAttention(nn.Module):
         full_from: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """`moba_attention` as the layer is configured, in the form of `varlen_attention`."""
-        config = self.config
         result = moba_attention(
             q,
             k,
             v,
-            block_size=config.moba_chunk_size,
-            topk=config.moba_topk,
             cu_seqlens_q=layout_q,
             cu_seqlens_k=layout_k,
             scale=scale,
-            policy=config.moba_policy,
-            float32_means=config.moba_gate_dtype == "float32",
             full_from=full_from,
             return_max_logits=return_max_logits,
+            **self._block_arguments(),
         )
         return (result, None) if isinstance(result, Tensor) else (result[0], result[1])
+
+    def _block_arguments(self) -> BlockArguments:
+        config = self.config
+        return {
+            "block_size": config.moba_chunk_size,
+            "topk": config.moba_topk,
+            "policy": config.moba_policy,
+            "float32_means": config.float32_means,
+        }
 
     def _decode(self, q: Tensor, keys: Tensor, values: Tensor, cache: BlockEntry) -> Tensor:
         """Attention `[N, H, D]` of the newest token of each row."""
@@ -192,9 +213,14 @@ class MoBAttention(nn.Module):
             scale=scale,
         )
 
-    def _mean_dtype(self, k: Tensor) -> torch.dtype:
-        """What training rounds means of keys like `k` to."""
-        return torch.promote_types(k.dtype, torch.float32) if self.config.moba_gate_dtype == "float32" else k.dtype
+
+class BlockArguments(TypedDict):
+    """What the configuration says to `moba_attention` and `moba_route`."""
+
+    block_size: int
+    topk: int
+    policy: Policy
+    float32_means: bool
 
 
 class KeyConv(nn.Module):
@@ -236,7 +262,7 @@ class KeyConv(nn.Module):
 
 def _is_within(cache: BlockEntry, prompt_lengths: Tensor | None) -> bool:
     """Whether the next token of some row belongs to its prompt."""
-    return prompt_lengths is not None and bool((cache.tokens.lengths.to(prompt_lengths.device) < prompt_lengths).any())
+    return prompt_lengths is not None and any(map(lt, cache.tokens.host_lengths, prompt_lengths.tolist()))
 
 
 def zero_key_convs(model: nn.Module) -> None:

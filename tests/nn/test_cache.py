@@ -40,6 +40,28 @@ def test_tokens_are_kept_in_order_across_growth():
     assert rows[2][69:71] == [2.69, 10.0]
 
 
+def test_lengths_are_known_on_the_host():
+    entry = token_entry((3, 0, 70))
+
+    def known(entry: TokenEntry) -> bool:
+        return list(entry.host_lengths) == entry.lengths.tolist()
+
+    assert known(entry)
+    assert known(entry.select(torch.tensor([2, 1, 2])))
+    assert known(entry.clone())
+    entry.push(torch.zeros(3, 1), torch.zeros(3, 2, 1))
+    assert known(entry)
+    entry.append(token_entry((2,)))
+    assert known(entry)
+    entry.assign(2, token_entry((90,)))
+    assert known(entry)
+    entry.reorder(torch.tensor([2, 0]))
+    assert known(entry)
+    entry.truncate(torch.tensor([5, 4]))
+    assert known(entry)
+    assert entry.max_length == 5
+
+
 def test_push_returns_views_of_what_is_held():
     entry = token_entry((2, 4))
     values, _ = entry.push(torch.tensor([[7.0], [8.0]]), -torch.tensor([[7.0], [8.0]])[:, None].expand(2, 2, 1))

@@ -3,6 +3,7 @@
 from dataclasses import fields
 
 import pytest
+import torch
 
 from perilune.nn import GQAConfig, KDAConfig, MLAConfig, MoBAConfig, MoEConfig, RopeConfig
 from perilune.nn.config import KEY_CONV_REWIND
@@ -97,10 +98,18 @@ def test_flops_of_moba_are_the_mean_over_a_block():
     assert config.mixing_flops(context) == 4 * 4 * 8 * read + 2 * 4 * 8 * scored
 
 
-@pytest.mark.parametrize(("gate", "element_bytes", "mean_bytes"), [("kv", 2, 2), ("float32", 2, 4), ("float32", 8, 8)])
-def test_moba_counts_means_and_raw_keys_among_cache_bytes(gate, element_bytes, mean_bytes):
+@pytest.mark.parametrize(
+    ("gate", "key_dtype", "mean_dtype"),
+    [
+        ("kv", torch.bfloat16, torch.bfloat16),
+        ("float32", torch.bfloat16, torch.float32),
+        ("float32", torch.float64, torch.float64),
+    ],
+)
+def test_moba_counts_means_and_raw_keys_among_cache_bytes(gate, key_dtype, mean_dtype):
     config = MoBAConfig(**MOBA, num_kv_heads=2, moba_decode="moba", moba_gate_dtype=gate, moba_key_conv=5)
-    per_token, per_sequence = config.cache_bytes(element_bytes)
-    assert per_token == 2 * 16 * element_bytes + 16 * mean_bytes // 16
-    assert per_sequence == 16 * (4 + KEY_CONV_REWIND) * element_bytes + 8
+    per_token, per_sequence = config.cache_bytes(key_dtype.itemsize)
+    assert config.mean_dtype(key_dtype) == mean_dtype
+    assert per_token == 2 * 16 * key_dtype.itemsize + 16 * mean_dtype.itemsize // 16
+    assert per_sequence == 16 * (4 + KEY_CONV_REWIND) * key_dtype.itemsize + 8
     assert MoBAConfig(**MOBA).cache_bytes(2) == GQAConfig(**GQA).cache_bytes(2)

@@ -99,6 +99,15 @@ def test_cache_rows_are_independent(name):
 
 
 @every_mixer
+def test_every_mixer_may_be_told_where_prompts_end(name):
+    """And configurations of these tests mix prompt and response alike."""
+    mixer = make_mixer(name)
+    x, layout = packed_input(LENGTHS)
+    told = mixer(x, layout, None, torch.tensor([2, 0, 11, 1]))
+    torch.testing.assert_close(told, mixer(x, layout), **TIGHT)
+
+
+@every_mixer
 def test_cache_of_other_size_is_refused(name):
     mixer = make_mixer(name)
     x, layout = packed_input((2, 2))

@@ -20,7 +20,7 @@ from perilune.nn import (
 )
 from perilune.nn.config import KEY_CONV_REWIND
 from perilune.ops.layout import SequenceLayout
-from perilune.ops.moba import routing
+from perilune.ops.moba import moba_attention, routing
 from perilune.optim import parameter_groups
 from tests.nn.helpers import CONFIGS, D_MODEL, MOBA, make_mixer, packed_input, run_pieces, split_packed
 
@@ -87,6 +87,20 @@ def test_an_unknown_mode_is_refused():
     with pytest.raises(ValueError, match="mode must be one of"):
         layer.set_mode("dense")
     assert layer.mode == "moba"
+
+
+@every_moba
+def test_the_route_is_what_a_forward_reads(name):
+    layer = make_mixer(name)
+    x, layout = packed_input((45, 0, 26))
+    expected = layer(x, layout)
+    layer.set_mode("full")
+    route = layer.route(x, layout)
+    size, topk = layer.config.moba_chunk_size, layer.config.moba_topk
+    assert route.past.shape == (71, layer.config.num_heads, topk - 1)
+    q, k, v = layer._project(x, layout, None)
+    o = moba_attention(q, k, v, block_size=size, topk=topk, cu_seqlens_q=layout, routing=route)
+    torch.testing.assert_close(layer.o_proj(o.flatten(1)), expected, **TIGHT)
 
 
 @every_decode
@@ -158,6 +172,17 @@ def test_cached_means_are_those_of_prefill_to_the_bit(precision, gate):
     expected = routing.block_means(k, options, torch.float32 if gate == "float32" else torch.bfloat16)
     complete = torch.cat([torch.arange(-(-n // 4)) < n // 4 for n in LENGTHS])
     assert torch.equal(means.float(), expected[complete].float())
+
+
+def test_steps_inside_blocks_do_not_ask_the_device():
+    """Tensors on meta have no values that could be read."""
+    config = CONFIGS["moba"]
+    cache = BlockEntry.empty(config, 2, "meta", torch.float32)
+    token = torch.empty(2, config.full.kv_heads, config.head_dim, device="meta")
+    for _ in range(config.moba_chunk_size - 1):
+        cache.tokens.push(token, token)
+        cache.close_blocks(torch.float32)
+    assert cache.means.max_length == 0
 
 
 @torch.no_grad()
