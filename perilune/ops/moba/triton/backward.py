@@ -115,9 +115,11 @@ def query_gradient_of_own(
         has_parts = in_tile & (origin >= (COUNT + 1) * B)
         if tl.max(has_parts.to(tl.int32), 0) > 0:
             choice = row * COUNT - first_choice
+            shares = tl.zeros([BM, BD], tl.float32)  # by themselves, as in `merge_parts`
             for i in range(COUNT):
                 place = part_ptr + (choice + i)[:, None] * D + channels[None, :]
-                dq += tl.load(place, mask=has_parts[:, None] & (channels < D)[None, :], other=0.0).to(tl.float32)
+                shares += tl.load(place, mask=has_parts[:, None] & (channels < D)[None, :], other=0.0).to(tl.float32)
+            dq += shares
     tl.store(dq_ptr + row[:, None] * D + channels[None, :], dq.to(dq_ptr.dtype.element_ty), mask=q_mask)
 
 

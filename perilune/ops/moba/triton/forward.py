@@ -15,8 +15,6 @@ import triton
 import triton.language as tl
 
 LN2 = tl.constexpr(0.6931471805599453)
-UNROLLED = tl.constexpr(4)
-"""Chosen blocks whose parts are asked for before the first is taken up."""
 
 
 @triton.jit
@@ -225,7 +223,7 @@ def attend_own(
         if tl.max(has_parts.to(tl.int32), 0) > 0:
             choice = row * COUNT - first_choice
             if WITH_TOP:
-                for i in tl.range(0, COUNT, loop_unroll_factor=UNROLLED):
+                for i in range(COUNT):
                     top = tl.maximum(top, tl.load(part_top_ptr + choice + i, mask=has_parts, other=float("-inf")))
             highest, mass, total = merge_parts(
                 part_ptr, level_ptr, choice, has_parts, highest, mass, total, DV, BDV, COUNT
@@ -246,22 +244,25 @@ def merge_parts(
 ) -> Any:  # fmt: skip
     """Take what rows read of COUNT chosen blocks into their running softmax.
 
-    `l = m + log2(sum_i 2^(l_i - m))`, `o = sum_i 2^(l_i - l) o_i`, with m the largest of the levels l_i.
+    `l = m + log2(sum_i 2^(l_i - m))`, `o = sum_i 2^(l_i - l) o_i`, with m the largest of the levels l_i. Parts come
+    together by themselves first: the softmax lies as matrix units leave it, and each part would have to be laid out so.
 
     Source: this project; associativity of softmax.
     """
     values = tl.arange(0, BDV)
-    own = highest
-    for i in tl.range(0, COUNT, loop_unroll_factor=UNROLLED):
-        highest = tl.maximum(highest, tl.load(level_ptr + choice + i, mask=has_parts, other=float("-inf")))
-    shift = tl.where(highest == float("-inf"), 0.0, highest)
-    kept = tl.exp2(own - shift)
-    mass *= kept
-    total *= kept[:, None]
+    level = tl.full(choice.shape, float("-inf"), tl.float32)
+    for i in range(COUNT):
+        level = tl.maximum(level, tl.load(level_ptr + choice + i, mask=has_parts, other=float("-inf")))
+    shift = tl.where(level == float("-inf"), 0.0, level)
     mask = has_parts[:, None] & (values < DV)[None, :]
-    for i in tl.range(0, COUNT, loop_unroll_factor=UNROLLED):
+    parts = tl.zeros(total.shape, tl.float32)
+    parts_mass = tl.zeros(choice.shape, tl.float32)
+    for i in range(COUNT):
         weight = tl.exp2(tl.load(level_ptr + choice + i, mask=has_parts, other=float("-inf")) - shift)
         part = tl.load(part_ptr + (choice + i)[:, None] * DV + values[None, :], mask=mask, other=0.0)
-        mass += weight
-        total += weight[:, None] * part.to(tl.float32)
-    return highest, mass, total
+        parts_mass += weight
+        parts += weight[:, None] * part.to(tl.float32)
+    higher = tl.maximum(highest, level)
+    shift = tl.where(higher == float("-inf"), 0.0, higher)
+    kept, gained = tl.exp2(highest - shift), tl.exp2(level - shift)
+    return higher, mass * kept + parts_mass * gained, total * kept[:, None] + parts * gained[:, None]

@@ -27,6 +27,8 @@ TILES_OF_AN_ITEM = 8
 """Tiles of queries that pass by a block of keys that stays where it is."""
 SORTED = 256
 """Choices that are sorted at a time."""
+COUNTED = 1024
+"""Choices that are counted at a time."""
 BINS = 1024
 """Blocks, at most, that choices are counted of at a time."""
 PIECE = 4096
@@ -165,15 +167,15 @@ def make_lists(past: Tensor, plan: Plan, block_size: int, kv_heads: int) -> List
     blocks, runs = plan.blocks.shape[0], plan.runs.shape[0]
     choices = torch.empty(past.numel(), dtype=torch.int32, device=past.device)
     counters = torch.zeros(kv_heads * blocks * runs + 1, dtype=torch.int32, device=past.device)
-    shape = {"H": heads, "HKV": kv_heads, "COUNT": count, "SIZE": SORTED, "num_warps": 4}
+    shape = {"H": heads, "HKV": kv_heads, "COUNT": count, "num_warps": 4}
     bins = min(BINS, max(16, triton.next_power_of_2(blocks)))
     count_choices[(runs, kv_heads)](
-        past, counters, plan.info, plan.runs, blocks, runs, B=block_size, BINS=bins, **shape
+        past, counters, plan.info, plan.runs, blocks, runs, B=block_size, BINS=bins, SIZE=COUNTED, **shape
     )  # fmt: skip
     # the last counter is no block's: what is before it is all there is
     places = counters.cumsum(0, dtype=torch.int32).sub_(counters)
     starts = [part.first_run for part in plan.slices]
     bounds = [*(places[run:-1:runs] for run in starts), places[runs::runs]]
     lists = Lists(choices, torch.stack(bounds))
-    place_choices[(runs, kv_heads)](past, places, choices, plan.info, plan.runs, blocks, runs, **shape)
+    place_choices[(runs, kv_heads)](past, places, choices, plan.info, plan.runs, blocks, runs, SIZE=SORTED, **shape)
     return lists
