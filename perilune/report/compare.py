@@ -122,6 +122,8 @@ def sweep_results(run_directory: Path) -> list[dict[str, object]]:
 def comparison_tables(run_directory: Path) -> list[Table]:
     """Return a sweep's tables for a terminal, one for each stage that the variants do not share.
 
+    Variants are rows, or columns if there are more numbers than variants.
+
     Raises:
         DataError: the directory is no sweep, or a child is damaged.
     """
@@ -133,11 +135,15 @@ def comparison_tables(run_directory: Path) -> list[Table]:
     for stage in [stage for stage in stages if not is_shared(stage, variants)] or stages:
         content = comparison_table(stage, variants)
         shown = [place for place, title in enumerate(content.header) if title not in _NOT_IN_A_TERMINAL]
+        lines = [[line[place] for place in shown] for line in (content.header, *content.rows)]
+        if len(shown) > len(lines):  # many numbers of few variants are side by side only where there is room
+            lines = [list(line) for line in zip(*lines, strict=True)]
+        header, *rows = lines
         table = Table(title=f"Stage {stage}", caption=content.caption, caption_justify="left")
-        for place in shown:
-            table.add_column(content.header[place], justify="left" if place == 0 else "right")
-        for row in content.rows:
-            table.add_row(*(row[place] for place in shown))
+        for place, title in enumerate(header):
+            table.add_column(title, justify="left" if place == 0 else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
         tables.append(table)
     return tables
 

@@ -1,6 +1,7 @@
 import re
 
 import pytest
+from rich.console import Console
 
 from perilune.errors import DataError
 from perilune.report import write_any_report, write_comparison, write_sweep_index
@@ -35,6 +36,21 @@ def test_the_table_gives_mean_and_spread(sweep):
     assert row["accuracy greedy %"] == mean_and_spread(greedy)
     assert row["seeds"] == "2"
     assert len(table.rows) == 1  # what a variant has not done is no row
+
+
+def test_a_terminal_that_is_narrow_shows_every_name_and_number(sweep):
+    table = comparison_tables(sweep)[0]
+    content = comparison_table(
+        "pretrain", {v: [load_run(sweep / f"{v}-seed{n}") for n in range(2)] for v in ("kda", "mla")}
+    )
+    assert [column.header for column in table.columns] == ["variant", "kda", "mla"]
+    console = Console(width=60, record=True)
+    console.print(table)
+    text = "".join(console.export_text().split())
+    for title, *cells in zip(content.header, *content.rows, strict=True):
+        if title in [str(cell) for cell in table.columns[0].cells]:
+            assert all(part in text for cell in cells for part in cell.split())
+    assert "…" not in text
 
 
 def test_a_stage_that_was_run_once_for_all_is_one_row_and_one_point(tmp_path):
