@@ -250,9 +250,10 @@ def routing(
     """Draw which blocks of a text the queries of a run's model read."""
     from perilune.run import draw_routing
 
-    if (text is None) == (text_file is None):
+    read = _read_text(text, text_file)
+    if read is None:
         raise typer.BadParameter("give one of them", param_hint="--text / --text-file")
-    view = draw_routing(run_path, text or _read_text(text_file), stage=stage, layer=layer, out=out)
+    view = draw_routing(run_path, read, stage=stage, layer=layer, out=out)
     if as_json:
         from dataclasses import asdict
 
@@ -267,9 +268,41 @@ def routing(
     print(view.path)
 
 
-def _read_text(path: Path | None) -> str:
+@moba_app.command(epilog="Example: perilune moba recall runs/moba --text-file docs/getting-started.md")
+def recall(
+    run_path: RunPath,
+    text: Annotated[str | None, typer.Option(help="What to read; or give --text-file.")] = None,
+    text_file: Annotated[Path | None, typer.Option(help="A UTF-8 file to read.", exists=True, dir_okay=False)] = None,
+    sequences: Annotated[int, typer.Option(min=1, help="Sequences of a synthetic stage, if no text is given.")] = 16,
+    stage: StageName = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell how much of what a run's model looks at would be found by each rule that chooses blocks."""
+    from perilune.run import measure_recall
+
+    view = measure_recall(run_path, _read_text(text, text_file), stage=stage, sequences=sequences)
+    if as_json:
+        from dataclasses import asdict
+
+        layers = {layer: {rule: asdict(found) for rule, found in rules.items()} for layer, rules in view.layers.items()}
+        print(json.dumps({"tokens": view.num_tokens, "layers": layers}))
+        return
+    from rich.console import Console
+
+    from perilune.report import recall_table
+
+    shares = {
+        layer: {rule: (found.mass, found.recall) for rule, found in rules.items()}
+        for layer, rules in view.layers.items()
+    }
+    Console().print(recall_table(shares))
+
+
+def _read_text(text: str | None, path: Path | None) -> str | None:
+    if text is not None and path is not None:
+        raise typer.BadParameter("give one of them", param_hint="--text / --text-file")
     try:
-        return "" if path is None else path.read_text(encoding="utf-8")
+        return text if path is None else path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise typer.BadParameter(f"{path} is not UTF-8: {error.reason}", param_hint="--text-file") from error
 

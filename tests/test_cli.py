@@ -81,7 +81,9 @@ def test_the_version_is_printed(cli):
     assert cli("--version") == (0, f"perilune {__version__}\n", "")
 
 
-@pytest.mark.parametrize("command", ["run", "chat", "eval", "report", "info", "moba snr", "moba routing"])
+@pytest.mark.parametrize(
+    "command", ["run", "chat", "eval", "report", "info", "moba snr", "moba routing", "moba recall"]
+)
 def test_every_command_has_help_with_an_example(cli, command):
     code, out, _ = cli(*command.split(), "--help")
     assert code == 0
@@ -378,6 +380,33 @@ def test_routing_wants_one_text_that_can_be_read(cli, run_path, tmp_path):
     code, _, err = cli("moba", "routing", run_path, "--text", "hello")
     assert code == 1
     assert "the model of small has no MoBA layers" in err
+
+
+def test_recall_prints_a_table_or_json(cli, tmp_path, monkeypatch):
+    from perilune.ops.moba.recall import RouterRecall
+    from perilune.run import RecallView
+
+    found = RouterRecall(queries=5, mass=(0.5, 0.75), recall=(0.25, 0.0))
+    asked = []
+
+    def measure(path, text, **options):
+        asked.append((path, text, options))
+        return RecallView(num_tokens=9, layers={2: {"mean": found}})
+
+    monkeypatch.setattr("perilune.run.measure_recall", measure)
+    code, out, _ = cli("moba", "recall", tmp_path, "--text", "spoken", "--stage", "long")
+    assert code == 0
+    assert all(word in out for word in ("2", "mean", "62.5%", "12.5%"))
+    answer = json.loads(cli("moba", "recall", tmp_path, "--sequences", "3", "--json")[1])
+    assert answer["layers"]["2"]["mean"] == {"queries": 5, "mass": [0.5, 0.75], "recall": [0.25, 0.0]}
+    assert asked == [
+        (tmp_path, "spoken", {"stage": "long", "sequences": 16}),
+        (tmp_path, None, {"stage": None, "sequences": 3}),
+    ]
+    file = tmp_path / "text.txt"
+    file.write_text("held")
+    code, _, err = cli("moba", "recall", tmp_path, "--text", "a", "--text-file", file)
+    assert (code, "give one of them" in err) == (2, True)
 
 
 def test_the_module_runs_as_a_process_with_the_spin_limit_set():

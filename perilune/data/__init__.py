@@ -31,6 +31,7 @@ from perilune.data.sources import (
 )
 from perilune.data.synthetic import (
     CopiesConfig,
+    NeedleConfig,
     PalindromeConfig,
     RecallConfig,
     StackConfig,
@@ -56,6 +57,7 @@ __all__ = [
     "FilesCorpusConfig",
     "Message",
     "MixtureSource",
+    "NeedleConfig",
     "PalindromeConfig",
     "PreferencePair",
     "PreferenceSource",

@@ -1,10 +1,10 @@
-"""Synthetic tasks that tell token mixers apart: palindrome, associative recall, stacks, copies at every distance.
+"""Synthetic tasks that tell token mixers apart: palindrome, recall, stacks, copies at every distance, hidden needles.
 
 Each batch is drawn from the seed and its number; targets are exact and everything else is masked. Symbols have the ids
 from 0, the task's own markers follow.
 
 Source: Kimi Linear, section 5.1 and figure 4; vocabulary and batch sizes are this project's (the paper is silent), and
-so are the copies.
+so are the copies. The needles are in the manner of RULER (2404.06654), single and with keys that distract.
 """
 
 # No postponed annotations: the recipe's validator reads them.
@@ -144,7 +144,40 @@ class CopiesConfig:
         return self.num_symbols
 
 
-SyntheticConfig = PalindromeConfig | RecallConfig | StackConfig | CopiesConfig
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NeedleConfig:
+    """Needles in a haystack: keys, each with its value behind it, hidden among symbols; at the end they are asked for.
+
+    A needle is `key v1 .. vV`. Every symbol may be a key, but a sample's keys are distinct, and neither in its hay nor
+    in its values. The questions at the end repeat the needles in another order, and the targets are their values.
+    """
+
+    kind: Literal["needle"] = "needle"
+    """Tag of this task."""
+    length: int = 512
+    """Tokens of the whole string, questions included."""
+    num_needles: int = 1
+    """Needles, all of which are asked for; more than one are distractors of each other."""
+    value_length: int = 4
+    """Symbols V of a value."""
+    num_symbols: int = 256
+    """Distinct symbols, at least two more than needles."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        _check_at_least("num_needles", self.num_needles, 1)
+        _check_at_least("value_length", self.value_length, 1)
+        _check_at_least("num_symbols", self.num_symbols, self.num_needles + 2)
+        # the last symbol of the last value is a target alone
+        _check_at_least("length", self.length, 2 * self.num_needles * (1 + self.value_length) - 1)
+
+    @property
+    def vocab_size(self) -> int:
+        """The symbols."""
+        return self.num_symbols
+
+
+SyntheticConfig = PalindromeConfig | RecallConfig | StackConfig | CopiesConfig | NeedleConfig
 
 
 class SyntheticSource:
@@ -171,9 +204,9 @@ class SyntheticSource:
         """Return batch number `index`."""
         return synthetic_batch(self._config, self._sequences, derive_seed(self._seed, "synthetic", "train", index))
 
-    def evaluation_batch(self, sequences: int) -> Batch:
-        """Return a batch from a stream of its own, the same at every call."""
-        return synthetic_batch(self._config, sequences, derive_seed(self._seed, "synthetic", "evaluation"))
+    def evaluation_batch(self, sequences: int, config: SyntheticConfig | None = None) -> Batch:
+        """Return a batch from a stream of its own, the same at every call; of the task `config` in place of its own."""
+        return synthetic_batch(config or self._config, sequences, derive_seed(self._seed, "synthetic", "evaluation"))
 
 
 def synthetic_batch(config: SyntheticConfig, sequences: int, seed: int) -> Batch:
@@ -188,6 +221,8 @@ def synthetic_batch(config: SyntheticConfig, sequences: int, seed: int) -> Batch
             tokens, targets = _stack(config, sequences, random)
         case CopiesConfig():
             tokens, targets = _copies(config, sequences, random)
+        case NeedleConfig():
+            tokens, targets = _needle(config, sequences, random)
     return Batch(
         tokens=torch.from_numpy(tokens.reshape(-1)),
         cu_seqlens=cumulative_lengths([config.length] * sequences),
@@ -268,6 +303,30 @@ def _copies(
             start += size
     targets = np.where(is_copied, strings, IGNORE_INDEX)
     return strings[:, :-1].copy(), targets[:, 1:].copy()
+
+
+def _needle(
+    config: NeedleConfig, sequences: int, random: np.random.Generator
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Needles do not overlap, and every way to lay them is equally likely: hay is cut at random places between them."""
+    needles, size, rows = config.num_needles, 1 + config.value_length, np.arange(sequences)[:, None, None]
+    symbols = random.permuted(np.tile(np.arange(config.num_symbols), (sequences, 1)), axis=1)
+    keys, others = symbols[:, :needles, None], symbols[:, needles:]
+    values = random.integers(others.shape[1], size=(sequences, needles, config.value_length))
+    facts = np.concatenate([keys, others[rows, values]], axis=2)
+    strings = others[rows[..., 0], random.integers(others.shape[1], size=(sequences, config.length + 1))]
+    # needles among the tokens of hay, each first counted as one token
+    hay = config.length + 1 - 2 * needles * size
+    places = random.permuted(np.tile(np.arange(hay + needles), (sequences, 1)), axis=1)[:, :needles]
+    hidden = np.sort(places, axis=1) + np.arange(needles) * (size - 1)
+    asked = config.length + 1 - np.arange(needles, 0, -1) * size
+    order = random.permuted(np.tile(np.arange(needles), (sequences, 1)), axis=1)
+    strings[rows, hidden[..., None] + np.arange(size)] = facts
+    strings[rows, asked[:, None] + np.arange(size)] = facts[rows[..., 0], order]
+    targets = np.full((sequences, config.length), IGNORE_INDEX)
+    answers = (asked[:, None] + np.arange(config.value_length)).reshape(-1)
+    targets[:, answers] = strings[:, answers + 1]
+    return strings[:, :-1].copy(), targets
 
 
 def _check_at_least(name: str, value: int, least: int) -> None:

@@ -10,7 +10,7 @@ from perilune.models.config import ModelConfig, hybrid_layers
 from perilune.models.counts import CacheBytes, ParameterCounts, cache_bytes, flops_per_token, parameter_counts
 from perilune.models.decoder import Block, Decoder, build_model
 from perilune.models.presets import PRESETS, SCALING_LADDER, LadderRung
-from perilune.models.routing import moba_routings
+from perilune.models.routing import moba_recalls, moba_routings
 
 __all__ = [
     "PRESETS",
@@ -27,6 +27,7 @@ __all__ = [
     "config_as_set",
     "flops_per_token",
     "hybrid_layers",
+    "moba_recalls",
     "moba_routings",
     "parameter_counts",
     "restore_attention_modes",

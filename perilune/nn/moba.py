@@ -94,18 +94,33 @@ class MoBAttention(nn.Module):
         return y
 
     @torch.no_grad()
-    def route(self, x: Tensor, layout: SequenceLayout) -> MobaRouting:
+    def route(self, x: Tensor, layout: SequenceLayout, policy: Policy | None = None) -> MobaRouting:
         """Choose the blocks that a prompt's tokens read in mode `moba`, whatever the mode is now.
 
         Args:
             x: `[T, d]`, what a forward without a cache would mix.
             layout: how T splits into N sequences.
+            policy: a rule to choose by instead of the layer's own.
 
         Returns:
             Past blocks `[T, H, k - 1]` of each token and query head.
         """
+        q, k = self.queries_and_keys(x, layout)
+        arguments = self._block_arguments()
+        if policy is not None:
+            arguments["policy"] = policy
+        return moba_route(q, k, cu_seqlens_q=layout, scale=self._heads.softmax_scale, **arguments)
+
+    @torch.no_grad()
+    def queries_and_keys(self, x: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
+        """Queries `[T, H, D]` and keys `[T, Hkv, D]` as `route` compares them, rotated and convolved.
+
+        Args:
+            x: `[T, d]`, what a forward without a cache would mix.
+            layout: how T splits into N sequences.
+        """
         q, k, _ = self._project(x, layout, None)
-        return moba_route(q, k, cu_seqlens_q=layout, scale=self._heads.softmax_scale, **self._block_arguments())
+        return q, k
 
     def new_cache(self, num_sequences: int, device: torch.device | str, dtype: torch.dtype) -> BlockEntry:
         """Empty runs of keys and values, and what else `moba_decode` and the key convolution need."""

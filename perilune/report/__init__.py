@@ -27,7 +27,15 @@ from perilune.report.results import (
     write_result,
     write_samples,
 )
-from perilune.report.routing import BlockLoad, LayerReads, block_load, load_table, routing_page, routing_picture
+from perilune.report.routing import (
+    BlockLoad,
+    LayerReads,
+    block_load,
+    load_table,
+    recall_table,
+    routing_page,
+    routing_picture,
+)
 from perilune.report.tables import summary_rows, summary_table, task_table
 
 __all__ = [
@@ -52,6 +60,7 @@ __all__ = [
     "read_metrics",
     "read_result",
     "read_samples",
+    "recall_table",
     "routing_page",
     "routing_picture",
     "series",

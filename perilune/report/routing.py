@@ -184,6 +184,30 @@ def load_table(loads: Mapping[int, BlockLoad]) -> Table:
     return table
 
 
+def recall_table(layers: Mapping[int, Mapping[str, tuple[Sequence[float], Sequence[float]]]]) -> Table:
+    """Return a table for a terminal of how well rules choose.
+
+    Args:
+        layers: by number of the layer and name of the rule, the mass of the chosen blocks and the recall of the best,
+            a share in [0, 1] for each head.
+    """
+    from rich.table import Table
+
+    table = Table(
+        caption="Queries that have a choice; mean of heads. Mass: what the chosen blocks have of the attention that "
+        "past blocks get when all are read. Recall: how many of the k - 1 blocks with most attention are chosen.",
+        caption_justify="left",
+    )
+    table.add_column("layer", justify="right")
+    table.add_column("rule")
+    for title in ("mass", "recall"):
+        table.add_column(title, justify="right")
+    for layer, rules in layers.items():
+        for rule, shares in rules.items():
+            table.add_row(str(layer), rule, *(f"{sum(heads) / len(heads):.1%}" for heads in shares))
+    return table
+
+
 _LOAD_HEADER = ("entropy, bits", "if even, bits", "own", "block before", "first block", "others")
 _HEADS_CAPTION = (
     "Queries that have a choice. Entropy of the past blocks they chose, and what choosing evenly would give: the lower "

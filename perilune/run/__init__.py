@@ -8,7 +8,7 @@ from perilune.run.launch import describe_preset, load, preset_names, run_recipe
 from perilune.run.loading import LoadedModel, load_model, read_recipe
 from perilune.run.pipeline import RunSummary, StageContext, check_stages, run_pipeline
 from perilune.run.recipe import LoadedRecipe, build_recipe, dump_recipe, load_recipe
-from perilune.run.routing import RoutingView, draw_routing
+from perilune.run.routing import RecallView, RoutingView, draw_routing, measure_recall
 from perilune.run.schema import FieldDoc, explain
 from perilune.run.stages import STAGES
 from perilune.run.sweep import plan_sweep, run_sweep
@@ -19,6 +19,7 @@ __all__ = [
     "FieldDoc",
     "LoadedModel",
     "LoadedRecipe",
+    "RecallView",
     "Recipe",
     "RoutingView",
     "RunDirectory",
@@ -34,6 +35,7 @@ __all__ = [
     "load",
     "load_model",
     "load_recipe",
+    "measure_recall",
     "open_chat",
     "plan_sweep",
     "preset_names",

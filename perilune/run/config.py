@@ -119,13 +119,20 @@ class SyntheticStage:
     sequences: int = 64
     """Sequences in a batch."""
     evaluation_sequences: int = 256
-    """Sequences of the fixed set that accuracy is measured on."""
+    """Sequences of each fixed set that accuracy is measured on."""
+    evaluation_tasks: dict[str, SyntheticConfig] = field(default_factory=dict)
+    """Name to a task that the trained model is measured on as well, for example the same with longer strings."""
     moba_full_last_n: int | None = None
     """In place of the model's: this many layers at the end have full attention from here on, the other MoBA layers read
     blocks; without it layers read what they did at the end of the stage before."""
 
     def __post_init__(self) -> None:
         _require_at_least(1, sequences=self.sequences, evaluation_sequences=self.evaluation_sequences)
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that all its tasks need."""
+        return max(task.vocab_size for task in (self.task, *self.evaluation_tasks.values()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -389,7 +396,7 @@ class Recipe:
 def _check_vocabulary(stages: Mapping[str, StageConfig], vocab_size: int) -> None:
     """Check that there are ids for what each stage reads: the symbols of a synthetic task, or every byte of text."""
     for name, stage in stages.items():
-        needed = stage.task.vocab_size if isinstance(stage, SyntheticStage) else MIN_VOCAB_SIZE
+        needed = stage.vocab_size if isinstance(stage, SyntheticStage) else MIN_VOCAB_SIZE
         _require(vocab_size >= needed, "model.vocab_size", f">= {needed} for stages.{name}", vocab_size)
 
 

@@ -16,8 +16,18 @@ from perilune.train import CheckpointStore, restore_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StageModel:
+    """A stage's model and where it is from."""
+
+    model: Decoder
+    recipe: Recipe
+    stage: str
+    """Stage whose model it is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """A stage's model and what is needed to use it."""
+    """A stage's model and what is needed to use it on text."""
 
     model: Decoder
     tokenizer: Tokenizer
@@ -37,7 +47,7 @@ def read_recipe(directory: RunDirectory) -> Recipe:
 
 
 def load_model(run_directory: Path, stage: str | None = None) -> LoadedModel:
-    """Read the model of a stage.
+    """Read the model of a stage, and the tokenizer of the text that it was trained on.
 
     Args:
         run_directory: a run.
@@ -48,6 +58,19 @@ def load_model(run_directory: Path, stage: str | None = None) -> LoadedModel:
             are.
         CheckpointError: the checkpoint is damaged.
     """
+    loaded, tokenizer = load_stage_model(run_directory, stage), RunDirectory(run_directory).tokenizer
+    if not tokenizer.is_file():
+        raise DataError(
+            f"{tokenizer} is missing; a run of synthetic tasks alone has no text and no tokenizer, so its "
+            "model cannot be talked to or measured on text: see its report"
+        )
+    return LoadedModel(
+        model=loaded.model, tokenizer=Tokenizer.load(tokenizer), recipe=loaded.recipe, stage=loaded.stage
+    )
+
+
+def load_stage_model(run_directory: Path, stage: str | None = None) -> StageModel:
+    """Read the model of a stage, whether it was trained on text or not; arguments and errors are as of `load_model`."""
     directory = RunDirectory(run_directory)
     recipe = read_recipe(directory)
     made = {name: checkpoint for name in recipe.stages if (checkpoint := _checkpoint_of(directory, name))}
@@ -56,15 +79,9 @@ def load_model(run_directory: Path, stage: str | None = None) -> LoadedModel:
         there = ", ".join(made) or "none yet"
         of_stage = "" if stage is None else f" of stage {stage!r}"
         raise DataError(f"{run_directory} has no model{of_stage}; stages with a model: {there}")
-    if not directory.tokenizer.is_file():
-        raise DataError(
-            f"{directory.tokenizer} is missing; a run of synthetic tasks alone has no text and no tokenizer, so its "
-            "model cannot be talked to or measured on text: see its report"
-        )
     model = build_model(recipe.model, seed=recipe.seed)
     restore_stage(model, run_directory / made[wanted])
-    model.eval()
-    return LoadedModel(model=model, tokenizer=Tokenizer.load(directory.tokenizer), recipe=recipe, stage=wanted)
+    return StageModel(model=model.eval(), recipe=recipe, stage=wanted)
 
 
 def restore_stage(model: Decoder, checkpoints: Path) -> None:

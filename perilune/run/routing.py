@@ -1,4 +1,4 @@
-"""What the MoBA layers of a run's model read of a text."""
+"""What the MoBA layers of a run's model read of a text, and how well other rules would choose it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,18 @@ from pathlib import Path
 
 import torch
 
+from perilune.data import IGNORE_INDEX, SyntheticSource
 from perilune.errors import DataError
 from perilune.files import write_atomic
-from perilune.models import moba_routings
-from perilune.ops import MobaRouting
+from perilune.models import moba_recalls, moba_routings
+from perilune.nn import MoBAConfig
+from perilune.ops import MobaRouting, SequenceLayout
+from perilune.ops.moba.options import POLICIES, Policy
+from perilune.ops.moba.recall import RouterRecall
 from perilune.report import BlockLoad, LayerReads, block_load, routing_page, routing_picture
-from perilune.run.loading import LoadedModel, load_model
+from perilune.run.config import Recipe, SyntheticStage
+from perilune.run.loading import LoadedModel, StageModel, load_model, load_stage_model
+from perilune.seeding import derive_seed
 
 MOST_BLOCKS = 128
 """Blocks of a text that is drawn."""
@@ -67,6 +73,73 @@ def draw_routing(
     return RoutingView(path=path, num_tokens=len(tokens), layers={reads.layer: block_load(reads) for reads in layers})
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecallView:
+    """What `measure_recall` has found."""
+
+    num_tokens: int
+    """Tokens read, in all sequences."""
+    layers: Mapping[int, Mapping[Policy, RouterRecall]]
+    """What each rule would choose, by layer and rule."""
+
+
+def measure_recall(
+    run_directory: Path, text: str | None = None, *, stage: str | None = None, sequences: int = 16
+) -> RecallView:
+    """Compare what rules would choose in the MoBA layers of a run's model with what its queries look at.
+
+    Args:
+        run_directory: a run.
+        text: what to read; None for held-out sequences of the stage's synthetic task, of whose queries those count that
+            have a target.
+        stage: stage whose model; None for the last that made one.
+        sequences: how many, without a text.
+
+    Raises:
+        DataError: it is not a run directory, there is no such model, it has no MoBA layers that could choose, or there
+            is nothing to read that leaves queries a choice; the message says what would.
+        CheckpointError: the checkpoint is damaged.
+    """
+    if text is None:
+        loaded = load_stage_model(run_directory, stage)
+        tokens, layout, queries = _held_out(loaded, sequences)
+    else:
+        loaded = load_model(run_directory, stage)
+        tokens, queries = torch.tensor([loaded.tokenizer.bos_id, *_encode(loaded, text)]), None
+        layout = SequenceLayout.from_lengths([tokens.shape[0]])
+    config = _moba_config(loaded.recipe)
+    if config.moba_topk == 1:
+        raise DataError(f"the model of {loaded.recipe.name} has moba_topk 1, so that there is nothing to choose")
+    layers = moba_recalls(loaded.model, tokens, layout, POLICIES, queries)
+    if not all(recall.queries for rules in layers.values() for recall in rules.values()):
+        raise DataError(
+            f"no query that counts has a choice of blocks, as those have that stand behind the first "
+            f"{config.moba_topk * config.moba_chunk_size} tokens of a sequence (moba_topk {config.moba_topk} of "
+            f"{config.moba_chunk_size} tokens), and the longest has {layout.max_length}"
+        )
+    return RecallView(num_tokens=tokens.shape[0], layers=layers)
+
+
+def _held_out(loaded: StageModel, sequences: int) -> tuple[torch.Tensor, SequenceLayout, torch.Tensor]:
+    """Sequences that a synthetic stage is not trained on, and which of their tokens have a target."""
+    settings = loaded.recipe.stages[loaded.stage]
+    if not isinstance(settings, SyntheticStage):
+        raise DataError(f"stage {loaded.stage} has no synthetic task to take sequences from; give a text")
+    seed = derive_seed(loaded.recipe.seed, loaded.stage, "sequences")
+    batch = SyntheticSource(settings.task, sequences=sequences, seed=seed).evaluation_batch(sequences)
+    lengths = batch.cu_seqlens.diff().tolist()
+    return batch.tokens, SequenceLayout.from_lengths(lengths), batch.targets != IGNORE_INDEX
+
+
+def _moba_config(recipe: Recipe) -> MoBAConfig:
+    if recipe.model.moba is None:
+        raise DataError(
+            f"the model of {recipe.name} has no MoBA layers, its layers are {', '.join(recipe.model.layers)}; run a "
+            'recipe with model.preset = "tiny-moba", for example'
+        )
+    return recipe.model.moba
+
+
 def _encode(loaded: LoadedModel, text: str) -> list[int]:
     try:
         return loaded.tokenizer.encode(text)
@@ -75,12 +148,7 @@ def _encode(loaded: LoadedModel, text: str) -> list[int]:
 
 
 def _check_length(loaded: LoadedModel, length: int) -> None:
-    config = loaded.recipe.model.moba
-    if config is None:
-        raise DataError(
-            f"the model of {loaded.recipe.name} has no MoBA layers, its layers are "
-            f'{", ".join(loaded.recipe.model.layers)}; run a recipe with model.preset = "tiny-moba", for example'
-        )
+    config = _moba_config(loaded.recipe)
     least, most = config.moba_topk * config.moba_chunk_size + 1, MOST_BLOCKS * config.moba_chunk_size
     if not least <= length <= most:
         raise DataError(

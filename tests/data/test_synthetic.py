@@ -4,6 +4,7 @@ import torch
 from perilune.data import (
     IGNORE_INDEX,
     CopiesConfig,
+    NeedleConfig,
     PalindromeConfig,
     RecallConfig,
     StackConfig,
@@ -15,7 +16,8 @@ PALINDROME = PalindromeConfig(length=9, num_symbols=5)
 RECALL = RecallConfig(num_pairs=4, num_queries=6, num_keys=7, num_values=3)
 STACK = StackConfig(num_operations=40, num_stacks=3, num_elements=5, max_depth=2)
 COPIES = CopiesConfig(length=200, num_symbols=7, min_span=3, max_span=5)
-ALL = [PALINDROME, RECALL, STACK, COPIES]
+NEEDLE = NeedleConfig(length=40, num_needles=3, value_length=2, num_symbols=11)
+ALL = [PALINDROME, RECALL, STACK, COPIES, NEEDLE]
 
 
 @pytest.mark.parametrize("config", ALL)
@@ -99,6 +101,44 @@ def test_copies_go_on_with_an_earlier_part() -> None:
     assert sum(distance > 100 for distance in distances) >= 20
 
 
+def test_needles_are_hidden_once_and_asked_for_at_the_end() -> None:
+    batch = synthetic_batch(NEEDLE, 200, seed=0)
+    orders = set()
+    for tokens, targets in zip(batch.tokens.view(200, 40).tolist(), batch.targets.view(200, 40).tolist(), strict=True):
+        keys = tokens[32::3]
+        assert len(set(keys)) == 3
+        assert targets[:32] == [IGNORE_INDEX] * 32
+        hidden = [tokens.index(key) for key in keys]
+        # one key token in each hidden needle and in each question, the last of which lacks the end of its value
+        assert [tokens.count(key) for key in keys] == [2, 2, 2]
+        for question, (key, start) in enumerate(zip(keys, hidden, strict=True)):
+            assert start + 2 < 32
+            values = tokens[start + 1 : start + 3]
+            at = 32 + 3 * question
+            assert tokens[at] == key
+            assert targets[at : at + 3] == [*values, IGNORE_INDEX][: 40 - at]
+            assert tokens[at + 1] == values[0]
+        orders.add(tuple(sorted(range(3), key=hidden.__getitem__)))
+    assert len(orders) == 6, "needles are asked for in every order"
+
+
+def test_a_needle_is_anywhere_in_the_hay() -> None:
+    config = NeedleConfig(length=30, num_symbols=12)
+    tokens = synthetic_batch(config, 4200, seed=0).tokens.view(-1, 30)
+    starts = (tokens[:, :-4] == tokens[:, -4, None]).long().argmax(1)
+    counts = torch.bincount(starts, minlength=22)
+    assert counts.shape == (22,), "31 tokens with the last value, less needle and question, and the place behind"
+    assert counts.min() > 140  # 191 expected, deviation 14
+    assert counts.max() < 245
+
+
+def test_needles_may_fill_the_string() -> None:
+    tokens = synthetic_batch(NeedleConfig(length=23, num_needles=4, value_length=2, num_symbols=6), 8, seed=0).tokens
+    for row in tokens.view(8, 23).tolist():
+        needles = {tuple(row[start : start + 3]) for start in range(0, 12, 3)}
+        assert {tuple(row[start : start + 3]) for start in range(12, 21, 3)} < needles
+
+
 @pytest.mark.parametrize(
     ("config", "options", "words"),
     [
@@ -108,6 +148,9 @@ def test_copies_go_on_with_an_earlier_part() -> None:
         (StackConfig, {"max_depth": 0}, "max_depth must be at least 1"),
         (CopiesConfig, {"max_span": 7}, "max_span must be at least 8, got 7"),
         (CopiesConfig, {"length": 95}, "length must be at least 96, got 95"),
+        (NeedleConfig, {"num_needles": 0}, "num_needles must be at least 1, got 0"),
+        (NeedleConfig, {"num_needles": 255}, "num_symbols must be at least 257, got 256"),
+        (NeedleConfig, {"num_needles": 4, "length": 38}, "length must be at least 39, got 38"),
         (CopiesConfig, {"copy_share": 0.0}, r"copy_share must be in \(0, 1\], got 0.0"),
     ],
 )

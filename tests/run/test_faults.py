@@ -68,11 +68,13 @@ def test_a_vocabulary_too_small_for_bytes_is_refused_before_the_run(cli, recipe,
 
 
 def test_a_vocabulary_too_small_for_a_synthetic_task_is_refused_before_the_run(cli, tmp_path):
-    stage = {"kind": "synthetic", "task": {"kind": "palindrome", "num_symbols": 300}, "train": {"steps": 1}}
-    path = write_recipe(tmp_path / "synthetic.toml", stages={"probe": stage})
-    code, _, err = cli("run", path, "--run-dir", tmp_path / "run")
-    assert code == 2
-    assert only_line(err).endswith("model.vocab_size must be >= 301 for stages.probe, got 280")
+    large, small = ({"kind": "palindrome", "num_symbols": symbols} for symbols in (300, 30))
+    for tasks in ({"task": large}, {"task": small, "evaluation_tasks": {"large": large}}):
+        stage = {"kind": "synthetic", **tasks, "train": {"steps": 1}}
+        path = write_recipe(tmp_path / "synthetic.toml", stages={"probe": stage})
+        code, _, err = cli("run", path, "--run-dir", tmp_path / "run")
+        assert code == 2
+        assert only_line(err).endswith("model.vocab_size must be >= 301 for stages.probe, got 280")
 
 
 @pytest.mark.parametrize(

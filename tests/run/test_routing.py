@@ -6,7 +6,7 @@ import pytest
 
 from perilune.errors import DataError
 from perilune.models import PRESETS, set_attention_mode
-from perilune.run import draw_routing, load, load_model, routing, run_recipe
+from perilune.run import draw_routing, load, load_model, measure_recall, routing, run_recipe
 from perilune.run.routing import MOST_BLOCKS
 from tests.run.tiny_run import write_recipe
 
@@ -27,6 +27,19 @@ TEXT = "what is <this>, and\nwhere does it go? " * 3
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("moba")
     run_recipe(load(write_recipe(folder / "recipe.toml", "pretrain", model=MODEL, tasks=[])), folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def needles(tmp_path_factory):
+    """A run of synthetic tasks, the first with too few tokens for a choice."""
+    folder = tmp_path_factory.mktemp("needles")
+    train = {"steps": 1}
+    stages = {
+        name: {"kind": "synthetic", "sequences": 2, "task": {"kind": "needle", "length": length}, "train": train}
+        for name, length in (("short", 16), ("long", 40))
+    }
+    run_recipe(load(write_recipe(folder / "recipe.toml", stages=stages, model=MODEL, tasks=[])), folder / "run")
     return folder / "run"
 
 
@@ -87,3 +100,48 @@ def test_a_model_without_moba_says_what_to_run(run, monkeypatch):
         DataError, match=r"no MoBA layers, its layers are gqa, gqa, gqa, gqa; run a recipe with model\.p"
     ):
         draw_routing(run, TEXT)
+
+
+def test_recall_is_measured_on_a_text(run):
+    view = measure_recall(run, TEXT)
+    assert list(view.layers) == [1, 2]
+    assert set(view.layers[1]) == {"mean", "recent", "sink_recent", "minmax", "random", "oracle"}
+    for rules in view.layers.values():
+        assert {found.queries for found in rules.values()} == {view.num_tokens - 16}
+        assert rules["oracle"].recall == (1.0, 1.0)
+        assert all(max(found.mass) <= min(1.0, max(rules["oracle"].mass)) for found in rules.values())
+
+
+def test_recall_is_measured_where_a_synthetic_task_asks(needles):
+    view = measure_recall(needles, sequences=3)
+    assert view.num_tokens == 3 * 40
+    assert {found.queries for found in view.layers[2].values()} == {3 * 4}  # the symbols of one value each
+    assert measure_recall(needles, sequences=3) == view
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("run", {"text": "short"}, r"behind the first 16 tokens .* and the longest has"),
+        ("run", {}, "stage pretrain has no synthetic task to take sequences from; give a text"),
+        ("run", {"text": TEXT, "stage": "sft"}, "has no model of stage 'sft'"),
+        ("needles", {"stage": "short"}, "no query that counts has a choice of blocks.* and the longest has 16"),
+        ("needles", {"text": TEXT}, "no text and no tokenizer"),
+    ],
+)
+def test_recall_that_cannot_be_measured_is_said(name, arguments, message, request):
+    with pytest.raises(DataError, match=message):
+        measure_recall(request.getfixturevalue(name), **arguments)
+
+
+def test_recall_needs_layers_that_choose(needles, monkeypatch):
+    loaded = routing.load_stage_model(needles)
+    model = loaded.recipe.model
+    for changed, message in (
+        (replace(model, layers=("gqa",), moba=None), "no MoBA layers, its layers are gqa"),
+        (replace(model, moba=replace(model.moba, moba_topk=1)), "moba_topk 1, so that there is nothing to choose"),
+    ):
+        other = replace(loaded, recipe=replace(loaded.recipe, model=changed))
+        monkeypatch.setattr(routing, "load_stage_model", lambda *_, other=other: other)
+        with pytest.raises(DataError, match=message):
+            measure_recall(needles)

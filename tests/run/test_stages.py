@@ -7,6 +7,7 @@ from typing import get_args
 import pytest
 import torch
 
+from perilune.data import NeedleConfig, SyntheticSource
 from perilune.errors import CheckpointError, DataError, RecipeError
 from perilune.models import build_model
 from perilune.report import MetricsLog, NullProgress, read_metrics
@@ -19,6 +20,7 @@ from perilune.run.stages import STAGES
 from perilune.run.stages.common import settings_hash, starting_model
 from perilune.run.stages.reinforce import read_prompts, task_prompts
 from perilune.run.stages.supervised import held_out_answers, teacher_examples
+from perilune.seeding import derive_seed
 from perilune.tasks import TaskMixture
 from perilune.train import CheckpointStore, SignalWatch, module_tensors, score_targets
 from tests.run import tiny_run
@@ -239,6 +241,23 @@ def test_a_synthetic_stage_needs_no_text_and_measures_recall(tmp_path):
     assert accuracies[-1] == result.numbers["accuracy"]
     with pytest.raises(DataError, match="synthetic tasks alone has no text and no tokenizer"):
         load_model(tmp_path / "run")
+
+
+def test_a_synthetic_stage_measures_further_tasks(tmp_path):
+    sizes = {"tokenizer": {"vocab_size": 16}, "model": {"preset": "smoke", "vocab_size": 16}, "tasks": []}
+    same, longer = ({"kind": "needle", "length": length, "num_symbols": 16} for length in (24, 48))
+    stage = {**PROBE, "task": same, "evaluation_tasks": {"same": same, "longer": longer}}
+    loaded = load(write_recipe(tmp_path / "probe.toml", stages={"probe": stage}, **sizes))
+    (result,) = run_recipe(loaded, tmp_path / "run").results
+    numbers = result.numbers
+    assert (numbers["accuracy_same"], numbers["loss_same"]) == (numbers["accuracy"], numbers["loss"])
+    model = build_model(loaded.recipe.model, seed=0)
+    restore_stage(model, tmp_path / "run" / "checkpoints" / "probe")
+    seed = derive_seed(loaded.recipe.seed, "probe", "sequences")
+    source = SyntheticSource(NeedleConfig(length=48, num_symbols=16), sequences=1, seed=seed)
+    measured = score_targets(model.eval(), [source.evaluation_batch(16)])
+    assert numbers["loss_longer"] == pytest.approx(measured.nats_per_target, rel=1e-6)
+    assert numbers["loss_longer"] != numbers["loss"]
 
 
 def test_losses_are_told_apart_by_position_where_asked(tmp_path):

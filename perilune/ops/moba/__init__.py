@@ -3,6 +3,7 @@
 reference  one mask over all pairs: the oracle
 blockwise  block by block, differentiable, on any device
 routing    which blocks: means, scores, top k
+recall     what the chosen blocks have of the attention
 """
 
 from __future__ import annotations

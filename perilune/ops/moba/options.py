@@ -13,7 +13,7 @@ from torch import Tensor
 from perilune.ops.layout import SequenceLayout
 
 Policy = Literal["mean", "recent", "sink_recent", "minmax", "random", "oracle"]
-POLICIES: tuple[str, ...] = get_args(Policy)
+POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

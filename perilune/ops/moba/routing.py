@@ -139,7 +139,7 @@ def route(
                     assert generator is not None
                     scores = torch.rand(blocks, rows.shape[0], q.shape[1], generator=generator).to(q.device)
                 case "oracle":
-                    scores = _masses(q[rows].to(wide), keys.to(wide), positions[rows], options)
+                    scores = block_masses(q[rows].to(wide), keys.to(wide), positions[rows], options)
             past[rows] = top_blocks(scores, own, options.topk - 1)
         taken += count
     return MobaRouting(options, past)
@@ -187,8 +187,18 @@ def _bounds(q: Tensor, keys: Tensor, size: int) -> Tensor:
     return _grouped(q.clamp_min(0), highest) + _grouped(q.clamp_max(0), lowest)
 
 
-def _masses(q: Tensor, keys: Tensor, positions: Tensor, options: MobaOptions) -> Tensor:
-    """What full attention gives to each block."""
+def block_masses(q: Tensor, keys: Tensor, positions: Tensor, options: MobaOptions) -> Tensor:
+    """What full attention gives to each block.
+
+    Args:
+        q: `[R, H, D]`, queries of one sequence.
+        keys: `[L, Hkv, D]`, all of that sequence.
+        positions: `[R]` int64, the queries' places among the keys.
+        options: how the sequence is cut, and the scale.
+
+    Returns:
+        `[n, R, H]`; of each query they add up to 1, its own block included.
+    """
     logits = options.scale * _grouped(q, keys)
     hidden = torch.arange(keys.shape[0], device=keys.device)[:, None] > positions
     p = torch.softmax(logits.masked_fill(hidden[..., None], -torch.inf), 0)

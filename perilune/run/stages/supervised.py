@@ -60,7 +60,7 @@ def run_pretrain(context: StageContext, settings: PretrainStage) -> StageResult:
 
 
 def run_synthetic(context: StageContext, settings: SyntheticStage) -> StageResult:
-    """Train on a synthetic task and measure accuracy and loss on a fixed set."""
+    """Train on a synthetic task and measure accuracy and loss on a fixed set, and on one of each further task."""
     recipe: Recipe = context.recipe
     source = SyntheticSource(
         settings.task,
@@ -69,7 +69,6 @@ def run_synthetic(context: StageContext, settings: SyntheticStage) -> StageResul
         micro_steps=settings.train.micro_batches,
     )
     held_out = source.evaluation_batch(settings.evaluation_sequences)
-
     parts = recipe.evaluation.loss_parts
 
     def evaluate(model: nn.Module) -> Mapping[str, MetricValue]:
@@ -82,13 +81,17 @@ def run_synthetic(context: StageContext, settings: SyntheticStage) -> StageResul
     trained = train_model(context, settings, model, source, lm_loss, settings.train, evaluate)
     score = score_targets(model, [held_out], parts=parts)
     accuracies = {"accuracy": score.accuracy, "sequence_accuracy": score.sequence_accuracy}
+    further: dict[str, float] = {}
+    for name, task in settings.evaluation_tasks.items():
+        found = score_targets(model, [source.evaluation_batch(settings.evaluation_sequences, task)])
+        further |= {f"accuracy_{name}": found.accuracy, f"loss_{name}": found.nats_per_target}
     return StageResult(
         stage=context.name,
         kind=settings.kind,
         time_s=trained.elapsed_s,
         tokens=trained.tokens,
         tokens_per_s=trained.tokens_per_s,
-        numbers={**accuracies, "loss": score.nats_per_target, **part_losses(score.nats_by_part)},
+        numbers={**accuracies, "loss": score.nats_per_target, **part_losses(score.nats_by_part), **further},
         checkpoint=f"checkpoints/{context.name}",
     )
 
