@@ -116,7 +116,9 @@ def package_version(package: str) -> str:
 
 def environment() -> dict[str, object]:
     """What a reader needs to rerun: machine, versions, threads, load, commit."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True, check=False
+    )
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),

@@ -128,6 +128,11 @@ class SyntheticStage:
 
     def __post_init__(self) -> None:
         _require_at_least(1, sequences=self.sequences, evaluation_sequences=self.evaluation_sequences)
+        for name in self.evaluation_tasks:
+            if name.startswith("part_"):
+                raise ValueError(
+                    f"evaluation_tasks: {name!r} would stand for a part of the loss (loss_parts); rename it"
+                )
 
     @property
     def vocab_size(self) -> int:

@@ -21,6 +21,8 @@ from perilune.run.config import Recipe, SyntheticStage
 from perilune.run.loading import LoadedModel, StageModel, load_model, load_stage_model
 from perilune.seeding import derive_seed
 
+MOST_RECALL_TOKENS = 32768
+"""Longest text that `measure_recall` reads."""
 MOST_BLOCKS = 128
 """Blocks of a text that is drawn."""
 _SHOWN_CHARACTERS = 60
@@ -106,6 +108,11 @@ def measure_recall(
     else:
         loaded = load_model(run_directory, stage)
         tokens, queries = torch.tensor([loaded.tokenizer.bos_id, *_encode(loaded, text)]), None
+        if tokens.shape[0] > MOST_RECALL_TOKENS:
+            raise DataError(
+                f"the text has {tokens.shape[0]} tokens; every pair of them is compared, so that at most "
+                f"{MOST_RECALL_TOKENS} are read"
+            )
         layout = SequenceLayout.from_lengths([tokens.shape[0]])
     config = _moba_config(loaded.recipe)
     if config.moba_topk == 1:

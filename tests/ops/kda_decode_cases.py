@@ -7,7 +7,7 @@ from torch import Tensor
 
 from perilune.ops.kda_decode import kda_decode
 
-GATES = ({}, {"lower_bound": -5.0}, {"allow_neg_eigval": True})
+GATES = ({}, {"lower_bound": -5}, {"lower_bound": -0.5, "allow_neg_eigval": True})
 
 
 def make_inputs(

@@ -214,6 +214,8 @@ def test_it_is_what_the_layer_does_in_a_step_with_gradients():
         ({"keep": torch.tensor([0, 1, 2])}, r"keep must be in \[0, 1\], got \[0, 1, 2\]"),
         ({"states": torch.zeros(5, 2, 16, 32)[..., ::2]}, "states is updated in place and must be contiguous"),
         ({"lower_bound": -6.0}, "lower_bound must be in"),
+        ({"z": torch.zeros(3, 1, 2, 16, device="meta")}, "z must be on qkv's device, cpu, got meta"),
+        ({"slots": torch.zeros(3, dtype=torch.int32, device="meta")}, "slots must be on qkv's device, cpu, got meta"),
         ({"conv_weight": torch.zeros(96, 1)}, "W >= 2"),
     ],
 )
@@ -241,7 +243,7 @@ def test_backends_that_cannot_serve_say_why(monkeypatch):
     inputs = make_inputs(1, 1, 1, 1, 8, 8)
     with pytest.raises(ValueError, match="must be 'auto', 'cuda', 'triton', 'torch' or 'reference', got 'gpu'"):
         kda_decode(**inputs, backend="gpu")
-    with pytest.raises(BackendError, match=r"backend 'cuda' needs tensors on a GPU, got cpu; use 'torch'"):
+    with pytest.raises(BackendError, match=r"backend 'cuda' needs tensors on a GPU, got cpu; use 'auto'"):
         kda_decode(**inputs, backend="cuda")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(BackendError, match=r"takes float32, got torch\.float64|needs the package triton"):

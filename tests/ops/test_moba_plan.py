@@ -11,18 +11,22 @@ pytest.importorskip("triton", reason="triton is not installed")
 from perilune.ops.moba.triton import plan as tables
 
 
-def make_plan(lengths, heads, kv_heads, *, block_size=16, topk=4, dim=32):
+def make_plan(lengths, heads, kv_heads, *, block_size=16, topk=4, dim=32, device="cpu"):
     layout = SequenceLayout.from_lengths(lengths)
     options = MobaOptions(block_size=block_size, topk=topk, scale=1.0, layout_q=layout, layout_k=layout)
-    q, k = (torch.empty(sum(lengths), n, dim, dtype=torch.bfloat16, device="meta") for n in (heads, kv_heads))
+    q, k = (torch.empty(sum(lengths), n, dim, dtype=torch.bfloat16, device=device) for n in (heads, kv_heads))
     return tables.make_plan(options, q, k, k)
+
+
+def plan_runs(plan):
+    return plan.runs.T.tolist()
 
 
 @pytest.mark.parametrize("workspace", [1, 1 << 16, 1 << 20, 1 << 30])
 @pytest.mark.parametrize("lengths", [(1000,), (300, 0, 1, 700), (128, 128)])
 def test_slices_cover_all_tiles_and_fit_into_their_share(monkeypatch, workspace, lengths):
     monkeypatch.setattr(tables, "WORKSPACE_BYTES", workspace)
-    heads, kv_heads, topk, dim, block_size = 4, 2, 4, 32, 16
+    heads, kv_heads, topk, dim = 4, 2, 4, 32
     plan = make_plan(lengths, heads, kv_heads)
     assert sum(part.num_queries for part in plan.slices) == sum(lengths)
     assert sum(part.num_tiles for part in plan.slices) == plan.tiles.shape[0]
@@ -33,9 +37,39 @@ def test_slices_cover_all_tiles_and_fit_into_their_share(monkeypatch, workspace,
         per_choice = 2 * dim + 8
         fits = part.num_queries * heads * (topk - 1) * per_choice <= workspace * 9 // 16
         assert fits or part.num_tiles == 1
-    runs, blocks = plan.runs.shape[0], sum(-(-length // block_size) for length in lengths)
-    shortest = len(plan.slices) + len(lengths) + sum(lengths) // tables.TILE
-    assert kv_heads * blocks * runs * 8 <= workspace // 8 + 8 * kv_heads * blocks * shortest
+
+
+def test_each_block_is_counted_by_the_runs_of_its_sequence(monkeypatch):
+    monkeypatch.setattr(tables, "WORKSPACE_BYTES", 1 << 20)
+    lengths = (1000, 0, 40, 300)
+    plan = make_plan(lengths, 4, 2)
+    sequence, first, size, counter, stride = plan_runs(plan)
+    blocks = [-(-length // 16) for length in lengths]
+    owners = [n for n, count in enumerate(blocks) for _ in range(count)]
+    taken = []
+    for n, at, step in zip(sequence, counter, stride, strict=True):
+        taken += [at + step * block for block in range(blocks[n])]
+    assert sorted(taken) == list(range(plan.num_counters))  # every counter has one block and one run
+    for part, border in zip(plan.slices, plan.borders.tolist(), strict=False):
+        for block, at in enumerate(border):
+            local = block - owners.index(owners[block])
+            before = [
+                c + s * local
+                for run, (n, c, s) in enumerate(zip(sequence, counter, stride, strict=True))
+                if n == owners[block] and run < part.first_run
+            ]
+            assert all(c < at for c in before)
+            assert at - len(before) == min(
+                c + s * local for n, c, s in zip(sequence, counter, stride, strict=True) if n == owners[block]
+            )
+    assert sum(size) == sum(lengths)
+    assert first == sorted(first)
+
+
+@pytest.mark.parametrize("lengths", [(1 << 17,), (1024,) * 1024, (512,) * 2048])
+def test_counters_fit_into_their_share(lengths):
+    plan = make_plan(lengths, 16, 16)
+    assert 16 * plan.num_counters * 8 <= tables.WORKSPACE_BYTES // 8
 
 
 def test_choices_beyond_32_bits_are_refused():

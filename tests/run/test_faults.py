@@ -77,6 +77,15 @@ def test_a_vocabulary_too_small_for_a_synthetic_task_is_refused_before_the_run(c
         assert only_line(err).endswith("model.vocab_size must be >= 301 for stages.probe, got 280")
 
 
+def test_a_further_task_cannot_be_named_like_a_part_of_the_loss(cli, tmp_path):
+    task = {"kind": "palindrome", "num_symbols": 30}
+    stage = {"kind": "synthetic", "task": task, "evaluation_tasks": {"part_1": task}, "train": {"steps": 1}}
+    path = write_recipe(tmp_path / "synthetic.toml", stages={"probe": stage})
+    code, _, err = cli("run", path, "--run-dir", tmp_path / "run")
+    assert code == 2
+    assert "'part_1' would stand for a part of the loss" in only_line(err)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [(None, "cannot read the recipe: No such file"), ("a = = 1", "not valid TOML"), (b"\xff", "not UTF-8 text")],

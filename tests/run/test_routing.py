@@ -134,6 +134,12 @@ def test_recall_that_cannot_be_measured_is_said(name, arguments, message, reques
         measure_recall(request.getfixturevalue(name), **arguments)
 
 
+def test_recall_of_a_text_that_is_too_long_is_refused(run, monkeypatch):
+    monkeypatch.setattr(routing, "MOST_RECALL_TOKENS", 20)
+    with pytest.raises(DataError, match=r"has \d+ tokens; every pair of them is compared, so that at most 20 are read"):
+        measure_recall(run, TEXT)
+
+
 def test_recall_needs_layers_that_choose(needles, monkeypatch):
     loaded = routing.load_stage_model(needles)
     model = loaded.recipe.model

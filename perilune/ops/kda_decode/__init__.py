@@ -108,9 +108,9 @@ def kda_decode(
     _check_rows(inputs)
     options = DecodeOptions(
         scale=states.shape[3] ** -0.5 if scale is None else float(scale),
-        lower_bound=lower_bound,
+        lower_bound=None if lower_bound is None else float(lower_bound),
         allow_neg_eigval=allow_neg_eigval,
-        norm_eps=norm_eps,
+        norm_eps=float(norm_eps),
     )
     return _choose(backend, inputs)(inputs, options)
 
@@ -126,7 +126,7 @@ def _choose(backend: str, inputs: DecodeInputs) -> _Backend:
     else:
         obstacle = _obstacle(backend, inputs)
         if obstacle is not None:
-            raise BackendError(f"kda_decode: backend '{backend}' {obstacle}; use 'torch'")
+            raise BackendError(f"kda_decode: backend '{backend}' {obstacle}; use 'auto'")
     return known[backend]
 
 
@@ -200,6 +200,10 @@ def _check(inputs: DecodeInputs, lower_bound: float | None) -> None:
         found: Tensor = getattr(inputs, name)
         if tuple(found.shape) != shape:
             raise ValueError(f"kda_decode: {name} must have shape {list(shape)}, got {list(found.shape)}")
+    for name in (*wanted, "states", "slots", "keep"):
+        device = qkv.device if (x := getattr(inputs, name)) is None else x.device
+        if device != qkv.device:
+            raise ValueError(f"kda_decode: {name} must be on qkv's device, {qkv.device}, got {device}")
     for name in ("conv_states", "states"):
         if not getattr(inputs, name).is_contiguous():
             raise ValueError(f"kda_decode: {name} is updated in place and must be contiguous")

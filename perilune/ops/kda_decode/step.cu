@@ -10,7 +10,8 @@
 //
 // Macros, all of them numbers: KEY_DIM, VALUE_DIM, TAPS (of the convolution, at least 2), THREADS, BLOCKS of a
 // multiprocessor; QKV_TYPE, GATE_TYPE, BETA_TYPE, OUTPUT_GATE_TYPE, CONV_TYPE, WEIGHT_TYPE, NORM_TYPE, RATE_TYPE, BIAS_TYPE as
-// in numbers.cuh; LONG_SLOTS and LONG_KEEP, whether those have 64 bits.
+// in numbers.cuh; LONG_SLOTS and LONG_KEEP, whether those have 64 bits; SINGLE, whether there is one token, for which nothing
+// that is read has to stay in registers.
 
 #include "numbers.cuh"
 
@@ -43,7 +44,6 @@ struct Sources {
     const void *qkv, *g, *beta, *z;
     i64 width;            // channels of a token
     i64 channel[OWN];     // of the thread, among them; -1 for none
-    int value_heads;
 
     // `at` is the number of the token among those of all sequences, times the number of value heads, plus the value head.
     __device__ __forceinline__ Token load(i64 token, i64 at) const {
@@ -91,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) advance_memories(
         }
         return;
     }
-    Sources sources = {qkv, g, beta, z, 2 * heads * K + value_heads * V, {}, (int)value_heads};
+    Sources sources = {qkv, g, beta, z, 2 * heads * K + value_heads * V, {}};
     i64 memory = slot * sources.width * (W - 1);
     for (int member = 0; member < members; ++member) {
         int value_head = head * members + member;

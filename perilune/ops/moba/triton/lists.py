@@ -17,29 +17,29 @@ import triton.language as tl
 
 @triton.jit
 def count_choices(
-    past_ptr, counters_ptr, info_ptr, runs_ptr, num_blocks, num_runs,
+    past_ptr, counters_ptr, info_ptr, runs_ptr, num_counters,
     H: tl.constexpr, HKV: tl.constexpr, B: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr, BINS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Count how often a run's queries chose each block; `runs` `[run]` sequence, first packed query, queries.
+    """Count how often a run's queries chose each block of their sequence.
 
-    Counters are `[HKV, num_blocks, num_runs]`.
+    Counters are `[HKV, num_counters]`, of the blocks one after the other, each with one for each run of its sequence.
     """
     run, head = tl.program_id(0), tl.program_id(1)
-    info = info_ptr + tl.load(runs_ptr + run * 3) * 6
+    info = info_ptr + tl.load(runs_ptr + run * 5) * 6
     index, bins = tl.arange(0, SIZE), tl.arange(0, BINS)
     blocks = tl.cdiv(tl.load(info + 3), B)
-    counters = counters_ptr + (head.to(tl.int64) * num_blocks + tl.load(info + 4)) * num_runs + run
+    counters, stride = counters_of(counters_ptr, runs_ptr, run, head, num_counters)
     for first in range(0, blocks, BINS):
         total = tl.zeros([BINS], tl.int32)
-        for start in range(0, tl.load(runs_ptr + run * 3 + 2) * (H // HKV * COUNT), SIZE):
+        for start in range(0, tl.load(runs_ptr + run * 5 + 2) * (H // HKV * COUNT), SIZE):
             block = load_choices(past_ptr, runs_ptr, run, head, start + index, H, HKV, COUNT) - first
             total += tl.histogram(tl.where(block < 0, 0, block) % BINS, BINS, mask=(block >= 0) & (block < BINS))
-        tl.store(counters + (first + bins).to(tl.int64) * num_runs, total, mask=first + bins < blocks)
+        tl.store(counters + (first + bins).to(tl.int64) * stride, total, mask=first + bins < blocks)
 
 
 @triton.jit
 def place_choices(
-    past_ptr, counters_ptr, list_ptr, info_ptr, runs_ptr, num_blocks, num_runs,
+    past_ptr, counters_ptr, list_ptr, runs_ptr, num_blocks, num_counters,
     H: tl.constexpr, HKV: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr,
 ) -> None:  # fmt: skip
     """Write the numbers of a run's choices to where their blocks' lists have room for them, in order.
@@ -47,10 +47,9 @@ def place_choices(
     A choice is known by its number in `past` `[T, H, COUNT]`. Counters hold the first free place, and are used up.
     """
     run, head = tl.program_id(0), tl.program_id(1)
-    info = info_ptr + tl.load(runs_ptr + run * 3) * 6
     index = tl.arange(0, SIZE)
-    counters = counters_ptr + (head.to(tl.int64) * num_blocks + tl.load(info + 4)) * num_runs + run
-    for start in range(0, tl.load(runs_ptr + run * 3 + 2) * (H // HKV * COUNT), SIZE):
+    counters, stride = counters_of(counters_ptr, runs_ptr, run, head, num_counters)
+    for start in range(0, tl.load(runs_ptr + run * 5 + 2) * (H // HKV * COUNT), SIZE):
         block = load_choices(past_ptr, runs_ptr, run, head, start + index, H, HKV, COUNT)
         # without a block: behind all of them
         key = tl.sort(tl.where(block < 0, num_blocks, block) * SIZE + index)
@@ -59,7 +58,7 @@ def place_choices(
         is_last = (index == SIZE - 1) | (tl.gather(block, tl.minimum(index + 1, SIZE - 1), 0) != block)
         earliest = tl.associative_scan(tl.where(is_first, index, 0), 0, _larger)
         latest = tl.associative_scan(tl.where(is_last, index, SIZE), 0, _smaller, reverse=True)
-        place = counters + block.to(tl.int64) * num_runs
+        place = counters + block.to(tl.int64) * stride
         mask = block < num_blocks
         taken = tl.atomic_add(place, latest - index + 1, mask=is_first & mask, sem="relaxed")
         to = tl.gather(taken, earliest, 0) + index - earliest
@@ -68,11 +67,18 @@ def place_choices(
 
 
 @triton.jit
+def counters_of(counters_ptr, runs_ptr, run, head, num_counters) -> Any:
+    """A run's counter of the first block of its sequence, and how far the next block's is from it."""
+    first, stride = tl.load(runs_ptr + run * 5 + 3), tl.load(runs_ptr + run * 5 + 4)
+    return counters_ptr + head.to(tl.int64) * num_counters + first, stride
+
+
+@triton.jit
 def load_choices(
     past_ptr, runs_ptr, run, head, index, H: tl.constexpr, HKV: tl.constexpr, COUNT: tl.constexpr
 ) -> Any:  # fmt: skip
     """Blocks of the `index`-th choices of a run's queries of one key head; -1 beyond the last."""
-    choices = tl.load(runs_ptr + run * 3 + 2) * (H // HKV * COUNT)
+    choices = tl.load(runs_ptr + run * 5 + 2) * (H // HKV * COUNT)
     number = number_of(runs_ptr, run, head, index, H, HKV, COUNT)
     return tl.load(past_ptr + number, mask=index < choices, other=-1)
 
@@ -81,7 +87,7 @@ def load_choices(
 def number_of(runs_ptr, run, head, index, H: tl.constexpr, HKV: tl.constexpr, COUNT: tl.constexpr) -> Any:
     """Number in `past` of the `index`-th choices of a run's queries of one key head."""
     WIDTH: tl.constexpr = H // HKV * COUNT
-    first = tl.load(runs_ptr + run * 3 + 1).to(tl.int64) * (H * COUNT) + head * WIDTH
+    first = tl.load(runs_ptr + run * 5 + 1).to(tl.int64) * (H * COUNT) + head * WIDTH
     return first + index // WIDTH * (H * COUNT) + index % WIDTH
 
 

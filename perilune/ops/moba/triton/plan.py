@@ -58,7 +58,12 @@ class Plan:
     tiles: Tensor
     """`[n, 2]` int32, sequence and first query in it, of tiles of `TILE` queries."""
     runs: Tensor
-    """`[n, 3]` int32 sequence, first packed query and queries of runs that a program sorts."""
+    """`[n, 5]` int32, runs of queries that a program sorts: sequence, first packed query, queries, counter of the
+    sequence's first block, and how far the next block's is from it."""
+    num_counters: int
+    """For each block and each run of its sequence one, of one key head."""
+    borders: Tensor
+    """`[slices + 1, blocks]` int64, for each block the counter of the first run that comes with a slice or after it."""
     slices: tuple[Slice, ...]
     """All tiles in order, each slice small enough for the workspace."""
 
@@ -126,7 +131,8 @@ def _plan(
     owners = torch.repeat_interleave(torch.arange(len(keys), dtype=torch.int32), owners)
     tiles = [(n, first) for n, length in enumerate(queries) for first in range(0, length, TILE)]
     # no longer than keeps a GPU busy, but for as many counters as there may be
-    longest = max(TILE, min(2048, sum(queries) // 256), sum(queries) * sum(blocks) // max(1, most_counters))
+    pairs = sum(q * b for q, b in zip(queries, blocks, strict=True))
+    longest = max(TILE, min(2048, sum(queries) // 256), pairs // max(1, most_counters))
     slices: list[Slice] = []
     runs: list[list[int]] = []
     for number, (sequence, first) in enumerate(tiles):
@@ -142,8 +148,25 @@ def _plan(
             runs[-1][2] += size
         else:
             runs.append([sequence, query, size])
-    tables = (torch.tensor(table, dtype=torch.int32).view(-1, n).to(device) for table, n in ((tiles, 2), (runs, 3)))
-    return Plan(info.to(device), owners.to(device), *tables, tuple(slices))
+    runs_of = torch.bincount(torch.tensor([run[0] for run in runs], dtype=torch.int64), minlength=len(keys))
+    strides = runs_of[owners]
+    counters, first_run = strides.cumsum(0) - strides, runs_of.cumsum(0) - runs_of
+    table = torch.tensor(runs, dtype=torch.int64).view(-1, 3)
+    sequences = table[:, 0]
+    behind = torch.arange(len(runs)) - first_run[sequences]
+    firsts = torch.nn.functional.pad(counters, (0, 1))[torch.tensor(first_b, dtype=torch.int64)[sequences]]
+    table = torch.cat((table, torch.stack((firsts + behind, runs_of[sequences]), 1)), 1).int()
+    starts = torch.tensor([*(part.first_run for part in slices), len(runs)], dtype=torch.int64)
+    borders = counters + (starts[:, None] - first_run[owners]).clamp(min=0).minimum(strides)
+    return Plan(
+        info.to(device),
+        owners.to(device),
+        torch.tensor(tiles, dtype=torch.int32).view(-1, 2).to(device),
+        table.to(device),
+        int(strides.sum()),
+        borders.to(device),
+        tuple(slices),
+    )
 
 
 def make_lists(past: Tensor, plan: Plan, block_size: int, kv_heads: int) -> Lists:
@@ -164,18 +187,17 @@ def make_lists(past: Tensor, plan: Plan, block_size: int, kv_heads: int) -> List
             "the pack of sequences, or do without gradients"
         )
     heads, count = past.shape[1:]
-    blocks, runs = plan.blocks.shape[0], plan.runs.shape[0]
+    blocks, runs, total = plan.blocks.shape[0], plan.runs.shape[0], plan.num_counters
     choices = torch.empty(past.numel(), dtype=torch.int32, device=past.device)
-    counters = torch.zeros(kv_heads * blocks * runs + 1, dtype=torch.int32, device=past.device)
+    # the last counter is no block's: what is before it is all there is
+    counters = torch.zeros(kv_heads * total + 1, dtype=torch.int32, device=past.device)
     shape = {"H": heads, "HKV": kv_heads, "COUNT": count, "num_warps": 4}
     bins = min(BINS, max(16, triton.next_power_of_2(blocks)))
     count_choices[(runs, kv_heads)](
-        past, counters, plan.info, plan.runs, blocks, runs, B=block_size, BINS=bins, SIZE=COUNTED, **shape
+        past, counters, plan.info, plan.runs, total, B=block_size, BINS=bins, SIZE=COUNTED, **shape
     )  # fmt: skip
-    # the last counter is no block's: what is before it is all there is
     places = counters.cumsum(0, dtype=torch.int32).sub_(counters)
-    starts = [part.first_run for part in plan.slices]
-    bounds = [*(places[run:-1:runs] for run in starts), places[runs::runs]]
-    lists = Lists(choices, torch.stack(bounds))
-    place_choices[(runs, kv_heads)](past, places, choices, plan.info, plan.runs, blocks, runs, SIZE=SORTED, **shape)
+    heads_apart = torch.arange(kv_heads, device=past.device)[:, None] * total
+    lists = Lists(choices, places[(plan.borders[:, None] + heads_apart).flatten(1)])
+    place_choices[(runs, kv_heads)](past, places, choices, plan.runs, blocks, total, SIZE=SORTED, **shape)
     return lists
