@@ -1,4 +1,4 @@
-"""Claim: MoBA beats the best dense kernel from 12K tokens on (8 blocks of 128 or 3 of 512), 12 blocks of 4096 from 128K.
+"""Claim: MoBA beats the best dense kernel from 12K tokens on (8 blocks of 128, 3 of 512), with 12 of 4096 from 128K on.
 
 Peers, in turns in one process: dense causal attention by torch's cuDNN and FlashAttention kernels, FlexAttention with
 the mask of the same routing (it needs a mask of all pairs of blocks, and is left out beyond 12K tokens), and, where
