@@ -169,3 +169,13 @@ def test_wrong_arguments_are_named(change, message):
     moba_decode(**GOOD)
     with pytest.raises(ValueError, match=message):
         moba_decode(**{**GOOD, **change})
+
+
+def test_checks_ask_nothing_of_a_device():
+    """Tensors on `meta` have no values that could be read."""
+    shapes = ((2, 4, 8), (2, 64, 2, 8), (2, 64, 2, 8), (2, 8, 2, 8))
+    q, keys, values, means = (torch.empty(shape, device="meta") for shape in shapes)
+    lengths = torch.empty(2, dtype=torch.int64, device="meta")
+    assert decode._check(q, keys, values, means, lengths, block_size=8, topk=3) is None
+    with pytest.raises(ValueError, match="must agree on N"):
+        decode._check(q[:1], keys, values, means, lengths, block_size=8, topk=3)

@@ -43,7 +43,8 @@ def moba_decode(
         values: `[N, L, Hkv, Dv]`, q's dtype; entries past a row's length as for `keys`.
         means: `[N, n, Hkv, D]`, floating: mean keys of complete blocks, as rounded in training. A row's own block and
             what follows it are ignored but must be finite; n is at least the largest number of blocks before one's own.
-        lengths: `[N]` int64 or int32, in [0, L], the query's token included; a row of length 0 gives zeros.
+        lengths: `[N]` int64 or int32, in [0, L] (a GPU does not check), the query's token included; a row of length 0
+            gives zeros.
         block_size: B, tokens of a block.
         topk: k, blocks that a query reads, its own included.
         scale: factor of the logits; None means D ** -0.5. Block scores have none.
@@ -188,7 +189,8 @@ def _check(q: Tensor, keys: Tensor, values: Tensor, means: Tensor, lengths: Tens
             f"moba_decode: q has H={q.shape[1]} heads but keys Hkv={keys.shape[2]}; both must be >= 1 and Hkv divide H"
         )
     check_counts("moba_decode", block_size=block_size, topk=topk)
-    if not lengths.numel():
+    # reading the values of a GPU's tensor would wait for the GPU
+    if not lengths.numel() or lengths.device.type != "cpu":
         return
     longest = int(lengths.max())
     if not 0 <= int(lengths.min()) <= longest <= keys.shape[1]:
