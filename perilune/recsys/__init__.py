@@ -1,0 +1,29 @@
+"""Multi-behaviour recommendation (CIGF): so far its data, their evaluation and rules to compare with.
+
+data        pairs of each behaviour, held-out purchases, the protocols "open" and "clean", validation
+pickles     sparse matrices out of pickles that run nothing
+sources     the field's formats
+evaluation  where held-out purchases rank, exact about ties
+baselines   popularity, and the rule of evidence
+"""
+
+from perilune.recsys.baselines import evidence, popularity
+from perilune.recsys.data import NONE, InteractionData, Interactions, from_behaviors
+from perilune.recsys.evaluation import Ranks, rank_held_out
+from perilune.recsys.sources import read_item_lists, read_json, read_npz, read_pair_lists, read_pickles
+
+__all__ = [
+    "NONE",
+    "InteractionData",
+    "Interactions",
+    "Ranks",
+    "evidence",
+    "from_behaviors",
+    "popularity",
+    "rank_held_out",
+    "read_item_lists",
+    "read_json",
+    "read_npz",
+    "read_pair_lists",
+    "read_pickles",
+]
