@@ -16,7 +16,7 @@ NONE = -1
 """In `test` and `validation`: the user has no held-out item."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Interactions:
     """The distinct pairs of one behaviour, by user and then by item."""
 
@@ -84,7 +84,7 @@ class Interactions:
         return items[self.users] == self.items
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class InteractionData:
     """A multiplex graph of users and items, and the held-out purchases that it is judged by."""
 

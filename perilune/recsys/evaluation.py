@@ -28,7 +28,7 @@ NEGATIVES = 99
 """Items beside the held-out one in protocol "sampled99"."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Ranks:
     """Where each user's held-out item ranks among its candidates."""
 

@@ -21,7 +21,7 @@ _KINDS = "biuf"
 """Kinds of numbers that arrays may hold."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class SparseMatrix:
     """The stored entries of a matrix; those that are zero are left out."""
 
