@@ -15,6 +15,7 @@ from perilune.ops.layout import SequenceLayout, as_layout
 from perilune.ops.loss import linear_cross_entropy, linear_logprobs
 from perilune.ops.moba import MobaRouting, moba_attention, moba_decode, moba_route
 from perilune.ops.moe import Routing, balance_bias_update, moe_experts, route, routed_scaling_factor
+from perilune.ops.multigraph import MultiGraph, propagate, propagate_mixed
 from perilune.ops.newton_schulz import newton_schulz
 from perilune.ops.norm import rms_norm, rms_norm_gated
 from perilune.ops.swiglu import swiglu
@@ -22,6 +23,7 @@ from perilune.ops.swiglu import swiglu
 __all__ = [
     "ContextLayout",
     "MobaRouting",
+    "MultiGraph",
     "Routing",
     "SequenceLayout",
     "as_layout",
@@ -42,6 +44,8 @@ __all__ = [
     "moba_route",
     "moe_experts",
     "newton_schulz",
+    "propagate",
+    "propagate_mixed",
     "rms_norm",
     "rms_norm_gated",
     "route",
