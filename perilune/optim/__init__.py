@@ -5,7 +5,7 @@ from perilune.optim.groups import parameter_groups
 from perilune.optim.muon import Muon
 from perilune.optim.muonclip import MuonClip
 from perilune.optim.qk_clip import ClipStats, QKClip, qk_clip_specs
-from perilune.optim.schedule import Phase, WSDSchedule, set_lr
+from perilune.optim.schedule import Phase, StaircaseSchedule, WSDSchedule, set_lr
 
 __all__ = [
     "ClipStats",
@@ -15,6 +15,7 @@ __all__ = [
     "Phase",
     "QKClip",
     "ScheduleConfig",
+    "StaircaseSchedule",
     "WSDSchedule",
     "build_optimizer",
     "parameter_groups",

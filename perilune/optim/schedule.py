@@ -159,6 +159,42 @@ class WSDSchedule:
         return self.phases[-1].end if progress >= 1 else self.lr_at(progress * self.total)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StaircaseSchedule:
+    """peak * factor^floor(step / interval): a rate that falls by a factor every so many steps.
+
+    >>> [round(StaircaseSchedule(peak=1.0, factor=0.5, interval=3).lr_at(step), 3) for step in (0, 2, 3, 7)]
+    [1.0, 1.0, 0.5, 0.25]
+
+    Source: CIGF's code (tf.train.exponential_decay with staircase).
+    """
+
+    peak: float
+    """Learning rate at step 0."""
+    factor: float
+    """In (0, 1]."""
+    interval: int
+    """Steps, >= 1."""
+
+    def __post_init__(self) -> None:
+        if not (self.peak >= 0 and math.isfinite(self.peak)):
+            raise ValueError(f"peak must be >= 0 and finite, got {self.peak}")
+        if not 0 < self.factor <= 1:
+            raise ValueError(f"factor must be in (0, 1], got {self.factor}")
+        if self.interval < 1:
+            raise ValueError(f"interval must be >= 1, got {self.interval}")
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of a step, counted from 0.
+
+        Raises:
+            ValueError: `step` is negative.
+        """
+        if step < 0:
+            raise ValueError(f"step must be >= 0, got {step}")
+        return self.peak * self.factor ** (step // self.interval)
+
+
 def set_lr(optimizer: Optimizer, lr: float) -> None:
     """Set the learning rate of every group to `lr` times the group's `lr_scale`, if it has one."""
     for group in optimizer.param_groups:

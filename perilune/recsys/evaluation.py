@@ -20,6 +20,7 @@ from perilune.recsys.data import NONE, InteractionData
 from perilune.seeding import derive_seed
 
 Protocol = Literal["full", "sampled99"]
+Split = Literal["test", "validation"]
 Ties = Literal["expected", "pessimistic", "optimistic"]
 Scorer = Callable[[np.ndarray], np.ndarray]
 """From users `[b]` to scores `[b, I]` of all items."""
@@ -84,56 +85,98 @@ def rank_held_out(
     data: InteractionData,
     *,
     protocol: Protocol,
-    split: Literal["test", "validation"] = "test",
+    split: Split = "test",
     seed: int = 0,
     batch: int = 256,
 ) -> Ranks:
-    """Rank each user's held-out item.
+    """Rank each user's held-out item; see `Ranker`, which ranks for several models."""
+    return Ranker(data, protocol=protocol, split=split, seed=seed).rank(score, batch)
+
+
+class Ranker:
+    """Ranks held-out items among candidates that are chosen once.
 
     Candidates of protocol "full" are all items but the user's purchases in training; with the test set the validation
     item, bought before, is left out too. Those of "sampled99" are the held-out item and `NEGATIVES` of the rest, fixed
     by seed and user.
-
-    Args:
-        score: a model. Scores that are not finite are refused.
-        data: what it was trained on.
-        protocol: which candidates.
-        split: which held-out items.
-        seed: of the sampled candidates.
-        batch: users at a time.
-
-    Raises:
-        DataError: there is no such split, or a score is no number.
     """
-    held_out = data.test if split == "test" else data.validation
-    if held_out is None:
-        raise DataError("there is no validation set; make one by hold_out")
-    bought = _bought(data, also=data.validation if split == "test" else None)
-    users = np.flatnonzero(held_out != NONE)
-    above, equal, candidates = np.zeros((3, len(users)), np.int64)
-    for start in range(0, len(users), batch):
-        part = users[start : start + batch]
-        scores = np.asarray(score(part))
-        if scores.shape != (len(part), data.num_items):
-            raise DataError(
-                f"the model gives scores of shape {scores.shape} for {len(part)} users and {data.num_items} items"
-            )
-        if not np.isfinite(scores).all():
-            raise DataError(f"the model's scores of user {part[~np.isfinite(scores).all(1)][0]} are not all finite")
-        for row, user in enumerate(part):
-            item = held_out[user]
-            if protocol == "full":
-                others = np.ones(data.num_items, bool)
-                others[bought(user)] = False
-                others[item] = False
-                rivals = scores[row, others]
+
+    def __init__(self, data: InteractionData, *, protocol: Protocol, split: Split = "test", seed: int = 0) -> None:
+        """Choose the candidates.
+
+        Args:
+            data: what models are trained on.
+            protocol: which candidates.
+            split: which held-out items.
+            seed: of the sampled candidates.
+
+        Raises:
+            DataError: there is no such split.
+        """
+        held_out = data.test if split == "test" else data.validation
+        if held_out is None:
+            raise DataError("there is no validation set; make one by hold_out")
+        self._num_items = data.num_items
+        self._bought = _Bought(data, also=data.validation if split == "test" else None)
+        self.users = np.flatnonzero(held_out != NONE)
+        """`[n]`, users with a held-out item."""
+        self.items = held_out[self.users]
+        """`[n]`, that item."""
+        self._sampled: list[np.ndarray] | None = None
+        if protocol == "sampled99":
+            self._sampled = [
+                sample_negatives(self._bought.of(int(user)), int(item), data.num_items, seed, int(user))
+                for user, item in zip(self.users, self.items, strict=True)
+            ]
+
+    def rank(self, score: Scorer, batch: int = 256) -> Ranks:
+        """Rank by a model's scores, `batch` users at a time.
+
+        Raises:
+            DataError: scores are of a wrong shape or not finite; the message names the first user.
+        """
+        above, equal, candidates = np.zeros((3, len(self.users)), np.int64)
+        for start in range(0, len(self.users), batch):
+            part = slice(start, min(start + batch, len(self.users)))
+            scores = self._checked(score(self.users[part]), self.users[part])
+            own = scores[np.arange(len(scores)), self.items[part]]
+            if self._sampled is None:
+                counts = self._among_all(scores, own, part)
             else:
-                rivals = scores[row, sample_negatives(bought(user), int(item), data.num_items, seed, int(user))]
-            place = start + row
-            above[place] = (rivals > scores[row, item]).sum()
-            equal[place] = (rivals == scores[row, item]).sum()
-            candidates[place] = 1 + len(rivals)
-    return Ranks(users=users, above=above, equal=equal, candidates=candidates)
+                counts = self._among_sampled(scores, own, self._sampled[part])
+            above[part], equal[part], candidates[part] = counts
+        return Ranks(users=self.users, above=above, equal=equal, candidates=candidates)
+
+    def _checked(self, scores: np.ndarray, users: np.ndarray) -> np.ndarray:
+        scores = np.asarray(scores)
+        if scores.shape != (len(users), self._num_items):
+            raise DataError(
+                f"the model gives scores of shape {scores.shape} for {len(users)} users and {self._num_items} items"
+            )
+        # Where the sum is finite every term is: most batches need no second look.
+        if not np.isfinite(scores.sum()) and not np.isfinite(scores).all():
+            raise DataError(f"the model's scores of user {users[~np.isfinite(scores).all(1)][0]} are not all finite")
+        return scores
+
+    def _among_all(self, scores: np.ndarray, own: np.ndarray, part: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        above, equal = (scores > own[:, None]).sum(1), (scores == own[:, None]).sum(1) - 1
+        rows, items = self._bought.pairs(self.users[part])
+        others = items != self.items[part][rows]
+        rows, items = rows[others], items[others]
+        bought = scores[rows, items]
+        above -= np.bincount(rows[bought > own[rows]], minlength=len(own))
+        equal -= np.bincount(rows[bought == own[rows]], minlength=len(own))
+        return above, equal, self._num_items - np.bincount(rows, minlength=len(own))
+
+    @staticmethod
+    def _among_sampled(
+        scores: np.ndarray, own: np.ndarray, sampled: Sequence[np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        rows = np.repeat(np.arange(len(sampled)), [len(items) for items in sampled])
+        rivals = scores[rows, np.concatenate([*sampled, np.zeros(0, np.int64)]).astype(np.int64)]
+        count = len(sampled)
+        above = np.bincount(rows[rivals > own[rows]], minlength=count)
+        return above, np.bincount(rows[rivals == own[rows]], minlength=count), 1 + np.bincount(rows, minlength=count)
 
 
 def sample_negatives(bought: np.ndarray, item: int, num_items: int, seed: int, user: int) -> np.ndarray:
@@ -146,13 +189,25 @@ def sample_negatives(bought: np.ndarray, item: int, num_items: int, seed: int, u
     return generator.choice(pool, min(NEGATIVES, len(pool)), replace=False)
 
 
-def _bought(data: InteractionData, also: np.ndarray | None) -> Callable[[int], np.ndarray]:
-    """What a user has bought: the pairs of the target, and an item of `also` `[U]`."""
-    target = data.target
-    bounds = np.searchsorted(target.users, np.arange(data.num_users + 1))
+class _Bought:
+    """What users have bought: the pairs of the target, and an item of `also` `[U]`; each item once."""
 
-    def of(user: int) -> np.ndarray:
-        items = target.items[bounds[user] : bounds[user + 1]]
-        return items if also is None or also[user] == NONE else np.append(items, also[user])
+    def __init__(self, data: InteractionData, also: np.ndarray | None) -> None:
+        users, items = data.target.users, data.target.items
+        if also is not None:
+            more = np.flatnonzero(also != NONE)
+            users, items = np.concatenate((users, more)), np.concatenate((items, also[more]))
+            order = np.argsort(users, kind="stable")
+            users, items = users[order], items[order]
+        self._items, self._bounds = items, np.searchsorted(users, np.arange(data.num_users + 1))
 
-    return of
+    def of(self, user: int) -> np.ndarray:
+        """Return the items of one user."""
+        return self._items[self._bounds[user] : self._bounds[user + 1]]
+
+    def pairs(self, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return places in `users` and items, of all their purchases."""
+        counts = self._bounds[users + 1] - self._bounds[users]
+        rows = np.repeat(np.arange(len(users)), counts)
+        starts = np.repeat(self._bounds[users] - (np.cumsum(counts) - counts), counts)
+        return rows, self._items[starts + np.arange(len(rows))]

@@ -1,0 +1,186 @@
+"""CIGF: high-order relations between instances by compressed interaction graphs, and experts with separate input.
+
+Source: Guo et al., Compressed Interaction Graph based Framework for Multi-behavior Recommendation (2303.02418).
+"""
+
+# N nodes  K behaviours  d width  L hops  H heads
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from perilune.ops.multigraph import propagate, propagate_mixed
+from perilune.recsys.config import CIGFConfig
+from perilune.recsys.data import InteractionData
+from perilune.recsys.decoders import MESI, XavierLinear, build_head
+from perilune.recsys.graphs import build_graph, check_behaviors
+from perilune.recsys.recommender import Recommender
+
+
+class CIGF(Recommender):
+    """CIGCN (eq. 6-9) and a decoder, MESI by default (eq. 10-12).
+
+    Later hops mix all behaviours with weights of the node that receives them, so that every path u -a-> i -b-> u' ...
+    counts by its types, and no product of adjacency matrices is formed.
+    """
+
+    def __init__(self, config: CIGFConfig, data: InteractionData) -> None:
+        """Make a model for data; `nn.initialize` fills it.
+
+        Raises:
+            DataError: the configuration names a behaviour that is not in the data.
+        """
+        super().__init__(data.num_users, data.num_items, tuple(data.behaviors), config.dim)
+        check_behaviors(data, config.graph_behaviors or ())
+        self.config = config
+        self.graph = build_graph(
+            data, norm=config.norm, behaviors=config.graph_behaviors, hide_target_pairs=config.hide_target_pairs
+        )
+        self.attn = nn.ModuleDict(
+            {
+                str(k): nn.ModuleDict(
+                    {str(hop): _Attention(config, len(self.behaviors)) for hop in range(1, config.layers)}
+                )
+                for k in range(len(self.behaviors))
+            }
+            if config.cross_behavior and config.attention != "uniform"
+            else {}
+        )
+        self.encoder = _Encoder(config)
+        self.decoder = build_head(config, len(self.behaviors))
+
+    def _apply(self, fn, recurse: bool = True):  # pyright: ignore
+        moved = super()._apply(fn, recurse)
+        self.graph = self.graph.to(self.user_embedding.weight.device)
+        return moved
+
+    def tables(self) -> Tensor:
+        """Return X*_k `[N, K, d]`: X*_k = (L + 1) X + sum_m (L + 1 - m) E^m_k (eq. 8 and 9 in closed form)."""
+        embeddings, config = self.embeddings(), self.config
+        hops = self._paper_hops(embeddings) if config.order == "paper" else self._official_hops(embeddings)
+        own = 1 if not config.cross_behavior else config.layers + 1
+        total = (own * embeddings)[:, None, :]
+        for hop, found in enumerate(hops, start=1):
+            weight = 1 if not config.cross_behavior else config.layers + 1 - hop
+            total = total + weight * self.encoder(found, embeddings, hop)
+        return total
+
+    def attention(self, embeddings: Tensor, hop: int) -> Tensor:
+        """Return alpha `[N, K, K]` (node, start behaviour, behaviour of this hop) of hop `hop` + 1 (eq. 5)."""
+        count = len(self.behaviors)
+        if self.config.attention == "uniform":
+            return embeddings.new_full((len(embeddings), count, count), 1 / count)
+        layers = [self._layer(k, hop) for k in range(count)]
+        return torch.stack([layer(embeddings) for layer in layers], 1)
+
+    def logits(self, x: Tensor, y: Tensor, task: int) -> Tensor:
+        """See `Recommender`."""
+        return self.decoder(x, y, task)
+
+    def score(self, x: Tensor, y: Tensor, task: int) -> Tensor:
+        """See `Recommender`."""
+        return self.decoder.score(x, y, task)
+
+    def decayed(self) -> list[Tensor]:
+        """Return embeddings, attention's matrices and the decoder's."""
+        matrices = [p for p in self.attn.parameters() if p.ndim == 2]
+        return [*super().decayed(), *matrices, *self.decoder.decayed()]
+
+    @torch.no_grad()
+    def collapse(self, pairs: int = 4096, seed: int = 0) -> dict[str, float]:
+        """Tell how much attention and gate vary: means, and standard deviations over nodes and over pairs.
+
+        A deviation near 0 says that "node-level" weights are one learned constant per behaviour.
+        """
+        embeddings = self.embeddings()
+        found: dict[str, float] = {}
+        if self.config.cross_behavior:
+            for hop in range(1, self.config.layers):
+                alpha = self.attention(embeddings, hop)
+                found[f"alpha_mean_{hop + 1}"] = float(alpha.mean())
+                found[f"alpha_std_{hop + 1}"] = float(alpha.std(0, correction=0).mean())
+        if isinstance(self.decoder, MESI) and self.num_users and self.num_items:
+            tables = self.tables()
+            generator = torch.Generator().manual_seed(seed)
+            users = torch.randint(self.num_users, (pairs,), generator=generator).to(tables.device)
+            items = torch.randint(self.num_items, (pairs,), generator=generator).to(tables.device)
+            gates = self.decoder.gates(tables[users], tables[self.num_users + items], self.tasks[-1])
+            found["gate_std"] = float(gates.std(0, correction=0).mean())
+            found |= {f"gate_{name}": float(g) for name, g in zip(self.behaviors, gates.mean(0), strict=True)}
+        return found
+
+    def _official_hops(self, embeddings: Tensor) -> list[Tensor]:
+        """E^1 = Â_k X, E^l = sum_j diag(alpha^l_kj) Â_j E^{l-1}: behaviour k acts first on the embeddings."""
+        hops = [propagate(embeddings, self.graph)]
+        for hop in range(1, self.config.layers):
+            if self.config.cross_behavior:
+                hops.append(propagate_mixed(hops[-1], self.graph, self.attention(embeddings, hop)))
+            else:
+                hops.append(propagate(hops[-1], self.graph))
+        return hops
+
+    def _paper_hops(self, embeddings: Tensor) -> list[Tensor]:
+        """E^l = Â_k C^2 ... C^l X with C^l = sum_j diag(alpha^l_kj) Â_j: behaviour k is the step at the node itself."""
+        spread = embeddings[:, None, :].expand(-1, len(self.behaviors), -1).contiguous()
+        mixed = {hop: self.attention(embeddings, hop) for hop in range(1, self.config.layers)}
+        hops = []
+        for last in range(1, self.config.layers + 1):
+            walked = spread
+            for hop in range(last - 1, 0, -1):
+                walked = propagate_mixed(walked, self.graph, mixed[hop])
+            hops.append(propagate(walked, self.graph))
+        return hops
+
+    def _layer(self, behavior: int, hop: int) -> _Attention:
+        layers = self.attn[str(behavior)]
+        assert isinstance(layers, nn.ModuleDict)
+        layer = layers[str(hop)]
+        assert isinstance(layer, _Attention)
+        return layer
+
+
+class _Attention(XavierLinear):
+    """alpha = sum over heads of LeakyReLU(W x + b), from the initial embedding; neither softmax nor a sum of 1."""
+
+    def __init__(self, config: CIGFConfig, num_behaviors: int) -> None:
+        super().__init__(config.dim, config.heads * num_behaviors)
+        self.kind, self.slope, self.heads = config.attention, config.leaky_slope, config.heads
+        if self.kind == "global":
+            self.weight.requires_grad_(False)
+
+    def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor | None:
+        if self.kind == "global" and name == "weight":
+            return torch.zeros(shape)
+        return super().initial_value(name, shape, generator)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[N, d]` to `[N, K]`."""
+        logits = super().forward(input).unflatten(-1, (self.heads, -1))
+        weights = logits.softmax(-1) if self.kind == "softmax" else F.leaky_relu(logits, self.slope)
+        return weights.sum(-2)
+
+
+class _Encoder(nn.Module):
+    """What a hop's sums go through before they are added up; the next hop goes on from the sums themselves."""
+
+    def __init__(self, config: CIGFConfig) -> None:
+        super().__init__()
+        self.kind, self.slope = config.encoder, config.leaky_slope
+        hops = config.layers if config.encoder in ("gcn", "ngcf") else 0
+        self.W_gc = nn.ModuleList(nn.Linear(config.dim, config.dim) for _ in range(hops))
+        self.W_bi = nn.ModuleList(
+            nn.Linear(config.dim, config.dim) for _ in range(hops if config.encoder == "ngcf" else 0)
+        )
+
+    def forward(self, sums: Tensor, embeddings: Tensor, hop: int) -> Tensor:
+        """`[N, K, d]` of hop `hop`, counted from 1, to the same shape."""
+        if self.kind == "lightgcn":
+            return sums
+        if self.kind == "lrgccf":
+            return F.leaky_relu(sums, self.slope)
+        encoded = F.leaky_relu(self.W_gc[hop - 1](sums), self.slope)
+        if self.kind == "gcn":
+            return encoded
+        return encoded + F.leaky_relu(self.W_bi[hop - 1](embeddings[:, None, :] * encoded), self.slope)

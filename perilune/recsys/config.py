@@ -1,0 +1,183 @@
+"""Typed settings of recommenders and of how they are trained."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from perilune.ops.multigraph import Norm
+
+Encoder = Literal["lightgcn", "lrgccf", "gcn", "ngcf"]
+Order = Literal["official", "paper"]
+Attention = Literal["node", "global", "uniform", "softmax"]
+DecoderName = Literal["mesi", "bilinear", "dot", "shared_bottom", "shared_bottom_linear", "mmoe", "ple"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CIGFConfig:
+    """CIGF: compressed interaction graphs, and experts with separate input; defaults are the official code's."""
+
+    kind: Literal["cigf"] = "cigf"
+    """Tag of this model."""
+    dim: int = 16
+    """d, width of an embedding."""
+    layers: int = 2
+    """L, hops; >= 1."""
+    heads: int = 1
+    """H, weighted sums of graphs that are added up at each hop from the second on."""
+    norm: Norm = "left"
+    """How graphs are normalised: left (means over neighbours), right, sym (LightGCN's) or none."""
+    encoder: Encoder = "lightgcn"
+    """What a hop's result goes through before it is summed up: nothing (lightgcn), or as in LR-GCCF, GCN or NGCF."""
+    cross_behavior: bool = True
+    """Whether later hops mix behaviours; without it each behaviour has its own LightGCN (ablation "w/o CIGCN")."""
+    order: Order = "official"
+    """Whether the first behaviour acts on the embeddings (official code) or at the node that is represented (paper)."""
+    attention: Attention = "node"
+    """Weights of behaviours: from the node's embedding (eq. 5), the same for all nodes, 1/K, or node with a softmax."""
+    leaky_slope: float = 0.1
+    """Slope of LeakyReLU below 0."""
+    decoder: DecoderName = "mesi"
+    """How representations become scores."""
+    gate_sharing: Literal["shared", "per_task"] = "shared"
+    """Whether MESI's gate has one set of weights (official code) or one for each task."""
+    tower: Literal["sum", "mean"] = "sum"
+    """Whether MESI sums products over d or averages them (paper; then `logit_scale` means d times as much)."""
+    logit_scale: float = 300.0
+    """Factor of scores; embeddings are tiny under `l2`."""
+    n_experts: int = 3
+    """Experts of mmoe; for ple, 3 means one shared and one of the task's own, anything else one and two."""
+    graph_behaviors: tuple[str, ...] | None = None
+    """Behaviours whose pairs are edges; without it all."""
+    hide_target_pairs: bool = False
+    """Whether other behaviours lose the edges that the target has too: what is predicted then has no edge of its own
+    there, as in the protocol "clean"."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, dim=self.dim, layers=self.layers, heads=self.heads, n_experts=self.n_experts)
+        _choice("norm", self.norm, Norm)
+        _choice("encoder", self.encoder, Encoder)
+        _choice("order", self.order, Order)
+        _choice("attention", self.attention, Attention)
+        _choice("decoder", self.decoder, DecoderName)
+        _require(0 <= self.leaky_slope <= 1, "leaky_slope", "in [0, 1]", self.leaky_slope)
+        _positive(logit_scale=self.logit_scale)
+        plain = self.cross_behavior or (self.order == "official" and self.encoder == "lightgcn" and self.heads == 1)
+        _require(plain, "cross_behavior", "true with order, encoder or heads changed", self.cross_behavior)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FactorConfig:
+    """BPR-MF (no layers) and LightGCN on the target's pairs, or on those of several behaviours."""
+
+    kind: Literal["mf", "lightgcn"] = "lightgcn"
+    """Tag of this model: mf has no graph."""
+    dim: int = 64
+    """Width of an embedding."""
+    layers: int = 3
+    """Hops of lightgcn; not read by mf."""
+    norm: Norm = "sym"
+    """How lightgcn's graph is normalised."""
+    graph_behaviors: tuple[str, ...] | None = None
+    """Behaviours whose pairs, taken together, are lightgcn's edges; without it the target's alone."""
+    logit_scale: float = 1.0
+    """Factor of scores."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, dim=self.dim, layers=self.layers)
+        _choice("norm", self.norm, Norm)
+        _positive(logit_scale=self.logit_scale)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MBGCNConfig:
+    """MBGCN's scheme: users weigh behaviours by how often they show them, and items know items by behaviour."""
+
+    kind: Literal["mbgcn"] = "mbgcn"
+    """Tag of this model."""
+    dim: int = 64
+    """Width of an embedding."""
+    layers: int = 2
+    """Hops."""
+    item_share: float = 0.5
+    """Weight of the score by items that the user has, in [0, 1]; the rest is that of user and item."""
+    logit_scale: float = 1.0
+    """Factor of scores."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, dim=self.dim, layers=self.layers)
+        _require(0 <= self.item_share <= 1, "item_share", "in [0, 1]", self.item_share)
+        _positive(logit_scale=self.logit_scale)
+
+
+RecommenderConfig = CIGFConfig | FactorConfig | MBGCNConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitConfig:
+    """How a recommender is trained: BPR on batches of users; defaults are the official code's."""
+
+    epochs: int = 100
+    """Passes over `users_per_epoch` users."""
+    users_per_epoch: int = 10_000
+    """Users drawn for an epoch, at most all."""
+    batch_users: int = 256
+    """Users of a step."""
+    samples_per_user: int = 40
+    """Most positives that a user gives to a step, for each behaviour, and as many negatives."""
+    lr: float = 1e-3
+    """Adam's learning rate."""
+    lr_decay: float = 0.96
+    """Factor of the rate every `decay_steps`, in (0, 1]."""
+    decay_steps: int | None = None
+    """Steps between decays; without it an epoch's whole batches."""
+    l2: float = 1e-2
+    """lambda, weight of the sum of squares of embeddings and of the matrices of attention and decoder."""
+    behavior_weights: dict[str, float] | None = None
+    """Weight of each behaviour's loss; 1 for those that are not named."""
+    eval_interval: int = 3
+    """Epochs between evaluations on the validation set; 0: none before the end."""
+    patience: int | None = None
+    """Evaluations without a better validation score after which training ends; without it all epochs run."""
+    log_interval: int = 1
+    """Epochs between lines of metrics."""
+    checkpoint_interval_s: float = 60.0
+    """Seconds between checkpoints; the last state is always kept."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto: a GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, epochs=self.epochs, users_per_epoch=self.users_per_epoch, batch_users=self.batch_users)
+        _at_least(1, samples_per_user=self.samples_per_user, log_interval=self.log_interval)
+        _at_least(0, eval_interval=self.eval_interval)
+        _require(self.decay_steps is None or self.decay_steps >= 1, "decay_steps", ">= 1", self.decay_steps)
+        _require(self.patience is None or self.patience >= 1, "patience", ">= 1", self.patience)
+        _require(
+            self.patience is None or self.eval_interval > 0, "patience", "absent without eval_interval", self.patience
+        )
+        _require(0 < self.lr_decay <= 1, "lr_decay", "in (0, 1]", self.lr_decay)
+        _positive(lr=self.lr)
+        for name, value in {"l2": self.l2, "checkpoint_interval_s": self.checkpoint_interval_s}.items():
+            _require(0 <= value < math.inf, name, "finite and >= 0", value)
+        for name, value in (self.behavior_weights or {}).items():
+            _require(0 <= value < math.inf, f"behavior_weights.{name}", "finite and >= 0", value)
+
+
+def _require(is_met: bool, name: str, wanted: str, value: object) -> None:
+    if not is_met:
+        raise ValueError(f"{name} must be {wanted}, got {value}")
+
+
+def _at_least(least: int, **values: int) -> None:
+    for name, value in values.items():
+        _require(value >= least, name, f">= {least}", value)
+
+
+def _positive(**values: float) -> None:
+    for name, value in values.items():
+        _require(0 < value < math.inf, name, "finite and > 0", value)
+
+
+def _choice(name: str, value: str, allowed: object) -> None:
+    _require(value in get_args(allowed), name, f"one of {', '.join(get_args(allowed))}", repr(value))

@@ -1,0 +1,73 @@
+"""From pairs to the multigraph that models propagate over: users are nodes 0 to U - 1, item i is node U + i."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+import torch
+
+from perilune.errors import DataError
+from perilune.ops.multigraph import MultiGraph, Norm
+from perilune.recsys.data import InteractionData, Interactions
+
+
+def build_graph(
+    data: InteractionData,
+    *,
+    norm: Norm = "left",
+    behaviors: Collection[str] | None = None,
+    hide_target_pairs: bool = False,
+) -> MultiGraph:
+    """Return one graph per behaviour.
+
+    Args:
+        data: K behaviours over U users and I items.
+        norm: how graphs are normalised.
+        behaviors: those whose pairs are edges; the graphs of the others are empty. None: all.
+        hide_target_pairs: whether other behaviours lose the pairs that the target has too.
+
+    Raises:
+        DataError: a behaviour is not in the data.
+    """
+    check_behaviors(data, behaviors or ())
+    edges = []
+    for name, pairs in data.behaviors.items():
+        if behaviors is not None and name not in behaviors:
+            pairs = pairs.where(np.zeros(len(pairs), bool))
+        elif hide_target_pairs and name != data.target_name:
+            pairs = pairs.where(~_contained(pairs, data.target, data.num_items))
+        edges.append((torch.from_numpy(pairs.users), torch.from_numpy(pairs.items) + data.num_users))
+    return MultiGraph.of(edges, num_nodes=data.num_users + data.num_items, norm=norm)
+
+
+def build_union(data: InteractionData, *, norm: Norm, behaviors: Collection[str]) -> MultiGraph:
+    """Return one graph whose edges are the pairs of some behaviours, each once.
+
+    Raises:
+        DataError: a behaviour is not in the data.
+    """
+    check_behaviors(data, behaviors)
+    keys = np.unique(np.concatenate([_keys(data.behaviors[name], data.num_items) for name in behaviors]))
+    users, items = np.divmod(keys, max(1, data.num_items))
+    edges = (torch.from_numpy(users), torch.from_numpy(items) + data.num_users)
+    return MultiGraph.of([edges], num_nodes=data.num_users + data.num_items, norm=norm)
+
+
+def check_behaviors(data: InteractionData, names: Collection[str]) -> None:
+    """Refuse names that are no behaviours of the data.
+
+    Raises:
+        DataError: the message lists those that are.
+    """
+    unknown = [name for name in names if name not in data.behaviors]
+    if unknown:
+        raise DataError(f"no behaviour {unknown[0]!r} in the data; there are: {', '.join(data.behaviors)}")
+
+
+def _contained(pairs: Interactions, others: Interactions, num_items: int) -> np.ndarray:
+    return np.isin(_keys(pairs, num_items), _keys(others, num_items), assume_unique=True)
+
+
+def _keys(pairs: Interactions, num_items: int) -> np.ndarray:
+    return pairs.users.astype(np.int64) * num_items + pairs.items
