@@ -47,8 +47,9 @@ class Head(nn.Module):
         """
         raise NotImplementedError
 
+    @torch.no_grad()
     def score(self, x: Tensor, y: Tensor, task: int) -> Tensor:
-        """Score every item for every user: `[b, K, d]` and `[I, K, d]` give `[b, I]`."""
+        """Score every item for every user, without gradients: `[b, K, d]` and `[I, K, d]` give `[b, I]`."""
         rows = max(1, _SCORED_AT_ONCE // max(1, y.numel()))
         parts = [
             self(part[:, None].expand(-1, len(y), -1, -1), y.expand(len(part), -1, -1, -1), task)
@@ -89,16 +90,19 @@ class MESI(Head):
         """See `Head`."""
         return self.scale * ((x * y).sum(-1) * self.gates(x, y, task)).sum(-1)
 
+    @torch.no_grad()
     def score(self, x: Tensor, y: Tensor, task: int) -> Tensor:
-        """See `Head`; one `[b, I]` matrix at a time."""
+        """See `Head`; matrices `[b, I]` in place of the pairs' rows."""
         gate, d = self.gate_of(task), x.shape[-1]
         of_user = F.linear(x[:, task], gate.weight[:, :d], gate.bias)
         of_item = F.linear(y[:, task], gate.weight[:, d:])
-        # Shifted by bounds of each user's largest logit, so that no exponential overflows.
-        of_user = of_user - (of_user + of_item.amax(0)).amax(1, keepdim=True)
-        total, mass = x.new_zeros(len(x), len(y)), x.new_zeros(len(x), len(y))
-        for j in range(x.shape[1]):
-            weight = (of_user[:, j, None] + of_item[None, :, j]).exp_()
+        logits = [of_user[:, j, None] + of_item[None, :, j] for j in range(x.shape[1])]
+        largest = logits[0].clone()
+        for other in logits[1:]:
+            torch.maximum(largest, other, out=largest)
+        total, mass = torch.zeros_like(largest), torch.zeros_like(largest)
+        for j, logit in enumerate(logits):
+            weight = logit.sub_(largest).exp_()
             mass += weight
             total.addcmul_(weight, x[:, j] @ y[:, j].T)
         return total.div_(mass).mul_(self.scale)

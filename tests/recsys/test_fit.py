@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from perilune.errors import CheckpointError, DataError, NumericsError
+from perilune.nn import initialize
+from perilune.recsys.cigf import CIGF
+from perilune.recsys.config import CIGFConfig, FactorConfig, FitConfig, MBGCNConfig, RecommenderConfig
+from perilune.recsys.data import InteractionData
+from perilune.recsys.fit import bpr_loss, fit
+from perilune.recsys.models import build_recommender
+from perilune.recsys.recommender import Recommender
+from perilune.recsys.sampling import Triples
+from perilune.report import MetricsLog, read_metrics
+from perilune.train import CheckpointStore, TrainContext
+from tests.recsys.cases import model_of, small_data
+
+SETTINGS = FitConfig(epochs=6, batch_users=3, samples_per_user=4, lr=1e-2, eval_interval=2, checkpoint_interval_s=0)
+
+
+def _data(seed: int = 0) -> InteractionData:
+    return small_data(num_users=12, num_items=20, seed=seed).hold_out(0, least=2)
+
+
+def _model(data: InteractionData, config: RecommenderConfig | None = None) -> Recommender:
+    return build_recommender(config or CIGFConfig(dim=4), data, seed=0)
+
+
+def test_the_loss_is_the_mean_of_softplus_of_differences() -> None:
+    data = small_data()
+    model = model_of(data)
+    tables = model.tables()
+    triples = Triples(users=torch.tensor([0, 2]), positives=torch.tensor([1, 3]), negatives=torch.tensor([4, 5]))
+    losses = []
+    for user, positive, negative in ((0, 1, 4), (2, 3, 5)):
+        x = tables[user : user + 1]
+        seen, unseen = (model.logits(x, tables[7 + i : 8 + i], 1) for i in (positive, negative))
+        losses.append(-torch.log(torch.sigmoid(seen - unseen)))
+    torch.testing.assert_close(bpr_loss(model, tables, triples, 1), torch.cat(losses).mean())
+    nothing = Triples(users=torch.zeros(0).long(), positives=torch.zeros(0).long(), negatives=torch.zeros(0).long())
+    assert bpr_loss(model, tables, nothing, 1).item() == 0
+
+
+def test_a_step_is_adam_on_the_loss_and_the_sum_of_squares() -> None:
+    """Adam sees 2 lambda theta in the gradient of embeddings, attention and gate, and nothing of it elsewhere."""
+    data = small_data(density=0.3)
+    config = replace(SETTINGS, epochs=1, batch_users=100, l2=0.05, lr=1e-3, eval_interval=0)
+    ours, theirs = (initialize(CIGF(CIGFConfig(dim=4), data), seed=3) for _ in range(2))
+    from perilune.recsys.fit import _Trainer
+    from perilune.seeding import make_generator
+
+    reference = _Trainer(theirs, data, config, TrainContext(), 0)  # pyright: ignore[reportArgumentType]
+    fit(ours, data, config, seed=0)  # pyright: ignore[reportArgumentType]
+    decayed = {id(p) for p in theirs.decayed()}  # pyright: ignore
+    groups = [
+        {"params": [p for p in theirs.parameters() if id(p) in decayed], "weight_decay": 2 * config.l2},
+        {"params": [p for p in theirs.parameters() if id(p) not in decayed], "weight_decay": 0.0},
+    ]
+    adam = torch.optim.Adam(groups, lr=1e-3, betas=(0.9, 0.999), eps=1e-8)
+    users = reference.plan.epoch(0)[0]
+    reference.step_loss(users, make_generator(0, "recsys", "triples", 0)).backward()
+    adam.step()
+    assert len(groups[0]["params"]) == 2 + 3 + 1
+    for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        # A gradient that is zero but for rounding moves by lr times a sign.
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CIGFConfig(dim=8), CIGFConfig(dim=8, order="paper"), CIGFConfig(dim=8, decoder="mmoe"),
+        FactorConfig(kind="mf", dim=8), FactorConfig(dim=8), MBGCNConfig(dim=8),
+    ],
+)  # fmt: skip
+def test_training_lowers_the_loss_of_every_model(config: RecommenderConfig) -> None:
+    data = small_data(num_users=20, num_items=30, density=0.15)
+    model = _model(data, config)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    first = fit(_model(data, config), data, replace(SETTINGS, epochs=1, eval_interval=0, l2=0.0)).loss
+    last = fit(model, data, replace(SETTINGS, epochs=60, eval_interval=0, l2=0.0)).loss
+    assert last < 0.8 * first
+    still = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
+    # A task's own constant cancels in a difference of scores.
+    assert still <= {"decoder.tower.bias"}
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not() -> None:
+    data = _data()
+    weights = []
+    for seed in (0, 0, 1):
+        model = _model(data)
+        fit(model, data, SETTINGS, seed=seed)
+        weights.append(model.item_embedding.weight.detach())
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    data = _data()
+    whole = _model(data)
+    expected = fit(whole, data, SETTINGS)
+
+    asked = iter([False, False, True, *[False] * 99])
+    with MetricsLog(tmp_path / "metrics.jsonl") as metrics:
+        context = TrainContext(store=CheckpointStore(tmp_path / "store"), metrics=metrics, config_hash="a")
+        stopped = TrainContext(
+            store=context.store, metrics=metrics, config_hash="a", should_stop=lambda: next(asked),
+            stopped=lambda: InterruptedError("stopped"),
+        )  # fmt: skip
+        with pytest.raises(InterruptedError):
+            fit(_model(data), data, SETTINGS, stopped)
+        resumed = _model(data)
+        result = fit(resumed, data, SETTINGS, context)
+    assert (result.epochs, result.steps, result.loss) == (6, expected.steps, expected.loss)
+    assert result.validation == expected.validation
+    assert result.best_epoch == expected.best_epoch
+    for mine, other in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(mine, other)
+    assert [record.step for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(CheckpointError, match="was written with settings or data a, these are b"):
+        fit(_model(data), data, SETTINGS, replace(context, config_hash="b", metrics=None))
+
+
+def test_the_best_epoch_is_kept_and_patience_ends_the_wait() -> None:
+    data = _data()
+    model = _model(data)
+    config = replace(SETTINGS, epochs=200, eval_interval=1, patience=3, lr=0.3)
+    result = fit(model, data, config)
+    assert result.best_epoch is not None
+    assert result.epochs == result.best_epoch + 3 < 200
+    from perilune.recsys.evaluation import Ranker
+
+    found = Ranker(data, protocol="full", split="validation").rank(model.scorer()).summary((10,))
+    assert found == pytest.approx(result.validation)
+
+
+def test_the_test_set_is_never_looked_at() -> None:
+    data = _data()
+    other = replace(data, test=np.full_like(data.test, -1))
+    models = []
+    for seen in (data, other):
+        models.append(_model(seen))
+        fit(models[-1], seen, SETTINGS)
+    assert torch.equal(models[0].item_embedding.weight, models[1].item_embedding.weight)
+
+
+def test_a_behavior_without_pairs_leaves_no_nan() -> None:
+    data = small_data(empty=("cart",))
+    model = _model(data)
+    assert math.isfinite(fit(model, data, replace(SETTINGS, eval_interval=0)).loss)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_weight_of_zero_leaves_a_behavior_out_of_the_loss() -> None:
+    data = _data()
+    models = []
+    for weights in ({"view": 0.0, "cart": 0.0}, {"view": 0.0, "cart": 0.0, "buy": 1.0}, None):
+        models.append(_model(data))
+        fit(models[-1], data, replace(SETTINGS, behavior_weights=weights))
+    assert torch.equal(models[0].item_embedding.weight, models[1].item_embedding.weight)
+    assert not torch.equal(models[0].item_embedding.weight, models[2].item_embedding.weight)
+    with pytest.raises(DataError, match="no behaviour 'pv'"):
+        fit(_model(data), data, replace(SETTINGS, behavior_weights={"pv": 1.0}))
+
+
+def test_a_loss_that_is_no_number_is_said() -> None:
+    data = _data()
+    model = _model(data)
+    with torch.no_grad():
+        model.user_embedding.weight.fill_(float("nan"))
+    with pytest.raises(NumericsError, match="epoch 1: the loss is nan; lower lr"):
+        fit(model, data, SETTINGS)
