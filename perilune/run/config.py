@@ -25,14 +25,14 @@ STRICT = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-def _require(is_right: bool, name: str, rule: str, value: object) -> None:
+def require(is_right: bool, name: str, rule: str, value: object) -> None:
     if not is_right:
         raise ValueError(f"{name} must be {rule}, got {value!r}")
 
 
-def _require_at_least(lowest: int, **values: int) -> None:
+def require_at_least(lowest: int, **values: int) -> None:
     for name, value in values.items():
-        _require(value >= lowest, name, f">= {lowest}", value)
+        require(value >= lowest, name, f">= {lowest}", value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +45,7 @@ class TokenizerConfig:
     """Most bytes of the corpus that it is trained on."""
 
     def __post_init__(self) -> None:
-        _require_at_least(1, train_bytes=self.train_bytes)
+        require_at_least(1, train_bytes=self.train_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,11 +75,11 @@ class EvaluationConfig:
     """Greedy responses that are kept to be read, to the same prompts after each stage."""
 
     def __post_init__(self) -> None:
-        _require_at_least(1, context=self.context, text_bytes=self.text_bytes, problems=self.problems)
-        _require_at_least(1, loss_parts=self.loss_parts)
-        _require_at_least(1, max_response_tokens=self.max_response_tokens)
-        _require_at_least(0, samples=self.samples, transcripts=self.transcripts)
-        _require(0 < self.temperature < float("inf"), "temperature", "finite and > 0", self.temperature)
+        require_at_least(1, context=self.context, text_bytes=self.text_bytes, problems=self.problems)
+        require_at_least(1, loss_parts=self.loss_parts)
+        require_at_least(1, max_response_tokens=self.max_response_tokens)
+        require_at_least(0, samples=self.samples, transcripts=self.transcripts)
+        require(0 < self.temperature < float("inf"), "temperature", "finite and > 0", self.temperature)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +101,7 @@ class PretrainStage:
     blocks; without it layers read what they did at the end of the stage before."""
 
     def __post_init__(self) -> None:
-        _require_at_least(1, context=self.context, windows=self.windows)
+        require_at_least(1, context=self.context, windows=self.windows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +127,7 @@ class SyntheticStage:
     blocks; without it layers read what they did at the end of the stage before."""
 
     def __post_init__(self) -> None:
-        _require_at_least(1, sequences=self.sequences, evaluation_sequences=self.evaluation_sequences)
+        require_at_least(1, sequences=self.sequences, evaluation_sequences=self.evaluation_sequences)
         for name in self.evaluation_tasks:
             if name.startswith("part_"):
                 raise ValueError(
@@ -170,9 +170,9 @@ class SFTStage:
     reinforcement learning see one model; false: what they read in pre-training."""
 
     def __post_init__(self) -> None:
-        _require_at_least(1, examples=self.examples, batch_tokens=self.batch_tokens)
-        _require(0 <= self.short_share < 1, "short_share", "in [0, 1)", self.short_share)
-        _require(0 <= self.text_share < 1, "text_share", "in [0, 1)", self.text_share)
+        require_at_least(1, examples=self.examples, batch_tokens=self.batch_tokens)
+        require(0 <= self.short_share < 1, "short_share", "in [0, 1)", self.short_share)
+        require(0 <= self.text_share < 1, "text_share", "in [0, 1)", self.text_share)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,7 +189,7 @@ class CurateStage:
     """The rules."""
 
     def __post_init__(self) -> None:
-        _require_at_least(1, problems=self.problems)
+        require_at_least(1, problems=self.problems)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,9 +228,9 @@ class ShortRLStage:
     """Weight of the length reward, on from the start, in [0, 2)."""
 
     def __post_init__(self) -> None:
-        _require(self.rl.length == LengthConfig(), "rl.length", "left out (length_weight decides)", self.rl.length)
-        _require(0 < self.length_fraction <= 1, "length_fraction", "in (0, 1]", self.length_fraction)
-        _require(0 <= self.length_weight < 2, "length_weight", "in [0, 2)", self.length_weight)
+        require(self.rl.length == LengthConfig(), "rl.length", "left out (length_weight decides)", self.rl.length)
+        require(0 < self.length_fraction <= 1, "length_fraction", "in (0, 1]", self.length_fraction)
+        require(0 <= self.length_weight < 2, "length_weight", "in [0, 2)", self.length_weight)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,7 +247,7 @@ class MergeStage:
     """Share of the long model in the average, in [0, 1]."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.long_share <= 1, "long_share", "in [0, 1]", self.long_share)
+        require(0 <= self.long_share <= 1, "long_share", "in [0, 1]", self.long_share)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,9 +270,9 @@ class RejectionStage:
     """Most tokens of a batch."""
 
     def __post_init__(self) -> None:
-        _require_at_least(1, problems=self.problems, max_response_tokens=self.max_response_tokens)
-        _require_at_least(1, batch_tokens=self.batch_tokens)
-        _require_at_least(2, samples=self.samples)
+        require_at_least(1, problems=self.problems, max_response_tokens=self.max_response_tokens)
+        require_at_least(1, batch_tokens=self.batch_tokens)
+        require_at_least(2, samples=self.samples)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -303,16 +303,16 @@ class DPOStage:
     """Weight of the likelihood of the chosen responses in the loss."""
 
     def __post_init__(self) -> None:
-        _require_at_least(1, problems=self.problems, max_response_tokens=self.max_response_tokens)
-        _require_at_least(1, batch_tokens=self.batch_tokens, max_negatives=self.max_negatives)
-        _require_at_least(2, samples=self.samples)
-        _require(1 <= self.ratio < float("inf"), "ratio", "finite and >= 1", self.ratio)
+        require_at_least(1, problems=self.problems, max_response_tokens=self.max_response_tokens)
+        require_at_least(1, batch_tokens=self.batch_tokens, max_negatives=self.max_negatives)
+        require_at_least(2, samples=self.samples)
+        require(1 <= self.ratio < float("inf"), "ratio", "finite and >= 1", self.ratio)
         has_schedule = bool(self.train.attn_schedule)
-        _require(
+        require(
             not has_schedule, "train.attn_schedule", "left out (the reference reads as at the start)", has_schedule
         )
-        _require(0 < self.beta < float("inf"), "beta", "finite and > 0", self.beta)
-        _require(0 <= self.sft_weight < float("inf"), "sft_weight", "finite and >= 0", self.sft_weight)
+        require(0 < self.beta < float("inf"), "beta", "finite and > 0", self.beta)
+        require(0 <= self.sft_weight < float("inf"), "sft_weight", "finite and >= 0", self.sft_weight)
 
 
 StageConfig = (
@@ -340,13 +340,13 @@ class SweepConfig:
     """Name of a variant to what it changes: a table laid over the recipe."""
 
     def __post_init__(self) -> None:
-        _require(len(self.seeds) > 0 and len(set(self.seeds)) == len(self.seeds), "seeds", "distinct, >= 1", self.seeds)
-        _require(len(self.variants) > 0, "variants", "at least one table", self.variants)
+        require(len(self.seeds) > 0 and len(set(self.seeds)) == len(self.seeds), "seeds", "distinct, >= 1", self.seeds)
+        require(len(self.variants) > 0, "variants", "at least one table", self.variants)
         for name, changes in self.variants.items():
-            _require_name("variants", name)
+            require_name("variants", name)
             if forbidden := {"sweep", "name", "seed"} & set(changes):
                 raise ValueError(f"variants.{name} may not change {', '.join(sorted(forbidden))}")
-        _require("shared" not in self.variants, "variants", "named otherwise than shared", "shared")
+        require("shared" not in self.variants, "variants", "named otherwise than shared", "shared")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -377,11 +377,11 @@ class Recipe:
     """Variants and seeds; without it the recipe is one run."""
 
     def __post_init__(self) -> None:
-        _require_name("name", self.name)
-        _require(self.threads is None or self.threads >= 1, "threads", ">= 1", self.threads)
-        _require(len(self.stages) > 0, "stages", "at least one table", self.stages)
+        require_name("name", self.name)
+        require(self.threads is None or self.threads >= 1, "threads", ">= 1", self.threads)
+        require(len(self.stages) > 0, "stages", "at least one table", self.stages)
         names = [task.name for task in self.tasks]
-        _require(len(set(names)) == len(names), "tasks", "without repetition", names)
+        require(len(set(names)) == len(names), "tasks", "without repetition", names)
         taskless = PretrainStage | SyntheticStage | MergeStage
         needs_tasks = [name for name, stage in self.stages.items() if not isinstance(stage, taskless)]
         if needs_tasks and not self.tasks:
@@ -395,14 +395,14 @@ class Recipe:
         _check_references(self.stages)
         _check_attention(self.stages, self.model)
         shared = () if self.sweep is None else self.sweep.shared
-        _require(tuple(self.stages)[: len(shared)] == shared, "sweep.shared", "the first stages in order", list(shared))
+        require(tuple(self.stages)[: len(shared)] == shared, "sweep.shared", "the first stages in order", list(shared))
 
 
 def _check_vocabulary(stages: Mapping[str, StageConfig], vocab_size: int) -> None:
     """Check that there are ids for what each stage reads: the symbols of a synthetic task, or every byte of text."""
     for name, stage in stages.items():
         needed = stage.vocab_size if isinstance(stage, SyntheticStage) else MIN_VOCAB_SIZE
-        _require(vocab_size >= needed, "model.vocab_size", f">= {needed} for stages.{name}", vocab_size)
+        require(vocab_size >= needed, "model.vocab_size", f">= {needed} for stages.{name}", vocab_size)
 
 
 def _check_references(stages: Mapping[str, StageConfig]) -> None:
@@ -443,5 +443,5 @@ def presets() -> dict[str, dict[str, Tree]]:
     return {"model": {name: recipe_tree(config) for name, config in PRESETS.items()}}
 
 
-def _require_name(key: str, name: str) -> None:
-    _require(bool(_NAME.fullmatch(name)), key, "letters, digits, . - _ (it names a directory)", name)
+def require_name(key: str, name: str) -> None:
+    require(bool(_NAME.fullmatch(name)), key, "letters, digits, . - _ (it names a directory)", name)

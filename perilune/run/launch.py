@@ -3,37 +3,73 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from perilune.errors import RecipeError
 from perilune.report import Progress
 from perilune.run.config import Recipe, presets
 from perilune.run.directory import RunDirectory
-from perilune.run.pipeline import RunSummary, check_stages, run_pipeline
+from perilune.run.interactions import check_source
+from perilune.run.pipeline import Registry, RunSummary, check_stages, run_pipeline
 from perilune.run.prepared import check_inputs
-from perilune.run.recipe import LoadedRecipe, load_recipe, recipe_tree
-from perilune.run.stages import STAGES
+from perilune.run.recipe import LoadedRecipe, Presets, load_recipe, recipe_tree
+from perilune.run.recommender_config import RecommenderRecipe
+from perilune.run.stages import RECOMMENDER_STAGES, STAGES
 from perilune.run.sweep import plan_shared, plan_sweep, run_sweep
-from perilune.run.tree import guess
+from perilune.run.tree import Tree, guess, merge, parse_overrides, read_tree
 from perilune.train import SignalWatch
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe[Recipe]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """A sort of recipe: the dataclass at its top, and what runs its stages."""
+
+    kind: type[Any]
+    presets: Callable[[], Presets]
+    stages: Registry
+    check_inputs: Callable[[Any], None]
+
+
+def _no_presets() -> Presets:
+    return {}
+
+
+LANGUAGE = Family(kind=Recipe, presets=presets, stages=STAGES, check_inputs=check_inputs)
+RECOMMENDER = Family(
+    kind=RecommenderRecipe, presets=_no_presets, stages=RECOMMENDER_STAGES, check_inputs=check_source
+)
+
+
+def family_of(tree: Mapping[str, Any]) -> Family:
+    """Return the sort of a recipe: one with a table `interactions` is a recommender's."""
+    return RECOMMENDER if "interactions" in tree else LANGUAGE
+
+
+def load(path: Path, overrides: Sequence[str] = (), *, changes: Tree | None = None) -> LoadedRecipe[Any]:
     """Read and check a recipe, and every run of its sweep if it has one.
+
+    Args:
+        path: a TOML file.
+        overrides: `a.b.c=value` texts.
+        changes: a tree laid over the file before the overrides.
 
     Raises:
         RecipeError: anything is wrong; one line per fault.
     """
-    loaded = load_recipe(path, overrides, Recipe, presets())
-    check_stages(loaded.recipe, STAGES)
-    for child in plan_sweep(loaded, loaded.recipe.sweep, Recipe, presets()):
-        check_stages(child.recipe, STAGES)
+    tree = merge(read_tree(path), changes or {})
+    family = family_of(merge(tree, parse_overrides(overrides)))
+    loaded = load_recipe(path, overrides, family.kind, family.presets(), changes=changes)
+    check_stages(loaded.recipe, family.stages)
+    for child in plan_sweep(loaded, loaded.recipe.sweep, family.kind, family.presets()):
+        check_stages(child.recipe, family.stages)
     return loaded
 
 
 def run_recipe(
-    loaded: LoadedRecipe[Recipe],
+    loaded: LoadedRecipe[Any],
     run_directory: Path | None = None,
     *,
     progress: Progress | None = None,
@@ -48,20 +84,20 @@ def run_recipe(
         stop: entered by the caller; asks the stages to save and stop.
 
     Raises:
-        DataError: a task or a source of text does not exist; nothing was made.
+        DataError: a task, a source of text or of interactions does not exist; nothing was made.
         Interrupted: stopped on request, progress saved.
         PeriluneError: a stage failed.
     """
-    recipe = loaded.recipe
+    recipe, family = loaded.recipe, family_of(loaded.tree)
     _set_threads(recipe.threads)
     directory = RunDirectory(run_directory if run_directory is not None else Path("runs") / recipe.name)
-    children = plan_sweep(loaded, recipe.sweep, Recipe, presets())
+    children = plan_sweep(loaded, recipe.sweep, family.kind, family.presets())
     for checked in [child.recipe for child in children] or [recipe]:
-        check_inputs(checked)
+        family.check_inputs(checked)
     if children:
-        shared = plan_shared(loaded, recipe.sweep, Recipe, presets())
-        return run_sweep(children, directory, STAGES, shared=shared, progress=progress, stop=stop)
-    return run_pipeline(recipe, recipe_tree(recipe), directory, STAGES, progress=progress, stop=stop)
+        shared = plan_shared(loaded, recipe.sweep, family.kind, family.presets())
+        return run_sweep(children, directory, family.stages, shared=shared, progress=progress, stop=stop)
+    return run_pipeline(recipe, recipe_tree(recipe), directory, family.stages, progress=progress, stop=stop)
 
 
 def preset_names() -> list[str]:

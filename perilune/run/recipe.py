@@ -36,7 +36,12 @@ class LoadedRecipe(Generic[RecipeT]):
 
 
 def load_recipe(
-    path: Path, overrides: Sequence[str], kind: type[RecipeT], presets: Presets | None = None
+    path: Path,
+    overrides: Sequence[str],
+    kind: type[RecipeT],
+    presets: Presets | None = None,
+    *,
+    changes: Tree | None = None,
 ) -> LoadedRecipe[RecipeT]:
     """Read, merge and check a recipe.
 
@@ -45,11 +50,12 @@ def load_recipe(
         overrides: `a.b.c=value` texts, applied last.
         kind: dataclass to build.
         presets: table name to presets, see `tree.expand_presets`.
+        changes: a tree laid over the file before the overrides.
 
     Raises:
         RecipeError: anything is wrong; one line per fault, each naming the file and the key.
     """
-    tree = merge(read_tree(path), parse_overrides(overrides))
+    tree = merge(merge(read_tree(path), changes or {}), parse_overrides(overrides))
     source = str(path)
     return LoadedRecipe(recipe=build_recipe(tree, kind, source=source, presets=presets), tree=tree, source=source)
 

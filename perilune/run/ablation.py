@@ -1,0 +1,81 @@
+"""The ablations of CIGF as variants of a recipe, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+from perilune.errors import RecipeError
+from perilune.recsys.config import Attention, DecoderName, Encoder
+from perilune.ops.multigraph import Norm
+
+Ablation = Literal["parts", "decoders", "encoders", "layers", "dims", "behaviors", "attention", "order", "gates", "norms"]
+
+Changes = Mapping[str, Any]
+
+
+def variants_of(ablation: Ablation, behaviors: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return what each variant changes in a stage.
+
+    Args:
+        ablation: which.
+        behaviors: of the data, the target last.
+
+    Raises:
+        RecipeError: there is no such ablation, or it needs more than one behaviour.
+    """
+    match ablation:
+        case "parts":
+            return {
+                "full": {},
+                "no-cigcn": _model(cross_behavior=False),
+                "no-mesi": _model(decoder="bilinear"),
+                "neither": _model(cross_behavior=False, decoder="bilinear"),
+                "dot": _model(decoder="dot"),
+            }
+        case "decoders":
+            return {name: _model(decoder=name) for name in get_args(DecoderName)}
+        case "encoders":
+            return {name: _model(encoder=name) for name in get_args(Encoder)}
+        case "layers":
+            return {f"L{layers}": _model(layers=layers) for layers in (1, 2, 3, 4)}
+        case "dims":
+            return {f"d{dim}": _model(dim=dim) for dim in (8, 16, 32, 64)}
+        case "attention":
+            return {name: _model(attention=name) for name in get_args(Attention)}
+        case "order":
+            return {name: _model(order=name) for name in ("official", "paper")}
+        case "gates":
+            return {name: _model(gate_sharing=name) for name in ("shared", "per_task")}
+        case "norms":
+            return {name: _model(norm=name) for name in get_args(Norm)}
+        case "behaviors":
+            return _without(behaviors)
+        case _:
+            raise RecipeError(f"no ablation {ablation!r}; there are: {', '.join(get_args(Ablation))}")
+
+
+def _without(behaviors: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Each other behaviour away, all of them, and all of them as labels alone or as edges alone."""
+    *others, target = behaviors
+    if not others:
+        raise RecipeError("ablation behaviors needs at least two behaviours in the data")
+    silent = dict.fromkeys(others, 0.0)
+    found: dict[str, dict[str, Any]] = {"all": {}}
+    if len(others) > 1:
+        for name in others:
+            kept = [other for other in behaviors if other != name]
+            found[f"no-{name}"] = _model(graph_behaviors=kept) | _train(behavior_weights={name: 0.0})
+    return found | {
+        f"{target}-alone": _model(graph_behaviors=[target]) | _train(behavior_weights=silent),
+        "labels-alone": _model(graph_behaviors=[target]),
+        "edges-alone": _train(behavior_weights=silent),
+    }
+
+
+def _model(**changes: Any) -> dict[str, Any]:
+    return {"model": changes}
+
+
+def _train(**changes: Any) -> dict[str, Any]:
+    return {"train": changes}
