@@ -59,6 +59,12 @@ class Interactions:
         if times is not None:
             _check_whole(name, "time", np.asarray(times))
         keys = np.asarray(users, np.int64) * num_items + np.asarray(items, np.int64)
+        if (keys[1:] > keys[:-1]).all():
+            return cls(
+                users=np.asarray(users).astype(np.int32),
+                items=np.asarray(items).astype(np.int32),
+                times=None if times is None else np.asarray(times).astype(np.int64),
+            )
         stamps = np.zeros(len(keys), np.int64) if times is None else np.asarray(times, np.int64)
         order = np.lexsort((stamps, keys))
         keys, stamps = keys[order], stamps[order]
