@@ -5,11 +5,13 @@ pickles     sparse matrices out of pickles that run nothing
 sources     the field's formats
 evaluation  where held-out purchases rank, exact about ties
 baselines   popularity, and the rule of evidence
+item_knn    the nearest neighbors of what a user has
 """
 
 from perilune.recsys.baselines import evidence, popularity
 from perilune.recsys.data import NONE, InteractionData, Interactions, from_behaviors
 from perilune.recsys.evaluation import Ranks, rank_held_out
+from perilune.recsys.item_knn import item_knn
 from perilune.recsys.sources import read_item_lists, read_json, read_npz, read_pair_lists, read_pickles
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "Ranks",
     "evidence",
     "from_behaviors",
+    "item_knn",
     "popularity",
     "rank_held_out",
     "read_item_lists",
