@@ -7,8 +7,21 @@ evaluation  where held-out purchases rank, exact about ties
 baselines   popularity, and the rule of evidence
 several     the same for several held-out items of a user
 item_knn    the nearest neighbors of what a user has
+analysis    groups, intervals, concentration
+conflict    whether tasks pull the same representations apart (needs torch, and is not imported here)
 """
 
+from perilune.recsys.analysis import (
+    Concentration,
+    Difference,
+    Estimate,
+    bootstrap,
+    concentration,
+    group_report,
+    item_groups,
+    paired_bootstrap,
+    user_groups,
+)
 from perilune.recsys.baselines import evidence, popularity
 from perilune.recsys.data import NONE, InteractionData, Interactions, from_behaviors
 from perilune.recsys.evaluation import Ranks, rank_held_out
@@ -18,13 +31,21 @@ from perilune.recsys.sources import read_item_lists, read_json, read_npz, read_p
 
 __all__ = [
     "NONE",
+    "Concentration",
+    "Difference",
+    "Estimate",
     "InteractionData",
     "Interactions",
     "ManyRanks",
     "Ranks",
+    "bootstrap",
+    "concentration",
     "evidence",
     "from_behaviors",
+    "group_report",
+    "item_groups",
     "item_knn",
+    "paired_bootstrap",
     "popularity",
     "rank_held_out",
     "rank_many",
@@ -33,4 +54,5 @@ __all__ = [
     "read_npz",
     "read_pair_lists",
     "read_pickles",
+    "user_groups",
 ]

@@ -184,22 +184,17 @@ def conflict_plot(rows: Sequence[ConflictRow]) -> Plot:
 
 
 def conflict_table(rows: Sequence[ConflictRow]) -> TextTable:
-    """Return all pairs of tasks: users, share with a negative cosine, mean cosine, similarity of magnitudes."""
+    """Return places by pairs of tasks: share with a negative cosine, mean cosine, similarity of magnitudes."""
+    lines = list(dict.fromkeys((row.decoder, row.place) for row in rows))
+    pairs = list(dict.fromkeys(row.tasks for row in rows))
+    found = {(row.decoder, row.place, row.tasks): row for row in rows}
+    counts = [row.users for row in rows if row.users]
     return TextTable(
-        header=("decoder: place", "tasks", "users", "negative", "mean cosine", "magnitudes"),
-        rows=[
-            (
-                f"{row.decoder}: {row.place}",
-                " / ".join(row.tasks),
-                f"{row.users:,}",
-                "-" if row.negative is None else f"{100 * row.negative:.1f} %",
-                "-" if row.cosine is None else f"{row.cosine:+.3f}",
-                "-" if row.magnitude is None else f"{row.magnitude:.3f}",
-            )
-            for row in rows
-        ],
-        caption="Users are counted in every step; magnitudes: 1 where both gradients are as long, near 0 where one "
-        "is so much shorter that their conflict cannot hurt.",
+        header=("decoder: place", *(" / ".join(pair) for pair in pairs)),
+        rows=[(": ".join(line), *(_conflict_cell(found.get((*line, pair))) for pair in pairs)) for line in lines],
+        caption="Share of users with a negative cosine, mean cosine, and how alike the two gradients are in size: 1 if "
+        "equally long, near 0 where one is so much shorter that a conflict cannot hurt. A dash: no user receives both. "
+        f"Users, counted in every step: {min(counts, default=0):,} to {max(counts, default=0):,}.",
     )
 
 
@@ -221,14 +216,14 @@ def _stage_plots(stage: str, records: Sequence[MetricRecord]) -> list[Block]:
     }
     spreads |= {"gate_std": "gate"} if "gate_std" in names else {}
     plots = (
-        (losses, "loss", "Mean over an epoch's steps; the sum of both is minimized."),
-        (gates, "mean gate of the target", "Weight that the target's score gives to each behavior's expert."),
+        (losses, "loss", "mean over an epoch's steps; the sum of both is minimized."),
+        (gates, "mean gate of the target", "weight that the target's score gives to each behavior's expert."),
         (
             means,
             "mean attention",
-            "Weight of a behavior at a hop, over nodes and behaviors. At 0 the hop adds nothing.",
+            "weight of a behavior at a hop, over nodes and behaviors. At 0 the hop adds nothing.",
         ),
-        (spreads, "standard deviation", "Over nodes, or pairs. Near 0 the weights are one constant for everybody."),
+        (spreads, "standard deviation", "over nodes, or pairs. Near 0 the weights are one constant for everybody."),
     )
     blocks: list[Block] = []
     for wanted, label, caption in plots:
@@ -262,6 +257,12 @@ def _percent(value: float | None) -> str:
 def _as_percent(row: GroupRow | None, metric: str) -> float | None:
     value = None if row is None else row.metrics.get(metric)
     return None if value is None else 100 * value
+
+
+def _conflict_cell(row: ConflictRow | None) -> str:
+    if row is None or row.negative is None or row.cosine is None or row.magnitude is None:
+        return "-"
+    return f"{100 * row.negative:.1f} %, {row.cosine:+.2f}, {row.magnitude:.2f}"
 
 
 def _pooled(rows: Sequence[ConflictRow], decoder: str, place: str) -> float | None:
