@@ -1,7 +1,5 @@
 """Typed settings of recommenders and of how they are trained."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal, get_args

@@ -117,7 +117,7 @@ class Ranker:
         if held_out is None:
             raise DataError("there is no validation set; make one by hold_out")
         self._num_items = data.num_items
-        self._bought = _Bought(data, also=data.validation if split == "test" else None)
+        self._bought = Bought(data, also=data.validation if split == "test" else None)
         self.users = np.flatnonzero(held_out != NONE)
         """`[n]`, users with a held-out item."""
         self.items = held_out[self.users]
@@ -138,7 +138,7 @@ class Ranker:
         above, equal, candidates = np.zeros((3, len(self.users)), np.int64)
         for start in range(0, len(self.users), batch):
             part = slice(start, min(start + batch, len(self.users)))
-            scores = self._checked(score(self.users[part]), self.users[part])
+            scores = checked_scores(score(self.users[part]), self.users[part], self._num_items)
             own = scores[np.arange(len(scores)), self.items[part]]
             if self._sampled is None:
                 counts = self._among_all(scores, own, part)
@@ -146,17 +146,6 @@ class Ranker:
                 counts = self._among_sampled(scores, own, self._sampled[part])
             above[part], equal[part], candidates[part] = counts
         return Ranks(users=self.users, above=above, equal=equal, candidates=candidates)
-
-    def _checked(self, scores: np.ndarray, users: np.ndarray) -> np.ndarray:
-        scores = np.asarray(scores)
-        if scores.shape != (len(users), self._num_items):
-            raise DataError(
-                f"the model gives scores of shape {scores.shape} for {len(users)} users and {self._num_items} items"
-            )
-        # Where the sum is finite every term is: most batches need no second look.
-        if not np.isfinite(scores.sum()) and not np.isfinite(scores).all():
-            raise DataError(f"the model's scores of user {users[~np.isfinite(scores).all(1)][0]} are not all finite")
-        return scores
 
     def _among_all(self, scores: np.ndarray, own: np.ndarray, part: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         above, equal = (scores > own[:, None]).sum(1), (scores == own[:, None]).sum(1) - 1
@@ -179,6 +168,21 @@ class Ranker:
         return above, np.bincount(rows[rivals == own[rows]], minlength=count), 1 + np.bincount(rows, minlength=count)
 
 
+def checked_scores(scores: np.ndarray, users: np.ndarray, num_items: int) -> np.ndarray:
+    """Return a model's scores of users `[b]` if they are `[b, num_items]` and finite.
+
+    Raises:
+        DataError: they are not; the message names the first user.
+    """
+    scores = np.asarray(scores)
+    if scores.shape != (len(users), num_items):
+        raise DataError(f"the model gives scores of shape {scores.shape} for {len(users)} users and {num_items} items")
+    # Where the sum is finite every term is: most batches need no second look.
+    if not np.isfinite(scores.sum()) and not np.isfinite(scores).all():
+        raise DataError(f"the model's scores of user {users[~np.isfinite(scores).all(1)][0]} are not all finite")
+    return scores
+
+
 def sample_negatives(bought: np.ndarray, item: int, num_items: int, seed: int, user: int) -> np.ndarray:
     """Draw `NEGATIVES` items, or all if they are fewer, of those neither bought nor held out, by seed and user."""
     allowed = np.ones(num_items, bool)
@@ -189,7 +193,7 @@ def sample_negatives(bought: np.ndarray, item: int, num_items: int, seed: int, u
     return generator.choice(pool, min(NEGATIVES, len(pool)), replace=False)
 
 
-class _Bought:
+class Bought:
     """What users have bought: the pairs of the target, and an item of `also` `[U]`; each item once."""
 
     def __init__(self, data: InteractionData, also: np.ndarray | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from perilune.report.results import Sample
@@ -25,6 +25,8 @@ class TextTable:
     rows: Sequence[Sequence[str]]
     caption: str = ""
     is_numeric: bool = True
+    strong: Collection[tuple[int, int]] = ()
+    """Row and column, from 0, of cells in bold."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

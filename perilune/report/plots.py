@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 MAX_POINTS = 300
 """Points a curve keeps; more would only make the file larger."""
 _MAX_DIRECT_LABELS = 8
+_MAX_LEVEL_LABELS = 15
+"""Bars whose values are written side by side; over more of them they stand upright."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +97,7 @@ def bar_plot(name: str, groups: Sequence[str], series: Sequence[BarSeries], y_la
     with plot_style(name):
         figure, axes = new_axes(height=2.8)
         width = 0.8 / len(series)
+        is_crowded = len(series) > 1 and len(series) * len(groups) > _MAX_LEVEL_LABELS
         for index, bars in enumerate(series):
             present = [(place, value) for place, value in enumerate(bars.values) if value is not None]
             places = [place + (index - (len(series) - 1) / 2) * width for place, _ in present]
@@ -104,11 +107,13 @@ def bar_plot(name: str, groups: Sequence[str], series: Sequence[BarSeries], y_la
                 places, heights, width * 0.92, color=PALETTE[index % len(PALETTE)], label=bars.label, yerr=spreads,
                 ecolor=INK, hatch="" if index < len(PALETTE) else "///",
             )  # fmt: skip
-            axes.bar_label(drawn, labels=[f"{value:.3g}" for value in heights], padding=2, fontsize=7)
+            values = [f"{round(value, 2):.3g}" for value in heights]
+            axes.bar_label(drawn, labels=values, padding=2, fontsize=7, rotation=90 if is_crowded else 0)
         axes.set_xticks(range(len(groups)), [_wrap(group) for group in groups])
         axes.grid(visible=False, axis="x")
         axes.set(ylabel=y_label)
-        axes.set_ylim(0, 1.15 * max([1.0, *(value for bars in series for value in bars.values if value is not None)]))
+        highest = max([1.0, *(value for bars in series for value in bars.values if value is not None)])
+        axes.set_ylim(0, (1.22 if is_crowded else 1.15) * highest)
         if len(series) > 1:
             figure.legend(loc="outside upper left", ncols=min(len(series), 6), fontsize=8)
         return to_svg(figure, f"{y_label} by {', '.join(groups)}")

@@ -30,7 +30,7 @@ def write_report(run_directory: Path) -> Path:
 
 def build_page(run: RunData) -> Page:
     """Return the report's sections, those that the run can fill."""
-    from perilune.report import sections
+    from perilune.report import recommender, sections
 
     builders = (
         sections.summary_section,
@@ -38,6 +38,7 @@ def build_page(run: RunData) -> Page:
         sections.max_logits_section,
         sections.expert_section,
         sections.policy_section,
+        recommender.recommender_section,
         sections.task_section,
         sections.transcript_section,
         sections.timing_section,

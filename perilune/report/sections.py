@@ -12,6 +12,7 @@ from perilune.report.html import Block, Equation, Listing, Plot, Section, TextTa
 from perilune.report.metrics import MetricRecord, series
 from perilune.report.plots import BarSeries, Curve, Point, bar_plot, best_balance, heat_strips, line_plot, scatter_plot
 from perilune.report.progress import format_duration, format_number
+from perilune.report.recommender import is_recommender
 from perilune.report.results import Sample, StageResult
 from perilune.report.rundata import RunData
 from perilune.report.tables import SUMMARY_HEADER, compressor_line, fixed, percent, summary_rows
@@ -43,7 +44,8 @@ def loss_section(run: RunData) -> Section | None:
     """Training and validation loss of each stage that has them, and bits per byte beside the compressors."""
     blocks: list[Block] = []
     for stage in run.stage_names():
-        blocks += _loss_plots(run, stage)
+        if not is_recommender(run.stage_records(stage)):
+            blocks += _loss_plots(run, stage)
     compressors = next((result.compressors for result in run.results if result.compressors), {})
     curves = _stage_curves(run, "bits_per_byte")
     if curves:
