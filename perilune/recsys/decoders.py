@@ -57,6 +57,16 @@ class Head(nn.Module):
         ]
         return torch.cat(parts) if parts else x.new_zeros(0, len(y))
 
+    def directions(self, x: Tensor, y: Tensor, task: int) -> Tensor | None:
+        """See `Recommender.directions`."""
+        del x, y, task
+        return None
+
+    def queries(self, x: Tensor, task: int) -> dict[int, Tensor]:
+        """Return the vectors `[b, d]` by slice of an item; their products with the slices make scores."""
+        del x, task
+        return {}
+
     def decayed(self) -> list[nn.Parameter]:
         """Return the matrices under the L2 term."""
         return [p for p in self.parameters() if p.ndim == 2]
@@ -89,6 +99,15 @@ class MESI(Head):
     def forward(self, x: Tensor, y: Tensor, task: int) -> Tensor:
         """See `Head`."""
         return self.scale * ((x * y).sum(-1) * self.gates(x, y, task)).sum(-1)
+
+    def directions(self, x: Tensor, y: Tensor, task: int) -> Tensor | None:
+        """See `Recommender.directions`: scale * g^k(j) * y_j."""
+        return self.scale * self.gates(x, y, task)[..., None] * y
+
+    def queries(self, x: Tensor, task: int) -> dict[int, Tensor]:
+        """See `Head`: one for each expert, as the gate is not known before the item is."""
+        del task
+        return {j: x[:, j] for j in range(x.shape[1])}
 
     @torch.no_grad()
     def score(self, x: Tensor, y: Tensor, task: int) -> Tensor:
@@ -123,6 +142,17 @@ class Bilinear(Head):
         """See `Head`."""
         return self.scale * (self._scaled(x, task) @ y[:, task].T)
 
+    def directions(self, x: Tensor, y: Tensor, task: int) -> Tensor | None:
+        """See `Recommender.directions`."""
+        del x
+        found = torch.zeros_like(y)
+        found[..., task, :] = self.scale * self._scaled(y, task)
+        return found
+
+    def queries(self, x: Tensor, task: int) -> dict[int, Tensor]:
+        """See `Head`."""
+        return {task: self._scaled(x, task)}
+
     def decayed(self) -> list[nn.Parameter]:
         """Nothing: the official code leaves r_k free."""
         return []
@@ -156,6 +186,13 @@ class SharedBottom(Head):
         e_u, e_i = x.sum(-2), y.sum(-2)
         parts = (e_u, e_i) if self.is_linear else (e_u * e_i, e_u, e_i)
         return self.scale * (torch.cat(parts, -1) @ self.tower.weight[task] + self.tower.bias[task])
+
+    def directions(self, x: Tensor, y: Tensor, task: int) -> Tensor | None:
+        """See `Recommender.directions`."""
+        del x
+        first, *rest = self.tower.weight[task].split(y.shape[-1])
+        of_pair = first.expand_as(y[..., 0, :]) if self.is_linear else first * y.sum(-2) + rest[0]
+        return (self.scale * of_pair)[..., None, :].expand_as(y)
 
 
 class MMoE(Head):
