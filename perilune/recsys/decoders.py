@@ -112,6 +112,8 @@ class MESI(Head):
     @torch.no_grad()
     def score(self, x: Tensor, y: Tensor, task: int) -> Tensor:
         """See `Head`; matrices `[b, I]` in place of the pairs' rows."""
+        if len(x) == 1:
+            return self._score_one(x[0], y, task)[None]
         gate, d = self.gate_of(task), x.shape[-1]
         of_user = F.linear(x[:, task], gate.weight[:, :d], gate.bias)
         of_item = F.linear(y[:, task], gate.weight[:, d:])
@@ -125,6 +127,18 @@ class MESI(Head):
             mass += weight
             total.addcmul_(weight, x[:, j] @ y[:, j].T)
         return total.div_(mass).mul_(self.scale)
+
+    def _score_one(self, x: Tensor, y: Tensor, task: int) -> Tensor:
+        """Score `[I, K, d]` for one user `[K, d]`: a single pass over the items' rows, which is what takes time."""
+        gate, (count, d) = self.gate_of(task), x.shape
+        read = x.new_zeros(count, d, 2 * count)
+        read[torch.arange(count), :, torch.arange(count)] = x
+        read[task, :, count:] = gate.weight[:, d:].T
+        # Long rows from here on: sums over K columns of short ones cost three times as much.
+        products, logits = (y.flatten(1) @ read.flatten(0, 1)).T.contiguous().chunk(2)
+        logits += F.linear(x[task], gate.weight[:, :d], gate.bias)[:, None]
+        weights = logits.sub_(logits.amax(0)).exp_()
+        return (products * weights).sum(0).div_(weights.sum(0)).mul_(self.scale)
 
 
 class Bilinear(Head):

@@ -67,7 +67,8 @@ def factors_of_new(graph: MultiGraph, place: int, neighbors: Tensor, norm: Norm)
     The neighbours' own degrees stay as they are in the graph, at least 1: of a node that is in the graph already, with
     these neighbours, the weights are those of its row.
     """
-    degrees = graph.degrees[place, neighbors].clamp(min=1).to(torch.float32)
+    bounds = graph.bounds[place]
+    degrees = (bounds[neighbors + 1] - bounds[neighbors]).clamp(min=1).to(torch.float32)
     count = max(1, len(neighbors))
     match norm:
         case "left":
