@@ -54,7 +54,7 @@ def export_top_k(
         UnknownIdError: as `recommend`.
         ValueError: k or batch < 1.
     """
-    pl = _import_polars()
+    _import_polars()
     suffix = path.suffix.lower()
     if suffix not in (".parquet", ".csv"):
         raise DataError(f"{path}: an export ends with .parquet or .csv")
@@ -80,8 +80,9 @@ def export_top_k(
                     frame.write_csv(file, include_header=place == 0)
         else:
             schema = _frame(engine, numbers[:0], k, behavior).schema
-            source = pl.io.plugins.register_io_source(frames, schema=schema)
-            source.sink_parquet(temporary, row_group_size=k * batch)
+            from polars.io.plugins import register_io_source
+
+            register_io_source(frames, schema=schema).sink_parquet(temporary, row_group_size=k * batch)
     return written
 
 

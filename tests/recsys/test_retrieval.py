@@ -84,7 +84,7 @@ def test_an_index_is_asked_for_candidates_and_the_model_scores_them(monkeypatch:
 def test_filters_do_not_starve_an_answer() -> None:
     """Everything an index would give first is left out: by purchases, by name, by quota."""
     data = large_data(bought=100)
-    exact, indexed = engines(model_of(data), data, per_expert=5, categories={i: "x" for i in range(0, 3000, 2)})
+    exact, indexed = engines(model_of(data), data, per_expert=5, categories=dict.fromkeys(range(0, 3000, 2), "x"))
     for user in range(3):
         best = [one.item for one in exact.recommend(user, k=300)]
         for filters in ({"deny": best[:290]}, {"quotas": {"x": 0}}, {"allow": best[200:]}, {"deny": best, "k": 50}):
