@@ -132,9 +132,9 @@ class CIGF(Recommender):
         """See `Recommender`."""
         return self.decoder.directions(x, y, task)
 
-    def keys(self, y: Tensor) -> Tensor | None:
-        """See `Recommender`; a slice for each behaviour."""
-        return y if self.decoder.queries(y[:0], 0) else None
+    def keys(self, y: Tensor) -> list[Tensor]:
+        """See `Recommender`."""
+        return self.decoder.keys(y)
 
     def queries(self, x: Tensor, task: int) -> dict[int, Tensor]:
         """See `Recommender`."""

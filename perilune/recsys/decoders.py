@@ -62,8 +62,13 @@ class Head(nn.Module):
         del x, y, task
         return None
 
+    def keys(self, y: Tensor) -> list[Tensor]:
+        """See `Recommender.keys`."""
+        del y
+        return []
+
     def queries(self, x: Tensor, task: int) -> dict[int, Tensor]:
-        """Return the vectors `[b, d]` by slice of an item; their products with the slices make scores."""
+        """See `Recommender.queries`."""
         del x, task
         return {}
 
@@ -104,10 +109,19 @@ class MESI(Head):
         """See `Recommender.directions`: scale * g^k(j) * y_j."""
         return self.scale * self.gates(x, y, task)[..., None] * y
 
+    def keys(self, y: Tensor) -> list[Tensor]:
+        """See `Recommender.keys`: the slice of each expert, and all of them as one vector."""
+        return [*y.unbind(1), y.flatten(1)]
+
     def queries(self, x: Tensor, task: int) -> dict[int, Tensor]:
-        """See `Head`: one for each expert, as the gate is not known before the item is."""
-        del task
-        return {j: x[:, j] for j in range(x.shape[1])}
+        """See `Recommender.queries`: x_j for each expert, as the gate is not known before the item is.
+
+        The last one mixes experts as the gate would for an item of zeros. Where experts have little in common, an item
+        that all of them like well and none of them best is found by it alone; where gates depend much on the item, the
+        experts find what it misses.
+        """
+        gates = self.gates(x, torch.zeros_like(x), task)
+        return {**dict(enumerate(x.unbind(1))), x.shape[1]: (gates[..., None] * x).flatten(1)}
 
     @torch.no_grad()
     def score(self, x: Tensor, y: Tensor, task: int) -> Tensor:
@@ -163,8 +177,12 @@ class Bilinear(Head):
         found[..., task, :] = self.scale * self._scaled(y, task)
         return found
 
+    def keys(self, y: Tensor) -> list[Tensor]:
+        """See `Recommender.keys`."""
+        return list(y.unbind(1))
+
     def queries(self, x: Tensor, task: int) -> dict[int, Tensor]:
-        """See `Head`."""
+        """See `Recommender.queries`."""
         return {task: self._scaled(x, task)}
 
     def decayed(self) -> list[nn.Parameter]:

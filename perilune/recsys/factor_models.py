@@ -42,9 +42,9 @@ class _InnerProduct(Recommender):
         del x, task
         return self.scale * y
 
-    def keys(self, y: Tensor) -> Tensor | None:
+    def keys(self, y: Tensor) -> list[Tensor]:
         """See `Recommender`; rows are one vector."""
-        return y.flatten(1)[:, None]
+        return [y.flatten(1)]
 
     def queries(self, x: Tensor, task: int) -> dict[int, Tensor]:
         """See `Recommender`."""

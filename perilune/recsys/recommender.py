@@ -1,7 +1,7 @@
 """What every trained recommender is: tables of representations, and a head that scores pairs of their rows."""
 
 # N nodes (users, then items)  S slices of a representation  d width  P pairs  b users  I items  K behaviours
-# E events of one node  Q vectors of an item by which it can be searched
+# E events of one node
 
 from __future__ import annotations
 
@@ -109,13 +109,16 @@ class Recommender(nn.Module):
         del x, y, task
         return None
 
-    def keys(self, y: Tensor) -> Tensor | None:
-        """Return the vectors `[I, Q, d']` of items `[I, S, d]` that `queries` are multiplied with."""
+    def keys(self, y: Tensor) -> list[Tensor]:
+        """Return, of items `[I, S, d]`, the kinds of vectors `[I, d']` among which `queries` look for large products.
+
+        Empty where no product tells which items have high scores.
+        """
         del y
-        return None
+        return []
 
     def queries(self, x: Tensor, task: int) -> dict[int, Tensor]:
-        """Return by number of key the vectors `[b, d']` of users `[b, S, d]` whose products with keys make scores."""
+        """Return, of users `[b, S, d]`, vectors `[b, d']` by the number of the kind of key that they are meant for."""
         del x, task
         return {}
 

@@ -1,11 +1,12 @@
 """Candidates for catalogues that are too large to be scored in full: the best items of each expert, from faiss.
 
 MESI's scores are no inner products, as the gate depends on both sides; what each expert says is one. So every expert
-has its own index, the best of all are united, and the model itself ranks the union. What that misses, `recall` tells.
+has its own index, and so has their mixture under the gate that the user alone gives; the best of all are united, and
+the model itself ranks the union. What that misses, `recall` tells.
 An index is not saved: it is made from the tables when a service starts.
 """
 
-# N nodes  I items  S slices of a representation  Q vectors of an item  d' their width  b users
+# N nodes  I items  S slices of a representation  d width  b users
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ _NEIGHBORS = 32
 
 
 class CandidateIndex:
-    """One inner-product index for each vector by which items are searched."""
+    """One inner-product index for each kind of vector by which a model's items are searched."""
 
     def __init__(self, model: Recommender, indices: Sequence[Any], kind: Kind, per_expert: int) -> None:
         self.model, self.kind, self.per_expert = model, kind, per_expert
@@ -52,7 +53,7 @@ class CandidateIndex:
             model: what the tables are of.
             tables: `[N, S, d]`.
             kind: of the indices.
-            per_expert: candidates that each expert gives, before items are left out.
+            per_expert: candidates that each index gives, before items are left out.
             seed: of ivf's cells.
 
         Raises:
@@ -65,14 +66,13 @@ class CandidateIndex:
             raise ValueError(f"per_expert must be >= 1, got {per_expert}")
         with torch.no_grad():
             keys = model.keys(tables[model.num_users :].detach())
-        if keys is None:
+        if not keys:
             raise DataError(
                 "candidates need a decoder whose experts are inner products (mesi, bilinear, dot), or a model whose "
                 "scores are; this one's items are all scored"
             )
         faiss = _import_faiss()
-        vectors = keys.float().cpu().numpy()
-        indices = [_index(faiss, np.ascontiguousarray(vectors[:, q]), kind, seed) for q in range(vectors.shape[1])]
+        indices = [_index(faiss, vectors.float().contiguous().cpu().numpy(), kind, seed) for vectors in keys]
         return cls(model, indices, kind, per_expert)
 
     @torch.no_grad()
@@ -82,7 +82,7 @@ class CandidateIndex:
         Args:
             x: `[b, S, d]`.
             task: behaviour.
-            count: candidates of each expert; `per_expert` if None.
+            count: candidates of each index; `per_expert` if None.
         """
         count = self.per_expert if count is None else count
         found = []
@@ -97,9 +97,9 @@ class CandidateIndex:
 
     def _parameters(self, index: Any, count: int) -> Any:
         """How far a search goes; given with it, so that threads do not meddle with each other's."""
-        if self.kind == "hnsw":
+        if isinstance(index, self._faiss.IndexHNSW):
             return self._faiss.SearchParametersHNSW(efSearch=2 * count)
-        if self.kind == "ivf":
+        if isinstance(index, self._faiss.IndexIVF):
             least = PROBED * index.nlist
             needed = 4 * count * index.nlist / max(1, index.ntotal)
             return self._faiss.SearchParametersIVF(nprobe=min(index.nlist, math.ceil(max(least, needed))))
@@ -115,7 +115,7 @@ def recall(
     sizes: Sequence[int] = (50, 100, 200, 400, 800),
     behavior: str | None = None,
 ) -> dict[int, float]:
-    """Measure which share of the exact k best items is among the candidates, by how many each expert gives.
+    """Measure which share of the exact k best items is among the candidates, by how many each index gives.
 
     An exact score ranks candidates, so this is also the share of the k best that is in the answer. Nothing is left out,
     as the index does not know what will be.
@@ -125,7 +125,7 @@ def recall(
         index: what is measured.
         users: as the data's source calls them.
         k: length of the answer.
-        sizes: candidates of each expert.
+        sizes: candidates of each index.
         behavior: what for; the target if None.
     """
     numbers = engine.user_ids.numbers(users)
@@ -150,7 +150,7 @@ def _index(faiss: Any, vectors: np.ndarray, kind: Kind, seed: int) -> Any:
     elif kind == "ivf" and count >= _PER_CELL:
         cells = min(count // _PER_CELL, 1 << round(math.log2(math.sqrt(count))))
         index = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, max(1, cells), faiss.METRIC_INNER_PRODUCT)
-        index.cp.seed, index.cp.niter = seed + 1, 10
+        index.cp.seed, index.cp.niter, index.cp.max_points_per_centroid = seed + 1, 10, 64
         index.train(vectors)
     else:
         index = faiss.IndexFlatIP(width)

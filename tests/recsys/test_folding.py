@@ -107,7 +107,8 @@ def test_heads_that_are_not_linear_have_no_directions_and_no_keys(name: DecoderN
     model = _model(CIGFConfig(dim=4, decoder=name), data)
     tables = model.tables().detach()
     assert model.directions(tables[:1], tables[8:9], 2) is None
-    assert model.keys(tables[8:]) is None
+    assert model.keys(tables[8:]) == []
+    assert model.queries(tables[:8], 2) == {}
 
 
 @pytest.mark.parametrize("config", [CIGFConfig(dim=4, decoder="bilinear"), *CONFIGS[-4:]], ids=str)
@@ -116,20 +117,23 @@ def test_scores_are_products_of_queries_and_keys(config: RecommenderConfig) -> N
     model = _model(config, data)
     tables = model.tables().detach()
     x, y = tables[: data.num_users], tables[data.num_users :]
-    keys, task = model.keys(y), model.tasks[-1]
-    assert keys is not None
+    task = model.tasks[-1]
     ((place, query),) = model.queries(x, task).items()
-    scale = model.score(x, y, task) / (query @ keys[:, place].T)
+    scale = model.score(x, y, task) / (query @ model.keys(y)[place].T)
     torch.testing.assert_close(scale, torch.full_like(scale, float(scale[0, 0].detach())))
 
 
-def test_mesi_is_searched_expert_by_expert() -> None:
+def test_mesi_is_searched_expert_by_expert_and_by_their_mixture() -> None:
     data = small_data()
     model = _model(CIGFConfig(dim=4), data)
-    tables = model.tables().detach()
-    queries = model.queries(tables[:2], 2)
-    assert list(queries) == [0, 1, 2]
-    assert torch.equal(queries[1], tables[:2, 1])
+    x, y = model.tables().detach().split([data.num_users, data.num_items])
+    queries, keys = model.queries(x, 2), model.keys(y)
+    assert list(queries) == [0, 1, 2, 3]
+    assert torch.equal(queries[1], x[:, 1])
+    assert torch.equal(keys[1], y[:, 1])
+    with torch.no_grad():  # a gate that does not look at the item
+        model.decoder.gate.weight[:, 4:] = 0  # pyright: ignore
+    torch.testing.assert_close(300 * model.queries(x, 2)[3] @ keys[3].T, model.score(x, y, 2))
 
 
 def test_factors_without_a_graph_take_the_mean_of_the_neighbours() -> None:
