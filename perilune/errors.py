@@ -3,6 +3,7 @@
 PeriluneError                 caught only in the command line: one line, exit code 1
   RecipeError (ValueError)    a recipe or an override is wrong: file, key, what was found, what is allowed (exit code 2)
   DataError                   input data is unusable: path, record, what was expected
+    UnknownIdError            a user or an item that the data do not have: which
   CheckpointError             a checkpoint is missing, truncated, altered or of another shape: which file and why
   NumericsError               training met NaN or infinity too often: step, quantity, last good checkpoint
   BackendError                an op cannot run on the requested backend: why, and what would
@@ -22,6 +23,10 @@ class RecipeError(PeriluneError, ValueError):
 
 class DataError(PeriluneError):
     """Input data cannot be used."""
+
+
+class UnknownIdError(DataError):
+    """A user or an item is named that the data do not have."""
 
 
 class CheckpointError(PeriluneError):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -33,12 +35,17 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def _replace(path: Path, data: bytes) -> None:
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary file in the directory of `path`, which takes its place when the block ends without an error.
+
+    For what is too large to be held: the block writes the file by its name. It is synced, and gone after an error.
+    """
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
+        os.close(descriptor)
+        yield Path(name)
+        with Path(name).open("rb") as file:
             os.fsync(file.fileno())
         Path(name).chmod(0o644)
         Path(name).replace(path)
@@ -46,3 +53,8 @@ def _replace(path: Path, data: bytes) -> None:
         Path(name).unlink(missing_ok=True)
         raise
     fsync_directory(path.parent)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)

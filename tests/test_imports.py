@@ -21,7 +21,20 @@ RECIPES = sorted((ROOT / "recipes").rglob("*.toml"))
 
 LOWER = ("ops", "nn", "integrations", "models", "optim", "data", "tasks", "engine", "train", "rl", "report")
 BELOW_RUN = ("pydantic", "typer", "matplotlib", "jinja2", "tomli_w", "reasoning_gym", "transformers", "triton")
-OPTIONAL = ("matplotlib", "jinja2", "reasoning_gym", "transformers", "triton", "polars", "faiss", "psutil", "pytest")
+OPTIONAL = (
+    "matplotlib",
+    "jinja2",
+    "reasoning_gym",
+    "transformers",
+    "triton",
+    "psutil",
+    "pytest",
+    "fastapi",
+    "starlette",
+    "uvicorn",
+    "faiss",
+    "polars",
+)
 
 BANNED = re.compile(
     r"torch\.load\(|torch\.save\(|^\s*(?:import|from) pickle\b|pickle\.loads?\(|shell=True|yaml\.load|make_block_ptr"

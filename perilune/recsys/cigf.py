@@ -3,9 +3,11 @@
 Source: Guo et al., Compressed Interaction Graph based Framework for Multi-behavior Recommendation (2303.02418).
 """
 
-# N nodes  K behaviours  d width  L hops  H heads
+# N nodes  K behaviours  d width  L hops  H heads  E events of a node
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +17,8 @@ from perilune.ops.multigraph import propagate, propagate_mixed
 from perilune.recsys.config import CIGFConfig
 from perilune.recsys.data import InteractionData
 from perilune.recsys.decoders import MESI, XavierLinear, build_head
-from perilune.recsys.graphs import build_graph, check_behaviors
-from perilune.recsys.recommender import Recommender
+from perilune.recsys.graphs import build_graph, check_behaviors, concatenated, factors_of_new
+from perilune.recsys.recommender import Recommender, Side
 
 
 class CIGF(Recommender):
@@ -60,12 +62,17 @@ class CIGF(Recommender):
         """Return X*_k `[N, K, d]`: X*_k = (L + 1) X + sum_m (L + 1 - m) E^m_k (eq. 8 and 9 in closed form)."""
         embeddings, config = self.embeddings(), self.config
         hops = self._paper_hops(embeddings) if config.order == "paper" else self._official_hops(embeddings)
-        own = 1 if not config.cross_behavior else config.layers + 1
-        total = (own * embeddings)[:, None, :]
+        return self._total(embeddings, hops)
+
+    def _total(self, embeddings: Tensor, hops: Sequence[Tensor]) -> Tensor:
+        total = (self._weight(0) * embeddings)[:, None, :]
         for hop, found in enumerate(hops, start=1):
-            weight = 1 if not config.cross_behavior else config.layers + 1 - hop
-            total = total + weight * self.encoder(found, embeddings, hop)
+            total = total + self._weight(hop) * self.encoder(found, embeddings, hop)
         return total
+
+    def _weight(self, hop: int) -> int:
+        """How often E^hop is in the representation."""
+        return self.config.layers + 1 - hop if self.config.cross_behavior else 1
 
     def attention(self, embeddings: Tensor, hop: int) -> Tensor:
         """Return alpha `[N, K, K]` (node, start behaviour, behaviour of this hop) of hop `hop` + 1 (eq. 5)."""
@@ -82,6 +89,56 @@ class CIGF(Recommender):
     def score(self, x: Tensor, y: Tensor, task: int) -> Tensor:
         """See `Recommender`."""
         return self.decoder.score(x, y, task)
+
+    @property
+    def learned_from(self) -> tuple[str, ...]:
+        """All: each behaviour has a loss."""
+        return self.behaviors
+
+    @property
+    def folded_from(self) -> tuple[str, ...]:
+        """See `Recommender`."""
+        return self.config.graph_behaviors or self.behaviors
+
+    @torch.no_grad()
+    def fold_states(self) -> tuple[Tensor, ...]:
+        """See `Recommender`; L of `[N, K, d]`, each one step of the node's own away from the hop that is added up."""
+        embeddings = self.embeddings()
+        if self.config.order == "paper":
+            return tuple(self._paper_states(embeddings))
+        return (self._spread(embeddings), *self._official_hops(embeddings)[:-1])
+
+    @torch.no_grad()
+    def fold_in(self, neighbors: Sequence[Tensor], states: Sequence[Tensor], side: Side) -> Tensor:
+        """See `Recommender`; attention at an embedding of 0 is what its biases give."""
+        del side
+        own = states[0].new_zeros(1, states[0].shape[-1])
+        hops = [shares.sum(0, keepdim=True) for shares in self._hop_shares(neighbors, states, own[0])]
+        return self._total(own, hops)[0]
+
+    @torch.no_grad()
+    def event_shares(
+        self, neighbors: Sequence[Tensor], states: Sequence[Tensor], side: Side, own: Tensor | None = None
+    ) -> Tensor | None:
+        """See `Recommender`; an encoder that is not linear has no shares."""
+        del side
+        if self.config.encoder != "lightgcn":
+            return None
+        own = states[0].new_zeros(states[0].shape[-1]) if own is None else own
+        hops = enumerate(self._hop_shares(neighbors, states, own), start=1)
+        return torch.stack([self._weight(hop) * shares for hop, shares in hops]).sum(0)
+
+    def directions(self, x: Tensor, y: Tensor, task: int) -> Tensor | None:
+        """See `Recommender`."""
+        return self.decoder.directions(x, y, task)
+
+    def keys(self, y: Tensor) -> list[Tensor]:
+        """See `Recommender`."""
+        return self.decoder.keys(y)
+
+    def queries(self, x: Tensor, task: int) -> dict[int, Tensor]:
+        """See `Recommender`."""
+        return self.decoder.queries(x, task)
 
     def decayed(self) -> list[Tensor]:
         """Return embeddings, attention's matrices and the decoder's."""
@@ -123,15 +180,46 @@ class CIGF(Recommender):
 
     def _paper_hops(self, embeddings: Tensor) -> list[Tensor]:
         """E^l = Â_k C^2 ... C^l X with C^l = sum_j diag(alpha^l_kj) Â_j: behaviour k is the step at the node itself."""
-        spread = embeddings[:, None, :].expand(-1, len(self.behaviors), -1).contiguous()
+        return [propagate(walked, self.graph) for walked in self._paper_states(embeddings)]
+
+    def _paper_states(self, embeddings: Tensor) -> Iterator[Tensor]:
+        """C^2 ... C^l X of l = 1 to L, `[N, K, d]` each."""
+        spread = self._spread(embeddings).contiguous()
         mixed = {hop: self.attention(embeddings, hop) for hop in range(1, self.config.layers)}
-        hops = []
         for last in range(1, self.config.layers + 1):
             walked = spread
             for hop in range(last - 1, 0, -1):
                 walked = propagate_mixed(walked, self.graph, mixed[hop])
-            hops.append(propagate(walked, self.graph))
-        return hops
+            yield walked
+
+    def _spread(self, embeddings: Tensor) -> Tensor:
+        return embeddings[:, None, :].expand(-1, len(self.behaviors), -1)
+
+    def _hop_shares(self, neighbors: Sequence[Tensor], states: Sequence[Tensor], own: Tensor) -> Iterator[Tensor]:
+        """What each event gives to E^1 to E^L of a node: `[E, K, d]` each.
+
+        An event of behaviour j gives Â_j times the neighbour's state; to which start behaviours, attention at the node
+        says where the node receives a hop of a mixture, and otherwise j alone has it.
+        """
+        nodes, kinds = concatenated(neighbors)
+        factors = torch.cat(self._event_factors(neighbors)).to(own.dtype)
+        alone = F.one_hot(kinds, len(self.behaviors)).to(own.dtype)
+        is_mixed = self.config.cross_behavior and self.config.order == "official"
+        for hop, state in enumerate(states):
+            weights = self.attention(own[None], hop)[0, :, kinds].T if hop and is_mixed else alone
+            yield (factors[:, None] * weights)[..., None] * state[nodes]
+
+    def _event_factors(self, neighbors: Sequence[Tensor]) -> list[Tensor]:
+        """The node's row of each graph at its neighbours `[E_k]`; 0 for events that are no edges."""
+        found, target = [], neighbors[-1]
+        for place, (name, nodes) in enumerate(zip(self.behaviors, neighbors, strict=True)):
+            is_edge = torch.full_like(nodes, name in self.folded_from, dtype=torch.bool)
+            if self.config.hide_target_pairs and name != self.behaviors[-1]:
+                is_edge &= ~torch.isin(nodes, target)
+            factors = torch.zeros(len(nodes), device=nodes.device)
+            factors[is_edge] = factors_of_new(self.graph, place, nodes[is_edge], self.config.norm)
+            found.append(factors)
+        return found
 
     def _layer(self, behavior: int, hop: int) -> _Attention:
         layers = self.attn[str(behavior)]

@@ -57,6 +57,21 @@ class Head(nn.Module):
         ]
         return torch.cat(parts) if parts else x.new_zeros(0, len(y))
 
+    def directions(self, x: Tensor, y: Tensor, task: int) -> Tensor | None:
+        """See `Recommender.directions`."""
+        del x, y, task
+        return None
+
+    def keys(self, y: Tensor) -> list[Tensor]:
+        """See `Recommender.keys`."""
+        del y
+        return []
+
+    def queries(self, x: Tensor, task: int) -> dict[int, Tensor]:
+        """See `Recommender.queries`."""
+        del x, task
+        return {}
+
     def decayed(self) -> list[nn.Parameter]:
         """Return the matrices under the L2 term."""
         return [p for p in self.parameters() if p.ndim == 2]
@@ -90,9 +105,29 @@ class MESI(Head):
         """See `Head`."""
         return self.scale * ((x * y).sum(-1) * self.gates(x, y, task)).sum(-1)
 
+    def directions(self, x: Tensor, y: Tensor, task: int) -> Tensor | None:
+        """See `Recommender.directions`: scale * g^k(j) * y_j."""
+        return self.scale * self.gates(x, y, task)[..., None] * y
+
+    def keys(self, y: Tensor) -> list[Tensor]:
+        """See `Recommender.keys`: the slice of each expert, and all of them as one vector."""
+        return [*y.unbind(1), y.flatten(1)]
+
+    def queries(self, x: Tensor, task: int) -> dict[int, Tensor]:
+        """See `Recommender.queries`: x_j for each expert, as the gate is not known before the item is.
+
+        The last one mixes experts as the gate would for an item of zeros. Where experts have little in common, an item
+        that all of them like well and none of them best is found by it alone; where gates depend much on the item, the
+        experts find what it misses.
+        """
+        gates = self.gates(x, torch.zeros_like(x), task)
+        return {**dict(enumerate(x.unbind(1))), x.shape[1]: (gates[..., None] * x).flatten(1)}
+
     @torch.no_grad()
     def score(self, x: Tensor, y: Tensor, task: int) -> Tensor:
         """See `Head`; matrices `[b, I]` in place of the pairs' rows."""
+        if len(x) == 1:
+            return self._score_one(x[0], y, task)[None]
         gate, d = self.gate_of(task), x.shape[-1]
         of_user = F.linear(x[:, task], gate.weight[:, :d], gate.bias)
         of_item = F.linear(y[:, task], gate.weight[:, d:])
@@ -106,6 +141,18 @@ class MESI(Head):
             mass += weight
             total.addcmul_(weight, x[:, j] @ y[:, j].T)
         return total.div_(mass).mul_(self.scale)
+
+    def _score_one(self, x: Tensor, y: Tensor, task: int) -> Tensor:
+        """Score `[I, K, d]` for one user `[K, d]`: a single pass over the items' rows, which is what takes time."""
+        gate, (count, d) = self.gate_of(task), x.shape
+        read = x.new_zeros(count, d, 2 * count)
+        read[torch.arange(count), :, torch.arange(count)] = x
+        read[task, :, count:] = gate.weight[:, d:].T
+        # Long rows from here on: sums over K columns of short ones cost three times as much.
+        products, logits = (y.flatten(1) @ read.flatten(0, 1)).T.contiguous().chunk(2)
+        logits += F.linear(x[task], gate.weight[:, :d], gate.bias)[:, None]
+        weights = logits.sub_(logits.amax(0)).exp_()
+        return (products * weights).sum(0).div_(weights.sum(0)).mul_(self.scale)
 
 
 class Bilinear(Head):
@@ -122,6 +169,21 @@ class Bilinear(Head):
     def score(self, x: Tensor, y: Tensor, task: int) -> Tensor:
         """See `Head`."""
         return self.scale * (self._scaled(x, task) @ y[:, task].T)
+
+    def directions(self, x: Tensor, y: Tensor, task: int) -> Tensor | None:
+        """See `Recommender.directions`."""
+        del x
+        found = torch.zeros_like(y)
+        found[..., task, :] = self.scale * self._scaled(y, task)
+        return found
+
+    def keys(self, y: Tensor) -> list[Tensor]:
+        """See `Recommender.keys`."""
+        return list(y.unbind(1))
+
+    def queries(self, x: Tensor, task: int) -> dict[int, Tensor]:
+        """See `Recommender.queries`."""
+        return {task: self._scaled(x, task)}
 
     def decayed(self) -> list[nn.Parameter]:
         """Nothing: the official code leaves r_k free."""
@@ -156,6 +218,13 @@ class SharedBottom(Head):
         e_u, e_i = x.sum(-2), y.sum(-2)
         parts = (e_u, e_i) if self.is_linear else (e_u * e_i, e_u, e_i)
         return self.scale * (torch.cat(parts, -1) @ self.tower.weight[task] + self.tower.bias[task])
+
+    def directions(self, x: Tensor, y: Tensor, task: int) -> Tensor | None:
+        """See `Recommender.directions`."""
+        del x
+        first, *rest = self.tower.weight[task].split(y.shape[-1])
+        of_pair = first.expand_as(y[..., 0, :]) if self.is_linear else first * y.sum(-2) + rest[0]
+        return (self.scale * of_pair)[..., None, :].expand_as(y)
 
 
 class MMoE(Head):

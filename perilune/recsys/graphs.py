@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from perilune.errors import DataError
 from perilune.ops.multigraph import MultiGraph, Norm
@@ -52,6 +53,32 @@ def build_union(data: InteractionData, *, norm: Norm, behaviors: Collection[str]
     users, items = np.divmod(keys, max(1, data.num_items))
     edges = (torch.from_numpy(users), torch.from_numpy(items) + data.num_users)
     return MultiGraph.of([edges], num_nodes=data.num_users + data.num_items, norm=norm)
+
+
+def concatenated(neighbors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the neighbours of all behaviours `[E]`, and which behaviour each is of `[E]`."""
+    kinds = [torch.full_like(nodes, place) for place, nodes in enumerate(neighbors)]
+    return torch.cat(list(neighbors)), torch.cat(kinds)
+
+
+def factors_of_new(graph: MultiGraph, place: int, neighbors: Tensor, norm: Norm) -> Tensor:
+    """Return the weights `[E]` that a new node's row of graph `place` would have for its neighbours `[E]`.
+
+    The neighbours' own degrees stay as they are in the graph, at least 1: of a node that is in the graph already, with
+    these neighbours, the weights are those of its row.
+    """
+    bounds = graph.bounds[place]
+    degrees = (bounds[neighbors + 1] - bounds[neighbors]).clamp(min=1).to(torch.float32)
+    count = max(1, len(neighbors))
+    match norm:
+        case "left":
+            return torch.full_like(degrees, 1 / count)
+        case "right":
+            return 1 / degrees
+        case "sym":
+            return (count * degrees).rsqrt()
+        case "none":
+            return torch.ones_like(degrees)
 
 
 def check_behaviors(data: InteractionData, names: Collection[str]) -> None:

@@ -1,17 +1,22 @@
 """What every trained recommender is: tables of representations, and a head that scores pairs of their rows."""
 
-# N nodes (users, then items)  S slices of a representation  d width  P pairs  b users  I items
+# N nodes (users, then items)  S slices of a representation  d width  P pairs  b users  I items  K behaviours
+# E events of one node
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from perilune.errors import DataError
 from perilune.recsys.decoders import XavierEmbedding
 from perilune.recsys.evaluation import Scorer
+
+Side = Literal["user", "item"]
 
 
 class Recommender(nn.Module):
@@ -43,6 +48,79 @@ class Recommender(nn.Module):
     def score(self, x: Tensor, y: Tensor, task: int) -> Tensor:
         """Score all items for users: rows `[b, S, d]` and `[I, S, d]` give `[b, I]`."""
         raise NotImplementedError
+
+    @property
+    def learned_from(self) -> tuple[str, ...]:
+        """Behaviours without whose pairs a user's representation is what it was initialised with."""
+        return tuple(self.behaviors[task] for task in self.tasks)
+
+    @property
+    def folded_from(self) -> tuple[str, ...]:
+        """Behaviours whose pairs represent a new node; none, if the model cannot represent one."""
+        return ()
+
+    def fold_states(self) -> tuple[Tensor, ...]:
+        """Return what `fold_in` and `event_shares` read of the neighbours: `[N, ...]` each, computed once."""
+        return ()
+
+    def fold_in(self, neighbors: Sequence[Tensor], states: Sequence[Tensor], side: Side) -> Tensor:
+        """Represent a new node by its neighbours, without training; its own embedding is 0.
+
+        Args:
+            neighbors: for each behaviour the distinct nodes `[E_k]` int64: items' for a user, users' for an item.
+            states: of `fold_states`.
+            side: what the new node is.
+
+        Returns:
+            `[S, d]`; what `tables` has for a node of the graph with these neighbours and an embedding of 0.
+
+        Raises:
+            DataError: the model cannot represent a new node.
+        """
+        shares = self.event_shares(neighbors, states, side)
+        if shares is None:
+            raise DataError(f"{type(self).__name__} cannot represent a {side} that it was not trained on")
+        return shares.sum(0)
+
+    def event_shares(
+        self, neighbors: Sequence[Tensor], states: Sequence[Tensor], side: Side, own: Tensor | None = None
+    ) -> Tensor | None:
+        """Split a representation by the events that it comes from.
+
+        Args:
+            neighbors: as for `fold_in`.
+            states: of `fold_states`.
+            side: what the node is.
+            own: the node's embedding `[d]`; None for a new node.
+
+        Returns:
+            `[E, S, d]`, behaviour after behaviour: what comes over all paths that begin at the node with that event.
+            Their sum and what the node's embedding gives by itself are the representation. None where a
+            representation is no sum over events.
+        """
+        del neighbors, states, side, own
+        return None
+
+    def directions(self, x: Tensor, y: Tensor, task: int) -> Tensor | None:
+        """Return v `[P, S, d]` such that a score is <v, x> plus what is the same for all x; gates are held.
+
+        None where scores are not linear in a user's representation.
+        """
+        del x, y, task
+        return None
+
+    def keys(self, y: Tensor) -> list[Tensor]:
+        """Return, of items `[I, S, d]`, the kinds of vectors `[I, d']` among which `queries` look for large products.
+
+        Empty where no product tells which items have high scores.
+        """
+        del y
+        return []
+
+    def queries(self, x: Tensor, task: int) -> dict[int, Tensor]:
+        """Return, of users `[b, S, d]`, vectors `[b, d']` by the number of the kind of key that they are meant for."""
+        del x, task
+        return {}
 
     def decayed(self) -> list[Tensor]:
         """Return what is under the L2 term: both tables in full, and matrices."""

@@ -48,6 +48,7 @@ def test_scores_of_all_items_are_those_of_pairs(name: str, at_once: int, monkeyp
         assert every.shape == (5, 6)
         pairs = [[head(x[u : u + 1], y[i : i + 1], task)[0].item() for i in range(6)] for u in range(5)]
         torch.testing.assert_close(every, torch.tensor(pairs, dtype=torch.float64))
+        torch.testing.assert_close(head.score(x[:1], y, task), every[:1])
     assert head.score(x[:0], y, 0).shape == (0, 6)
 
 
@@ -57,6 +58,7 @@ def test_mesi_scores_do_not_overflow_where_gates_are_extreme() -> None:
     scores = head.score(x, y, 0)
     assert scores.isfinite().all()
     torch.testing.assert_close(scores, head(x[:, None].expand(2, 3, 3, 4), y.expand(2, 3, 3, 4), 0))
+    torch.testing.assert_close(head.score(x[:1], y, 0), scores[:1])
 
 
 def test_the_official_shared_bottom_ranks_alike_for_everybody_and_ours_does_not() -> None:

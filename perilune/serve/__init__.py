@@ -1,0 +1,12 @@
+"""HTTP: one application that routers join.
+
+app        errors as JSON, a limit of bodies, /health
+recommend  POST /v1/recommend
+
+Nothing here is loaded before it is called; FastAPI comes with `pip install 'perilune[serve]'`.
+"""
+
+from perilune.serve.app import MAX_BODY_BYTES, create_app
+from perilune.serve.recommend import recommend_router
+
+__all__ = ["MAX_BODY_BYTES", "create_app", "recommend_router"]
