@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from perilune import __version__
+from perilune.cli_recsys import execute, print_explained, print_summary, recsys_app
 from perilune.errors import PeriluneError, RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from perilune.run import ChatSession, RunSummary
+    from perilune.run import ChatSession
 
 app = typer.Typer(
     name="perilune",
@@ -38,6 +39,7 @@ moba_app = typer.Typer(
     help="Mixture of block attention: what it reads, and whether its router can find it.", no_args_is_help=True
 )
 app.add_typer(moba_app, name="moba")
+app.add_typer(recsys_app, name="recsys")
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, e.g. runs/demo.")]
 StageName = Annotated[str | None, typer.Option(help="Stage whose model to use; the last one by default.")]
@@ -103,26 +105,19 @@ def run(
 ) -> None:
     """Run a recipe's stages; go on where a stopped run left off."""
     if explain is not None:
-        _explain(explain, as_json)
+        from perilune.run import Recipe
+
+        print_explained(Recipe, explain, as_json)
         return
     if recipe is None:
         raise typer.BadParameter("name a recipe file, e.g. recipes/demo.toml", param_hint="RECIPE")
-    from perilune.report import logs_as_notes, make_progress
-    from perilune.run import dump_recipe, load, run_recipe
-    from perilune.train import Interrupted, SignalWatch
+    from perilune.run import dump_recipe, load
 
     loaded = load(recipe, overrides or [])
     if dry_run:
         print(dump_recipe(loaded.recipe), end="")
         return
-    try:
-        progress = make_progress(quiet=quiet)
-        with SignalWatch() as stop, logs_as_notes(progress):
-            summary = run_recipe(loaded, run_dir, progress=progress, stop=stop)
-    except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
-        raise typer.Exit(stopped.exit_code) from None
-    _print_summary(summary, as_json)
+    print_summary(execute(loaded, run_dir, quiet=quiet), as_json)
 
 
 @app.command(epilog="Example: perilune chat runs/demo --prompt 'Calculate 7+5-3.'")
@@ -305,41 +300,6 @@ def _read_text(text: str | None, path: Path | None) -> str | None:
         return text if path is None else path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise typer.BadParameter(f"{path} is not UTF-8: {error.reason}", param_hint="--text-file") from error
-
-
-def _explain(path: str, as_json: bool) -> None:
-    from dataclasses import asdict
-
-    from perilune.run import Recipe
-    from perilune.run import explain as explain_keys
-
-    docs = explain_keys(Recipe, path)
-    if as_json:
-        print(json.dumps([asdict(doc) for doc in docs]))
-        return
-    for doc in docs:
-        default = "required" if doc.default is None else f"default {doc.default}"
-        text = " ".join(doc.text.split())
-        print(f"{doc.name}: {doc.type} ({default})\n    {text}")
-
-
-def _print_summary(summary: RunSummary, as_json: bool) -> None:
-    is_sweep = not summary.results
-    if as_json:
-        from dataclasses import asdict
-
-        from perilune.report import sweep_results
-
-        results = sweep_results(summary.directory) if is_sweep else [asdict(result) for result in summary.results]
-        print(json.dumps({"directory": str(summary.directory), "results": results, "report": str(summary.report)}))
-        return
-    from rich.console import Console
-
-    from perilune.report import comparison_tables, summary_table
-
-    for table in comparison_tables(summary.directory) if is_sweep else [summary_table(summary.results)]:
-        Console().print(table)
-    print(f"Report: {summary.report}")
 
 
 def _stream(pieces: Iterator[str]) -> None:

@@ -1,13 +1,18 @@
-"""`perilune recsys`: train, evaluate, ablate, recommend and serve a recommender."""
+"""`perilune recsys`: train, evaluate, ablate, recommend, export and serve a recommender."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from perilune.report import Progress
+    from perilune.run import LoadedRecipe, RecommenderEvaluation, RunSummary
 
 recsys_app = typer.Typer(
     help="Multi-behaviour recommendation (CIGF) on your own interaction log.", no_args_is_help=True
@@ -20,5 +25,261 @@ Overrides = Annotated[
 ]
 RunDir = Annotated[Path | None, typer.Option(help="Run directory; runs/<recipe's name> by default.")]
 StageName = Annotated[str | None, typer.Option(help="Stage whose model to use; the last trained one by default.")]
+Behavior = Annotated[str | None, typer.Option(help="Recommend for this behaviour; the target by default.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
+Index = Annotated[
+    Literal["exact", "flat", "ivf", "hnsw"],
+    typer.Option(help="Score all items, or the candidates of one of faiss's indices; exact is right below 100,000."),
+]
+
+
+def execute(loaded: LoadedRecipe[Any], run_dir: Path | None, *, quiet: bool) -> RunSummary:
+    """Run a loaded recipe with progress and stop requests, as `perilune run` does."""
+    from perilune.report import logs_as_notes, make_progress
+    from perilune.run import run_recipe
+    from perilune.train import Interrupted, SignalWatch
+
+    try:
+        progress = make_progress(quiet=quiet)
+        with SignalWatch() as stop, logs_as_notes(progress):
+            return run_recipe(loaded, run_dir, progress=progress, stop=stop)
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        raise typer.Exit(stopped.exit_code) from None
+
+
+def print_summary(summary: RunSummary, as_json: bool) -> None:
+    """Print a run's closing table, or a sweep's, and where the report is."""
+    is_sweep = not summary.results
+    if as_json:
+        from dataclasses import asdict
+
+        from perilune.report import sweep_results
+
+        results = sweep_results(summary.directory) if is_sweep else [asdict(result) for result in summary.results]
+        print(json.dumps({"directory": str(summary.directory), "results": results, "report": str(summary.report)}))
+        return
+    from rich.console import Console
+
+    from perilune.report import comparison_tables, summary_table
+
+    for table in comparison_tables(summary.directory) if is_sweep else [summary_table(summary.results)]:
+        Console().print(table)
+    print(f"Report: {summary.report}")
+
+
+def print_explained(root: type, path: str, as_json: bool) -> None:
+    """Print the keys under a path of a recipe."""
+    from dataclasses import asdict
+
+    from perilune.run import explain as explain_keys
+
+    docs = explain_keys(root, path)
+    if as_json:
+        print(json.dumps([asdict(doc) for doc in docs]))
+        return
+    for doc in docs:
+        default = "required" if doc.default is None else f"default {doc.default}"
+        text = " ".join(doc.text.split())
+        print(f"{doc.name}: {doc.type} ({default})\n    {text}")
+
+
+@recsys_app.command(epilog="Example: perilune recsys train recipes/recsys.toml stages.cigf.train.epochs=20")
+def train(
+    recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE", help="E.g. recipes/recsys.toml.")] = None,
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the resolved recipe, and stop.")] = False,
+    explain: Annotated[str | None, typer.Option(metavar="PATH", help="Print the keys under PATH.")] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train and rank the methods of a recipe; go on where a stopped run left off."""
+    from perilune.run import RecommenderRecipe, dump_recipe, load
+
+    if explain is not None:
+        print_explained(RecommenderRecipe, explain, as_json)
+        return
+    if recipe is None:
+        raise typer.BadParameter("name a recipe file, e.g. recipes/recsys.toml", param_hint="RECIPE")
+    loaded = load(recipe, overrides or [])
+    if not isinstance(loaded.recipe, RecommenderRecipe):
+        raise typer.BadParameter(f"{recipe} has no table [interactions]; `perilune run` runs it", param_hint="RECIPE")
+    if dry_run:
+        print(dump_recipe(loaded.recipe), end="")
+        return
+    print_summary(execute(loaded, run_dir, quiet=quiet), as_json)
+
+
+@recsys_app.command(epilog="Example: perilune recsys evaluate runs/recsys --stage cigf --protocol full")
+def evaluate(
+    run_path: RunPath,
+    stage: StageName = None,
+    protocol: Annotated[
+        Literal["full", "sampled99"] | None, typer.Option(help="Protocol to show; all of the run's by default.")
+    ] = None,
+    conflict_steps: Annotated[
+        int, typer.Option("--conflicts", min=0, help="Batches on which tasks' gradients are compared; 0: none.")
+    ] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Compare a run's methods, with intervals over users, and look at one by groups of users."""
+    from perilune.run import conflicts, evaluate_recommender
+
+    found = evaluate_recommender(run_path, stage, protocols=None if protocol is None else [protocol])
+    report = conflicts(run_path, stage, steps=conflict_steps) if conflict_steps else None
+    if as_json:
+        from dataclasses import asdict
+
+        print(json.dumps({**asdict(found), "conflicts": None if report is None else asdict(report)}))
+        return
+    _print_evaluation(found)
+    if report is not None:
+        from perilune.report import conflict_table
+
+        _print_table(conflict_table(report.rows))
+
+
+@recsys_app.command(epilog="Example: perilune recsys ablate recipes/recsys.toml decoders --seeds 0,1,2")
+def ablate(
+    recipe: RecipePath,
+    ablation: Annotated[
+        Literal["parts", "decoders", "encoders", "layers", "dims", "behaviors", "attention", "order", "gates", "norms"],
+        typer.Argument(help="What to vary."),
+    ],
+    overrides: Overrides = None,
+    stage: Annotated[str | None, typer.Option(help="Stage to vary; the first with a cigf by default.")] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds of each variant, e.g. 0,1,2.")] = "0",
+    run_dir: RunDir = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train the variants of one ablation and put them side by side."""
+    from perilune.run import load_ablation
+
+    try:
+        chosen = [int(seed) for seed in seeds.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"must be whole numbers, e.g. 0,1,2; got {seeds!r}", param_hint="--seeds") from error
+    loaded = load_ablation(recipe, ablation, stage=stage, seeds=chosen, overrides=overrides or [])
+    print_summary(execute(loaded, run_dir, quiet=quiet), as_json)
+
+
+@recsys_app.command(epilog="Example: perilune recsys recommend runs/recsys --event view=17 --event cart=4 --k 5")
+def recommend(
+    run_path: RunPath,
+    user: Annotated[str | None, typer.Option(help="A user of the data; or give --event.")] = None,
+    event: Annotated[
+        list[str] | None, typer.Option(metavar="BEHAVIOR=ITEM", help="What a new user did; may be repeated.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write every user's items to this .parquet or .csv file.")] = None,
+    k: Annotated[int, typer.Option("--k", min=1, max=1000, help="How many items.")] = 10,
+    behavior: Behavior = None,
+    stage: StageName = None,
+    index: Index = "exact",
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Recommend items to a user, to a new one by events, or to everybody into a file."""
+    from perilune.run import recommend as recommend_items
+
+    if sum((user is not None, bool(event), out is not None)) != 1:
+        raise typer.BadParameter("give one of them", param_hint="--user / --event / --out")
+    if out is not None:
+        _export(run_path, out, k, behavior, stage, quiet)
+        return
+    found = recommend_items(
+        run_path, user=user, events=_events(event or []), k=k, behavior=behavior, stage=stage, index=index
+    )
+    if as_json:
+        from dataclasses import asdict
+
+        print(json.dumps([asdict(item) for item in found], default=str))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for title in ("item", "score", "because"):
+        table.add_column(title, justify="right" if title == "score" else "left")
+    for item in found:
+        reason = "popular" if item.source == "popular" else ""
+        if item.because is not None:
+            reason = f"{item.because.behavior} {item.because.item}"
+        table.add_row(str(item.item), f"{item.score:.4g}", reason)
+    Console().print(table)
+
+
+@recsys_app.command(epilog="Example: perilune recsys serve runs/recsys --port 8000")
+def serve(
+    run_path: RunPath,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every one.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    stage: StageName = None,
+    index: Index = "exact",
+    threads: Annotated[int, typer.Option(min=1, help="Threads of one answer's arithmetic.")] = 1,
+) -> None:
+    """Serve POST /v1/recommend; /docs describes it."""
+    from perilune.run import serve_recommender
+
+    print(f"http://{host}:{port}/docs  Ctrl-C ends.", file=sys.stderr)
+    serve_recommender(run_path, host=host, port=port, stage=stage, index=index, threads=threads)
+
+
+def _export(run_path: Path, out: Path, k: int, behavior: str | None, stage: str | None, quiet: bool) -> None:
+    from perilune.report import make_progress
+    from perilune.run import export_recommendations
+
+    progress: Progress = make_progress(quiet=quiet)
+    rows = export_recommendations(run_path, out, k=k, behavior=behavior, stage=stage, progress=progress)
+    print(f"{out}: {rows:,} rows")
+
+
+def _events(texts: Sequence[str]) -> list[tuple[str, str]]:
+    """From BEHAVIOR=ITEM to (item, behaviour)."""
+    events = []
+    for text in texts:
+        name, separator, item = text.partition("=")
+        if not separator or not name or not item:
+            raise typer.BadParameter(f"must be BEHAVIOR=ITEM, e.g. view=17; got {text!r}", param_hint="--event")
+        events.append((item, name))
+    return events
+
+
+def _print_evaluation(found: RecommenderEvaluation) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from perilune.report import group_table
+
+    for protocol, methods in found.methods.items():
+        table = Table(
+            title=f"Protocol {protocol}",
+            caption="95 % intervals and p by the bootstrap over users; differences are in NDCG@10.",
+            caption_justify="left",
+        )
+        names = list(methods[0].metrics)
+        for place, title in enumerate(("method", *names, "less the best", "p")):
+            table.add_column(title, justify="left" if place == 0 else "right")
+        for method in methods:
+            cells = [f"{x.mean:.4f} ({x.low:.4f} to {x.high:.4f})" for x in method.metrics.values()]
+            worse = method.against_best
+            rest = ("best", "") if worse is None else (f"{worse.mean:+.4f}", f"{worse.p:.3g}")
+            table.add_row(method.stage, *cells, *rest)
+        Console().print(table)
+        _print_table(group_table({found.stage: found.groups[protocol]}))
+    print(f"{found.stage}: {found.coverage:.1%} of the items are among somebody's ten best; Gini {found.gini:.3f}")
+
+
+def _print_table(content: Any) -> None:
+    """Print a table of the report's in the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(caption=content.caption, caption_justify="left")
+    for place, title in enumerate(content.header):
+        table.add_column(title, justify="left" if place == 0 else "right", overflow="fold")
+    for row in content.rows:
+        table.add_row(*row)
+    Console().print(table)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from perilune.errors import CheckpointError, NumericsError
 from perilune.optim import Muon, StaircaseSchedule, parameter_groups, set_lr
+from perilune.recsys.cigf import CIGF
 from perilune.recsys.config import FitConfig
 from perilune.recsys.data import InteractionData
 from perilune.recsys.evaluation import Ranker
@@ -240,10 +241,11 @@ class _Trainer:
             return {}
         found = self.ranker.rank(self.model.scorer()).summary((10,))
         self.evaluated_epoch = self.epoch
+        spread = self.model.collapse() if isinstance(self.model, CIGF) else {}
         if found[SELECTED_BY] > self.best.get(SELECTED_BY, -1.0):
             self.best, self.best_epoch = found, self.epoch
             self.best_weights = {name: tensor.clone() for name, tensor in module_tensors(self.model).items()}
-        return {f"validation_{name}": value for name, value in found.items()}
+        return {f"validation_{name}": value for name, value in found.items()} | spread
 
     def _elapsed_s(self) -> float:
         return self.earlier_s + time.monotonic() - self.started_s

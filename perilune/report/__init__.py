@@ -17,6 +17,13 @@ from perilune.report.progress import (
     logs_as_notes,
     make_progress,
 )
+from perilune.report.recommender import (
+    ConflictRow,
+    GroupRow,
+    MethodRow,
+    conflict_table,
+    group_table,
+)
 from perilune.report.report import write_report
 from perilune.report.results import (
     Sample,
@@ -40,8 +47,11 @@ from perilune.report.tables import summary_rows, summary_table, task_table
 
 __all__ = [
     "BlockLoad",
+    "ConflictRow",
+    "GroupRow",
     "LayerReads",
     "LineProgress",
+    "MethodRow",
     "MetricRecord",
     "MetricValue",
     "MetricsLog",
@@ -54,6 +64,8 @@ __all__ = [
     "TerminalProgress",
     "block_load",
     "comparison_tables",
+    "conflict_table",
+    "group_table",
     "load_table",
     "logs_as_notes",
     "make_progress",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -46,11 +47,15 @@ _NOT_IN_A_TERMINAL = {
 }
 """Columns for the report alone, where there is room."""
 
+RANKED = re.compile(r"(?P<protocol>full|sampled99)_(?P<metric>(?:hr|ndcg)@\d+|mrr)")
+"""Numbers of a recommender's stage that say how it ranked held-out purchases."""
+
 _CURVES: tuple[tuple[str, str, str], ...] = (
     ("loss", "training loss", "Lower is better."),
     ("validation_loss", "validation loss", "Held-out data; lower is better."),
     ("bits_per_byte", "validation bits per byte", "Held-out text; lower is better."),
     ("max_logits", "largest attention logit of any layer", "MuonClip should keep it from growing without end."),
+    ("validation_ndcg@10", "validation NDCG@10", "Held-out purchases; higher is better."),
     ("reward", "mean reward", "Before any shaping; higher is better."),
     ("accuracy", "validation accuracy", "Share of held-out problems solved; higher is better."),
     ("response_tokens", "response length, tokens", "Mean over the rollouts."),
@@ -134,7 +139,7 @@ def comparison_tables(run_directory: Path) -> list[Table]:
     tables = []
     for stage in [stage for stage in stages if not is_shared(stage, variants)] or stages:
         content = comparison_table(stage, variants)
-        shown = [place for place, title in enumerate(content.header) if title not in _NOT_IN_A_TERMINAL]
+        shown = _for_a_terminal(content.header)
         lines = [[line[place] for place in shown] for line in (content.header, *content.rows)]
         if len(shown) > len(lines):  # many numbers of few variants are side by side only where there is room
             lines = [list(line) for line in zip(*lines, strict=True)]
@@ -146,6 +151,13 @@ def comparison_tables(run_directory: Path) -> list[Table]:
             table.add_row(*row)
         tables.append(table)
     return tables
+
+
+def _for_a_terminal(header: Sequence[str]) -> list[int]:
+    """Places of the columns that matter most: of a recommender's, how it ranked."""
+    if any(RANKED.fullmatch(title) for title in header):
+        return [place for place, title in enumerate(header) if place < 2 or RANKED.fullmatch(title)]
+    return [place for place, title in enumerate(header) if title not in _NOT_IN_A_TERMINAL]
 
 
 def comparison_table(stage: str, variants: Variants) -> TextTable:

@@ -7,14 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from perilune.report.compare import mean_and_spread
+from perilune.report.compare import RANKED, mean_and_spread
 from perilune.report.html import Block, Plot, Section, TextTable
 from perilune.report.metrics import MetricRecord, series
 from perilune.report.plots import BarSeries, Curve, bar_plot, line_plot
+from perilune.report.progress import format_duration
+from perilune.report.results import StageResult
 from perilune.report.rundata import RunData
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _CURVES: tuple[tuple[str, str, str], ...] = (
     ("validation_ndcg@10", "validation NDCG@10", "Held-out purchases, ranked among all items. Its best epoch is kept."),
@@ -87,6 +93,27 @@ def recommender_section(run: RunData) -> Section | None:
     return Section(title="Recommender", blocks=blocks) if blocks else None
 
 
+def methods_of(results: Sequence[StageResult]) -> list[MethodRow]:
+    """Return the ranks of a run's stages, a row for each protocol: numbers named like `full_ndcg@10`."""
+    found: dict[tuple[str, str], dict[str, Sequence[float]]] = {}
+    for result in results:
+        for name, value in result.numbers.items():
+            if match := RANKED.fullmatch(name):
+                found.setdefault((result.stage, match["protocol"]), {})[match["metric"]] = (value,)
+    return [MethodRow(method=stage, protocol=protocol, metrics=metrics) for (stage, protocol), metrics in found.items()]
+
+
+def comparison_section(run: RunData) -> Section | None:
+    """The methods of a run side by side."""
+    rows = methods_of(run.results)
+    if not rows:
+        return None
+    aux = run.recipe.get("protocol", {}).get("aux", "open")
+    hidden = "lost" if aux == "clean" else "kept"
+    caption = f"Other behaviours {hidden} the pairs of held-out purchases (protocol {aux})."
+    return Section(title="Methods", blocks=[comparison_table(rows, caption)])
+
+
 def comparison_table(rows: Sequence[MethodRow], caption: str = "") -> TextTable:
     """Return methods by protocols and metrics, mean ± standard deviation over seeds; the best of a column is strong.
 
@@ -116,6 +143,21 @@ def comparison_table(rows: Sequence[MethodRow], caption: str = "") -> TextTable:
         "bold.".strip(),
         strong=strong if len(methods) > 1 else (),
     )
+
+
+def method_table(results: Sequence[StageResult]) -> Table:
+    """Return a run's methods for a terminal, the best of each column in bold."""
+    from rich.table import Table
+
+    content = comparison_table(methods_of(results))
+    times = {result.stage: format_duration(result.time_s) for result in results}
+    table = Table(caption=content.caption, caption_justify="left")
+    for place, title in enumerate((*content.header, "time")):
+        table.add_column(title, justify="left" if place == 0 else "right", overflow="fold")
+    for line, row in enumerate(content.rows):
+        cells = [f"[bold]{x}[/bold]" if (line, place) in content.strong else x for place, x in enumerate(row)]
+        table.add_row(*cells, times[row[0]])
+    return table
 
 
 def group_table(methods: Mapping[str, Sequence[GroupRow]], metric: str = "ndcg@10") -> TextTable:

@@ -34,6 +34,7 @@ def build_page(run: RunData) -> Page:
 
     builders = (
         sections.summary_section,
+        recommender.comparison_section,
         sections.loss_section,
         sections.max_logits_section,
         sections.expert_section,

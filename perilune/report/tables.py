@@ -40,6 +40,10 @@ def summary_table(results: Sequence[StageResult]) -> Table:
     """Return the table for a terminal, the compressors' numbers as its caption."""
     from rich.table import Table
 
+    from perilune.report.recommender import method_table, methods_of
+
+    if methods_of(results):
+        return method_table(results)
     table = Table(caption=compressor_line(results), caption_justify="left")
     for index, title in enumerate(SUMMARY_HEADER):
         table.add_column(title, justify="left" if index == 0 else "right", no_wrap=index == 0)

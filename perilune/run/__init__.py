@@ -4,10 +4,23 @@ from perilune.run.chat import ChatSession, open_chat
 from perilune.run.config import Recipe, presets
 from perilune.run.directory import RunDirectory
 from perilune.run.evaluation import evaluate_run
+from perilune.run.interactions import prepare_interactions
 from perilune.run.launch import describe_preset, load, preset_names, run_recipe
 from perilune.run.loading import LoadedModel, load_model, read_recipe
 from perilune.run.pipeline import RunSummary, StageContext, check_stages, run_pipeline
 from perilune.run.recipe import LoadedRecipe, build_recipe, dump_recipe, load_recipe
+from perilune.run.recommender_config import RecommenderRecipe
+from perilune.run.recommending import (
+    RecommenderEvaluation,
+    TrainedRecommender,
+    conflicts,
+    evaluate_recommender,
+    export_recommendations,
+    load_ablation,
+    load_recommender,
+    recommend,
+    serve_recommender,
+)
 from perilune.run.routing import RecallView, RoutingView, draw_routing, measure_recall
 from perilune.run.schema import FieldDoc, explain
 from perilune.run.stages import STAGES
@@ -21,27 +34,38 @@ __all__ = [
     "LoadedRecipe",
     "RecallView",
     "Recipe",
+    "RecommenderEvaluation",
+    "RecommenderRecipe",
     "RoutingView",
     "RunDirectory",
     "RunSummary",
     "StageContext",
+    "TrainedRecommender",
     "build_recipe",
     "check_stages",
+    "conflicts",
     "describe_preset",
     "draw_routing",
     "dump_recipe",
+    "evaluate_recommender",
     "evaluate_run",
     "explain",
+    "export_recommendations",
     "load",
+    "load_ablation",
     "load_model",
     "load_recipe",
+    "load_recommender",
     "measure_recall",
     "open_chat",
     "plan_sweep",
+    "prepare_interactions",
     "preset_names",
     "presets",
     "read_recipe",
+    "recommend",
     "run_pipeline",
     "run_recipe",
     "run_sweep",
+    "serve_recommender",
 ]

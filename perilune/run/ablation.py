@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from perilune.errors import RecipeError
-from perilune.recsys.config import Attention, DecoderName, Encoder
 from perilune.ops.multigraph import Norm
+from perilune.recsys.config import Attention, DecoderName, Encoder
 
-Ablation = Literal["parts", "decoders", "encoders", "layers", "dims", "behaviors", "attention", "order", "gates", "norms"]
+Ablation = Literal[
+    "parts", "decoders", "encoders", "layers", "dims", "behaviors", "attention", "order", "gates", "norms"
+]
 
 Changes = Mapping[str, Any]
 

@@ -26,11 +26,13 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def require(is_right: bool, name: str, rule: str, value: object) -> None:
+    """Refuse a value of a recipe, in the words of all of its errors."""
     if not is_right:
         raise ValueError(f"{name} must be {rule}, got {value!r}")
 
 
 def require_at_least(lowest: int, **values: int) -> None:
+    """Refuse numbers below a least one."""
     for name, value in values.items():
         require(value >= lowest, name, f">= {lowest}", value)
 
@@ -308,9 +310,7 @@ class DPOStage:
         require_at_least(2, samples=self.samples)
         require(1 <= self.ratio < float("inf"), "ratio", "finite and >= 1", self.ratio)
         has_schedule = bool(self.train.attn_schedule)
-        require(
-            not has_schedule, "train.attn_schedule", "left out (the reference reads as at the start)", has_schedule
-        )
+        require(not has_schedule, "train.attn_schedule", "left out (the reference reads as at the start)", has_schedule)
         require(0 < self.beta < float("inf"), "beta", "finite and > 0", self.beta)
         require(0 <= self.sft_weight < float("inf"), "sft_weight", "finite and >= 0", self.sft_weight)
 
@@ -444,4 +444,5 @@ def presets() -> dict[str, dict[str, Tree]]:
 
 
 def require_name(key: str, name: str) -> None:
+    """Refuse a name that cannot name a directory."""
     require(bool(_NAME.fullmatch(name)), key, "letters, digits, . - _ (it names a directory)", name)

@@ -15,7 +15,7 @@ from perilune.run.directory import RunDirectory
 from perilune.run.interactions import check_source
 from perilune.run.pipeline import Registry, RunSummary, check_stages, run_pipeline
 from perilune.run.prepared import check_inputs
-from perilune.run.recipe import LoadedRecipe, Presets, load_recipe, recipe_tree
+from perilune.run.recipe import LoadedRecipe, Presets, load_tree, recipe_tree
 from perilune.run.recommender_config import RecommenderRecipe
 from perilune.run.stages import RECOMMENDER_STAGES, STAGES
 from perilune.run.sweep import plan_shared, plan_sweep, run_sweep
@@ -38,9 +38,7 @@ def _no_presets() -> Presets:
 
 
 LANGUAGE = Family(kind=Recipe, presets=presets, stages=STAGES, check_inputs=check_inputs)
-RECOMMENDER = Family(
-    kind=RecommenderRecipe, presets=_no_presets, stages=RECOMMENDER_STAGES, check_inputs=check_source
-)
+RECOMMENDER = Family(kind=RecommenderRecipe, presets=_no_presets, stages=RECOMMENDER_STAGES, check_inputs=check_source)
 
 
 def family_of(tree: Mapping[str, Any]) -> Family:
@@ -48,20 +46,25 @@ def family_of(tree: Mapping[str, Any]) -> Family:
     return RECOMMENDER if "interactions" in tree else LANGUAGE
 
 
-def load(path: Path, overrides: Sequence[str] = (), *, changes: Tree | None = None) -> LoadedRecipe[Any]:
+def load(
+    path: Path, overrides: Sequence[str] = (), *, changes: Tree | None = None, only_stage: str | None = None
+) -> LoadedRecipe[Any]:
     """Read and check a recipe, and every run of its sweep if it has one.
 
     Args:
         path: a TOML file.
         overrides: `a.b.c=value` texts.
-        changes: a tree laid over the file before the overrides.
+        changes: a tree laid over the file and the overrides.
+        only_stage: stage to keep, without the others; None keeps all.
 
     Raises:
         RecipeError: anything is wrong; one line per fault.
     """
-    tree = merge(read_tree(path), changes or {})
-    family = family_of(merge(tree, parse_overrides(overrides)))
-    loaded = load_recipe(path, overrides, family.kind, family.presets(), changes=changes)
+    tree = merge(merge(read_tree(path), parse_overrides(overrides)), changes or {})
+    if only_stage is not None:
+        tree["stages"] = {only_stage: tree["stages"][only_stage]}
+    family = family_of(tree)
+    loaded = load_tree(tree, family.kind, family.presets(), source=str(path))
     check_stages(loaded.recipe, family.stages)
     for child in plan_sweep(loaded, loaded.recipe.sweep, family.kind, family.presets()):
         check_stages(child.recipe, family.stages)

@@ -36,12 +36,7 @@ class LoadedRecipe(Generic[RecipeT]):
 
 
 def load_recipe(
-    path: Path,
-    overrides: Sequence[str],
-    kind: type[RecipeT],
-    presets: Presets | None = None,
-    *,
-    changes: Tree | None = None,
+    path: Path, overrides: Sequence[str], kind: type[RecipeT], presets: Presets | None = None
 ) -> LoadedRecipe[RecipeT]:
     """Read, merge and check a recipe.
 
@@ -50,13 +45,19 @@ def load_recipe(
         overrides: `a.b.c=value` texts, applied last.
         kind: dataclass to build.
         presets: table name to presets, see `tree.expand_presets`.
-        changes: a tree laid over the file before the overrides.
 
     Raises:
         RecipeError: anything is wrong; one line per fault, each naming the file and the key.
     """
-    tree = merge(merge(read_tree(path), changes or {}), parse_overrides(overrides))
-    source = str(path)
+    return load_tree(merge(read_tree(path), parse_overrides(overrides)), kind, presets, source=str(path))
+
+
+def load_tree(tree: Tree, kind: type[RecipeT], presets: Presets | None = None, *, source: str) -> LoadedRecipe[RecipeT]:
+    """Check a recipe that is a tree already; see `load_recipe`.
+
+    Raises:
+        RecipeError: anything is wrong; one line per fault.
+    """
     return LoadedRecipe(recipe=build_recipe(tree, kind, source=source, presets=presets), tree=tree, source=source)
 
 

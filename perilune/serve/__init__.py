@@ -6,7 +6,7 @@ recommend  POST /v1/recommend
 Nothing here is loaded before it is called; FastAPI comes with `pip install 'perilune[serve]'`.
 """
 
-from perilune.serve.app import MAX_BODY_BYTES, create_app
+from perilune.serve.app import MAX_BODY_BYTES, create_app, run_app
 from perilune.serve.recommend import recommend_router
 
-__all__ = ["MAX_BODY_BYTES", "create_app", "recommend_router"]
+__all__ = ["MAX_BODY_BYTES", "create_app", "recommend_router", "run_app"]

@@ -65,6 +65,24 @@ def create_app(
     return app
 
 
+def run_app(app: "FastAPI", *, host: str, port: int) -> None:
+    """Answer requests until SIGTERM or Ctrl-C; those under way are finished first.
+
+    Args:
+        app: from `create_app`.
+        host: address to listen on.
+        port: port to listen on.
+
+    Raises:
+        EngineError: uvicorn is not installed.
+    """
+    try:
+        import uvicorn
+    except ImportError as error:
+        raise missing_extra(error) from error
+    uvicorn.run(app, host=host, port=port, log_level="warning")
+
+
 def missing_extra(error: ImportError) -> EngineError:
     """Return what to raise where the web packages are not installed."""
     return EngineError(

@@ -51,7 +51,7 @@ def checkpoint_store(context: StageContext) -> CheckpointStore:
     return CheckpointStore(context.directory.checkpoints(context.name))
 
 
-def settings_hash(settings: StageConfig) -> str:
+def settings_hash(settings: Any) -> str:
     """Return what identifies a stage's settings in its checkpoints; how often it logs or saves may change."""
     deciding = sorted((key, repr(value)) for key, value in flatten(asdict(settings)) if "interval" not in key)
     return sha256(repr(deciding).encode()).hexdigest()

@@ -41,7 +41,9 @@ def run_recommender(context: StageContext, settings: RecommenderStage) -> StageR
     data = prepare_interactions(recipe, context.directory, context.progress)
     model = build_recommender(settings.model, data, seed=recipe.seed)
     if settings.start_from is not None:
-        restore_module(model, CheckpointStore(context.directory.checkpoints(settings.start_from)).load(groups=["model"]))
+        restore_module(
+            model, CheckpointStore(context.directory.checkpoints(settings.start_from)).load(groups=["model"])
+        )
     if settings.warm_start is not None:
         before = RunDirectory(Path(settings.warm_start))
         saved = CheckpointStore(before.checkpoints(trained_stages(before)[-1])).load(groups=["model"])
@@ -87,9 +89,7 @@ def run_rule(context: StageContext, settings: RuleStage) -> StageResult:
     else:
         scorer = {"popularity": popularity, "evidence": evidence}[settings.rule](data)
     numbers = judge(context, scorer, data)
-    return StageResult(
-        stage=context.name, kind=settings.kind, time_s=time.monotonic() - started_s, numbers=numbers
-    )
+    return StageResult(stage=context.name, kind=settings.kind, time_s=time.monotonic() - started_s, numbers=numbers)
 
 
 def judge(context: StageContext, scorer: Scorer, data: InteractionData) -> dict[str, float]:
