@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from perilune.ops.multigraph import MultiGraph, Norm
+from perilune.ops.multigraph import MultiGraph, Norm, propagate, propagate_mixed
+from tests.helpers import assert_close
 
 
 def random_graph(
@@ -32,3 +33,28 @@ def random_inputs(
     x = torch.randn(graph.num_nodes, slices, width, generator=generator, dtype=torch.float64)
     weights = torch.randn(graph.num_nodes, slices, graph.num_graphs, generator=generator, dtype=torch.float64)
     return x.to(dtype), weights.to(dtype)
+
+
+def results(graph: MultiGraph, x: Tensor, weights: Tensor, backend: str) -> dict[str, Tensor]:
+    """Outputs and gradients of both ops; x's first slice is what graphs share, and slices of their own are rolled."""
+    x, weights = (tensor.detach().requires_grad_() for tensor in (x, weights))
+    found: dict[str, Tensor] = {}
+    found["mixed y"] = y = propagate_mixed(x, graph, weights, backend=backend)
+    found["mixed dx"], found["mixed dweights"] = torch.autograd.grad(y, (x, weights), y.detach().cos())
+    if x.shape[1]:
+        shared = x.detach()[:, 0].contiguous().requires_grad_()
+        own = torch.stack([shared.detach().roll(j, 0) for j in range(graph.num_graphs)], 1).requires_grad_()
+        for name, leaf in (("shared", shared), ("own", own)):
+            found[f"{name} y"] = y = propagate(leaf, graph, backend=backend)
+            (found[f"{name} dx"],) = torch.autograd.grad(y, leaf, y.detach().cos())
+    return found
+
+
+def compare(graph: MultiGraph, slices: int, width: int, oracle: str, ratio: float = 1e-6) -> None:
+    """The Triton kernels against another backend in float64."""
+    x, weights = (tensor.to(graph.bounds.device) for tensor in random_inputs(graph, slices, width, seed=8))
+    x, weights = x.float(), weights.float()
+    got = results(graph, x, weights, "triton")
+    for name, want in results(graph, x.double(), weights.double(), oracle).items():
+        assert got[name].dtype == torch.float32
+        assert_close(f"S = {slices}, d = {width}: {name}", want, got[name], ratio)
