@@ -133,7 +133,7 @@ def _gather(
         return out.zero_()
     slices = table.shape[1] if table.ndim == 3 and not by_graph else 1
     sizes = _sizes(slices, table.shape[-1])
-    sizes |= {"ROW": table.stride(0), "SHIFT": table.shape[-1] if by_graph else 0}
+    sizes |= {"ROW": table[0].numel(), "SHIFT": table.shape[-1] if by_graph else 0}
     sizes["INNER"] = 0 if inner is None else slices if inner.ndim == 3 else 1
     segments = _segments_of(graph)
     sums, num_pieces = out, len(segments.pieces)
@@ -263,17 +263,19 @@ def _multigraph_gather_kernel(
         low = tl.load(bound)
         count = tl.load(bound + 1) - low
         begin = tl.load(starts_ptr + graph) + low
-        # A long list has been summed in segments: what is left of it are their sums.
-        is_long = HAS_LONG and count > SEGMENT
+        listed = count
+        if HAS_LONG:
+            # A long list has been summed in segments: what is left of it are their sums.
+            is_long = count > SEGMENT
+            first = tl.load(firsts_ptr + graph * N + node, mask=is_long, other=0).to(tl.int64)
+            pieces = tl.where(is_long, (count + SEGMENT - 1) // SEGMENT, 0)
+            listed = tl.where(is_long, 0, count)
         found = _sum_rows(
-            table_ptr + graph * SHIFT, neighbors_ptr, inner_ptr + graph * N * INNER, begin,
-            tl.where(is_long, 0, count), ROW, S, D, BN, BS, BD, INNER, True,
+            table_ptr + graph * SHIFT, neighbors_ptr, inner_ptr + graph * N * INNER, begin, listed,
+            ROW, S, D, BN, BS, BD, INNER, True,
         )  # fmt: skip
-        if HAS_LONG:  # noqa: SIM102 - a constant: nothing is compiled for graphs without long lists
-            if is_long:
-                first = tl.load(firsts_ptr + graph * N + node).to(tl.int64)
-                pieces = (count + SEGMENT - 1) // SEGMENT
-                found += _sum_rows(sums_ptr, neighbors_ptr, inner_ptr, first, pieces, S * D, S, D, BN, BS, BD, 0, False)
+        if HAS_LONG:
+            found += _sum_rows(sums_ptr, neighbors_ptr, inner_ptr, first, pieces, S * D, S, D, BN, BS, BD, 0, False)
         if OUTER == 1:
             found *= tl.load(outer_ptr + graph * N + node)
         elif OUTER > 1:
