@@ -14,7 +14,7 @@ import perilune.ops.multigraph.triton as kernels
 from perilune.ops.multigraph import MultiGraph, Norm, propagate, propagate_mixed
 from tests.ops.multigraph_cases import compare, gradient_of, random_graph, random_inputs, results
 
-NORMS = get_args(Norm)
+NORMS: tuple[Norm, ...] = get_args(Norm)
 
 
 def check_norms() -> None:
