@@ -15,7 +15,7 @@ Norm = Literal["left", "right", "sym", "none"]
 """`left`: means over neighbours, D^-1 A; `right`: A D^-1; `sym`: D^-1/2 A D^-1/2; `none`: A."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class MultiGraph:
     """J undirected graphs as lists of neighbours, with a factor per row and one per column.
 
