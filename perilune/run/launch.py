@@ -37,13 +37,11 @@ def _no_presets() -> Presets:
     return {}
 
 
-LANGUAGE = Family(kind=Recipe, presets=presets, stages=STAGES, check_inputs=check_inputs)
-RECOMMENDER = Family(kind=RecommenderRecipe, presets=_no_presets, stages=RECOMMENDER_STAGES, check_inputs=check_source)
-
-
 def family_of(tree: Mapping[str, Any]) -> Family:
     """Return the sort of a recipe: one with a table `interactions` is a recommender's."""
-    return RECOMMENDER if "interactions" in tree else LANGUAGE
+    if "interactions" in tree:
+        return Family(kind=RecommenderRecipe, presets=_no_presets, stages=RECOMMENDER_STAGES, check_inputs=check_source)
+    return Family(kind=Recipe, presets=presets, stages=STAGES, check_inputs=check_inputs)
 
 
 def load(

@@ -32,7 +32,7 @@ from perilune.report import GroupRow, NullProgress, Progress
 from perilune.run.ablation import Ablation, variants_of
 from perilune.run.directory import RunDirectory
 from perilune.run.interactions import INTERACTIONS
-from perilune.run.launch import RECOMMENDER, family_of, load
+from perilune.run.launch import family_of, load
 from perilune.run.recipe import LoadedRecipe, build_recipe
 from perilune.run.recommender_config import FilesSource, FunnelSource, LogSource, RatingsSource, RecommenderRecipe
 from perilune.run.stages.recommend import ranks_path, read_ranks, trained_stages
@@ -99,7 +99,7 @@ def load_recommender(run_directory: Path, stage: str | None = None) -> TrainedRe
     """
     directory = RunDirectory(run_directory)
     tree = directory.read_tree()
-    if family_of(tree) is not RECOMMENDER:
+    if family_of(tree).kind is not RecommenderRecipe:
         raise DataError(f"{run_directory} is a run of a language model; recsys needs one of a recommender's recipe")
     recipe: RecommenderRecipe = build_recipe(tree, RecommenderRecipe, source=str(directory.recipe))
     there = trained_stages(directory)
