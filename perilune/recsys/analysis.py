@@ -168,7 +168,13 @@ def per_user(ranks: Ranks, metric: str, ties: Ties = "expected") -> np.ndarray:
 
 
 def bootstrap(
-    ranks: Ranks, metric: str = "ndcg@10", *, seed: int = 0, samples: int = 2000, level: float = 0.95
+    ranks: Ranks,
+    metric: str = "ndcg@10",
+    *,
+    seed: int = 0,
+    samples: int = 2000,
+    level: float = 0.95,
+    ties: Ties = "expected",
 ) -> Estimate:
     """Estimate a metric's mean over users, with the percentile interval of resampled users.
 
@@ -178,18 +184,26 @@ def bootstrap(
         seed: of the samples.
         samples: S >= 1.
         level: share of samples that the interval holds, in (0, 1).
+        ties: see `Ranks`.
 
     Raises:
         DataError: there are no users.
     """
-    values = per_user(ranks, metric)
+    values = per_user(ranks, metric, ties)
     means = _resampled_means(values, seed, samples)
     low, high = _interval(means, level)
     return Estimate(mean=float(values.mean()), low=low, high=high)
 
 
 def paired_bootstrap(
-    a: Ranks, b: Ranks, metric: str = "ndcg@10", *, seed: int = 0, samples: int = 2000, level: float = 0.95
+    a: Ranks,
+    b: Ranks,
+    metric: str = "ndcg@10",
+    *,
+    seed: int = 0,
+    samples: int = 2000,
+    level: float = 0.95,
+    ties: Ties = "expected",
 ) -> Difference:
     """Estimate how much better `a` is than `b`, resampling users together with both of their values.
 
@@ -200,6 +214,7 @@ def paired_bootstrap(
         seed: of the samples.
         samples: S >= 1.
         level: share of samples that the interval holds, in (0, 1).
+        ties: see `Ranks`.
 
     Raises:
         DataError: there are no users, or users or numbers of candidates are not the same.
@@ -208,7 +223,7 @@ def paired_bootstrap(
         raise DataError(f"ranks are of different users, {len(a.users)} and {len(b.users)} of them")
     if not np.array_equal(a.candidates, b.candidates):
         raise DataError("ranks are among different numbers of candidates; rank both by the same protocol")
-    values = per_user(a, metric) - per_user(b, metric)
+    values = per_user(a, metric, ties) - per_user(b, metric, ties)
     means = _resampled_means(values, seed, samples)
     low, high = _interval(means, level)
     # A draw that repeats rounding alone, as of two equal models, must not count for one side.

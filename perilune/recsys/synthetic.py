@@ -303,4 +303,4 @@ def _generator(seed: int, use: str) -> np.random.Generator:
 
 def _require(is_right: bool, name: str, rule: str, value: object) -> None:
     if not is_right:
-        raise DataError(f"{name} must be {rule}, got {value!r}")
+        raise ValueError(f"{name} must be {rule}, got {value!r}")

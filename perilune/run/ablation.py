@@ -48,7 +48,7 @@ def variants_of(ablation: Ablation, behaviors: Sequence[str]) -> dict[str, dict[
         case "order":
             return {name: _model(order=name) for name in ("official", "paper")}
         case "gates":
-            return {name: _model(gate_sharing=name) for name in ("shared", "per_task")}
+            return {"one-gate": {}, "gate-per-task": _model(gate_sharing="per_task")}
         case "norms":
             return {name: _model(norm=name) for name in get_args(Norm)}
         case "behaviors":

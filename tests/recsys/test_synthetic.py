@@ -126,7 +126,7 @@ def test_the_seed_decides(shop):
     ],
 )
 def test_impossible_shops_are_refused(changes, words):
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(ValueError, match=words):
         FunnelConfig(**changes)
 
 
