@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from harness import interleave, ratios, write_result
+from harness import Timing, ratios, write_result
 from torch import Tensor
 
 from perilune.ops.multigraph import MultiGraph
@@ -62,15 +62,20 @@ def epochs(data: InteractionData, layers: int, batch: int, rounds: int) -> dict[
     }
     losses: dict[str, float] = {}
 
-    def epoch(name: str) -> None:
+    def epoch(name: str) -> float:
         cigf.propagate, cigf.propagate_mixed = hops[name]
         try:
-            model = build_recommender(CIGFConfig(layers=layers), data, seed=0)
-            losses[name] = fit(model, data, config).loss
+            result = fit(build_recommender(CIGFConfig(layers=layers), data, seed=0), data, config)
         finally:
             cigf.propagate, cigf.propagate_mixed = ours
+        losses[name] = result.loss
+        return result.epoch_s
 
-    timings = interleave({name: lambda name=name: epoch(name) for name in hops}, rounds=rounds, warmup=0)
+    seconds: dict[str, list[float]] = {name: [] for name in hops}
+    for _ in range(rounds):
+        for name in hops:
+            seconds[name].append(epoch(name))
+    timings = {name: Timing(name, tuple(values)) for name, values in seconds.items()}
     if max(losses.values()) - min(losses.values()) > 1e-4 * abs(losses["perilune"]):
         raise SystemExit(f"the losses differ: {losses}")
     line: dict[str, object] = {"layers": layers, "batch_users": batch, "loss": losses["perilune"]}

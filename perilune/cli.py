@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from perilune import __version__
-from perilune.cli_recsys import execute, print_explained, print_summary, recsys_app
+from perilune.cli_recsys import recsys_app
+from perilune.cli_shared import execute, print_explained, print_summary
 from perilune.errors import PeriluneError, RecipeError
 
 if TYPE_CHECKING:

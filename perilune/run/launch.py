@@ -44,23 +44,20 @@ def family_of(tree: Mapping[str, Any]) -> Family:
     return Family(kind=Recipe, presets=presets, stages=STAGES, check_inputs=check_inputs)
 
 
-def load(
-    path: Path, overrides: Sequence[str] = (), *, changes: Tree | None = None, only_stage: str | None = None
-) -> LoadedRecipe[Any]:
+def load(path: Path, overrides: Sequence[str] = (), *, edit: Callable[[Tree], Tree] | None = None) -> LoadedRecipe[Any]:
     """Read and check a recipe, and every run of its sweep if it has one.
 
     Args:
         path: a TOML file.
         overrides: `a.b.c=value` texts.
-        changes: a tree laid over the file and the overrides.
-        only_stage: stage to keep, without the others; None keeps all.
+        edit: makes another tree of the file and the overrides.
 
     Raises:
         RecipeError: anything is wrong; one line per fault.
     """
-    tree = merge(merge(read_tree(path), parse_overrides(overrides)), changes or {})
-    if only_stage is not None:
-        tree["stages"] = {only_stage: tree["stages"][only_stage]}
+    tree = merge(read_tree(path), parse_overrides(overrides))
+    if edit is not None:
+        tree = edit(tree)
     family = family_of(tree)
     loaded = load_tree(tree, family.kind, family.presets(), source=str(path))
     check_stages(loaded.recipe, family.stages)

@@ -83,6 +83,8 @@ class SplitConfig:
         require_at_least(1, min_target=self.min_target)
         require_at_least(0, core_users=self.core_users, core_items=self.core_items)
         require(0 < self.quantile < 1, "quantile", "in (0, 1)", self.quantile)
+        is_read = self.kind == "temporal" or self.cutoff is None
+        require(is_read, "cutoff", f"absent for {self.kind}", self.cutoff)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +145,7 @@ class ProtocolConfig:
     protocols: tuple[Protocol, ...] = ("sampled99", "full")
     """Candidates: all items not bought, or the held-out one and 99 others."""
     cutoffs: tuple[int, ...] = (10,)
-    """k of HR@k and NDCG@k; begins with 10."""
+    """k of HR@k and NDCG@k, 10 among them: comparisons and groups are by NDCG@10."""
     ties: Ties = "expected"
     """Where a held-out item stands among equal scores."""
     negatives_seed: int = 0
@@ -151,7 +153,8 @@ class ProtocolConfig:
 
     def __post_init__(self) -> None:
         require(len(set(self.protocols)) == len(self.protocols) > 0, "protocols", "distinct, >= 1", self.protocols)
-        require(len(self.cutoffs) > 0 and min(self.cutoffs) >= 1, "cutoffs", "numbers >= 1", self.cutoffs)
+        is_right = 10 in self.cutoffs and min(self.cutoffs) >= 1
+        require(is_right, "cutoffs", "numbers >= 1 with 10 among them", self.cutoffs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +166,8 @@ class RecommenderStage:
     start_from: str | None = None
     """Earlier stage of this recipe whose weights to begin with; without it the model begins afresh."""
     warm_start: str | None = None
-    """Run directory of an earlier run to go on from: users and items are found again by their ids, new ones added."""
+    """Run directory of an earlier run to go on from, by its stage of this name or else its last one: users and items
+    are found again by their ids, new ones are added."""
     model: Annotated[CIGFConfig | FactorConfig | MBGCNConfig, Field(discriminator="kind")] = field(
         default_factory=CIGFConfig
     )

@@ -35,9 +35,9 @@ from perilune.run.interactions import INTERACTIONS
 from perilune.run.launch import family_of, load
 from perilune.run.recipe import LoadedRecipe, build_recipe
 from perilune.run.recommender_config import FilesSource, FunnelSource, LogSource, RatingsSource, RecommenderRecipe
-from perilune.run.stages.recommend import ranks_path, read_ranks, trained_stages
+from perilune.run.stages.recommend import ranks_path, read_ranks, saved_model, trained_stages
 from perilune.run.tree import Tree
-from perilune.train import CheckpointStore, restore_module
+from perilune.train import restore_module
 
 Index = Literal["exact", "flat", "ivf", "hnsw"]
 """How items are found: all scored, or candidates of one of faiss's indices scored."""
@@ -110,8 +110,7 @@ def load_recommender(run_directory: Path, stage: str | None = None) -> TrainedRe
     settings = recipe.stages[wanted]
     assert settings.kind == "recommender"
     model = build_recommender(settings.model, data, seed=recipe.seed)
-    store = CheckpointStore(directory.checkpoints(wanted))
-    restore_module(model, store.load(max(store.steps(), default=None), groups=["model"]))
+    restore_module(model, saved_model(directory, wanted))
     return TrainedRecommender(model=model.eval(), data=data, recipe=recipe, stage=wanted)
 
 
@@ -153,9 +152,9 @@ def _compared(
 ) -> list[MethodScore]:
     ranks = {name: read_ranks(ranks_path(directory, name, protocol)) for name in stages}
     names = [f"{metric}@{k}" for k in recipe.protocol.cutoffs for metric in ("hr", "ndcg")]
+    decisive = "ndcg@10"
     options: dict[str, Any] = {"samples": samples, "ties": recipe.protocol.ties}
     found = {name: {metric: bootstrap(x, metric, **options) for metric in names} for name, x in ranks.items()}
-    decisive = names[1]
     best = max(found, key=lambda name: found[name][decisive].mean)
     return [
         MethodScore(
@@ -245,11 +244,17 @@ def load_ablation(
         there = ", ".join(models) or "none"
         raise RecipeError(f"{path}: an ablation needs a stage with a cigf, got {wanted!r}; there are: {there}")
     variants = variants_of(ablation, _behaviors(recipe))
-    sweep: Tree = {
-        "seeds": list(seeds),
-        "variants": {name: {"stages": {wanted: changes}} for name, changes in variants.items()},
-    }
-    return load(path, overrides, changes={"sweep": sweep, "name": f"{recipe.name}-{ablation}"}, only_stage=wanted)
+
+    def as_sweep(tree: Tree) -> Tree:
+        changed = {name: {"stages": {wanted: changes}} for name, changes in variants.items()}
+        return {
+            **tree,
+            "name": f"{recipe.name}-{ablation}",
+            "stages": {wanted: tree["stages"][wanted]},
+            "sweep": {"seeds": list(seeds), "variants": changed},
+        }
+
+    return load(path, overrides, edit=as_sweep)
 
 
 def _behaviors(recipe: RecommenderRecipe) -> tuple[str, ...]:

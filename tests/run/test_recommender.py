@@ -161,6 +161,9 @@ def test_a_warm_start_keeps_rows_by_id(recipe: Path, run_path: Path) -> None:
 def test_an_ablation_is_a_sweep_of_one_stage(cli, recipe: Path, tmp_path: Path) -> None:
     loaded = load_ablation(recipe, "decoders", seeds=(0, 1))
     assert list(loaded.recipe.stages) == ["cigf"]
+    swept = tmp_path / "swept.toml"
+    swept.write_text(RECIPE + "\n[sweep.variants.mine]\n")
+    assert set(load_ablation(swept, "order").recipe.sweep.variants) == {"official", "paper"}
     assert set(loaded.recipe.sweep.variants) >= {"mesi", "mmoe", "ple", "bilinear", "shared_bottom"}
     options = ["stages.cigf.train.epochs=1", "--run-dir", tmp_path / "a", "--json", "--quiet"]
     code, out, _ = cli("recsys", "ablate", recipe, "order", *options)
@@ -192,6 +195,7 @@ def test_behaviors_are_dropped_from_edges_and_from_labels(recipe: Path) -> None:
         ("stages.cigf.start_from=popularity", "must name an earlier stage with a model"),
         ("interactions.funnel.num_usres=3", "num_usres is not a key"),
         ("protocol.protocols=[]", "protocols must be distinct"),
+        ("protocol.cutoffs=[5]", "cutoffs must be numbers >= 1 with 10 among them"),
         ("stages.popularity.behaviors={view=1.0}", "behaviors must be absent for popularity"),
     ],
 )
@@ -231,3 +235,12 @@ def test_a_log_becomes_recommendations(cli, tmp_path: Path) -> None:
     code, out, _ = cli("recsys", "recommend", tmp_path / "run", "--user", "u3", "--json")
     assert code == 0
     assert all(item["item"].startswith("i") for item in json.loads(out))
+
+
+def test_the_command_line_offers_every_ablation() -> None:
+    from typing import get_args, get_type_hints
+
+    from perilune.cli_recsys import ablate
+    from perilune.run.ablation import Ablation
+
+    assert get_args(get_type_hints(ablate)["ablation"]) == get_args(Ablation)

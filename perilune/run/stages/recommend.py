@@ -32,7 +32,7 @@ from perilune.run.interactions import INTERACTIONS, prepare_interactions
 from perilune.run.pipeline import Registry, StageContext
 from perilune.run.recommender_config import RecommenderRecipe, RecommenderStage, RuleStage
 from perilune.run.stages.common import checkpoint_store, settings_hash
-from perilune.train import CheckpointStore, TrainContext, restore_module
+from perilune.train import Checkpoint, CheckpointStore, TrainContext, restore_module
 
 
 def run_recommender(context: StageContext, settings: RecommenderStage) -> StageResult:
@@ -41,12 +41,11 @@ def run_recommender(context: StageContext, settings: RecommenderStage) -> StageR
     data = prepare_interactions(recipe, context.directory, context.progress)
     model = build_recommender(settings.model, data, seed=recipe.seed)
     if settings.start_from is not None:
-        restore_module(
-            model, CheckpointStore(context.directory.checkpoints(settings.start_from)).load(groups=["model"])
-        )
+        restore_module(model, saved_model(context.directory, settings.start_from))
     if settings.warm_start is not None:
         before = RunDirectory(Path(settings.warm_start))
-        saved = CheckpointStore(before.checkpoints(trained_stages(before)[-1])).load(groups=["model"])
+        there = trained_stages(before)
+        saved = saved_model(before, context.name if context.name in there else there[-1])
         warm_start(model, data, dict(saved.group("model")), load_data(before.data(INTERACTIONS)))
     hashes = settings_hash(settings) + data_hash(data)
     trained = fit(
@@ -144,6 +143,16 @@ def trained_stages(directory: RunDirectory) -> list[str]:
     if not found:
         raise DataError(f"{directory.path} has no trained model yet; its stages: {', '.join(order) or 'none'}")
     return found
+
+
+def saved_model(directory: RunDirectory, stage: str) -> Checkpoint:
+    """Return what a finished stage's last checkpoint holds; an older one does not stand in for it.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    store = CheckpointStore(directory.checkpoints(stage))
+    return store.load(max(store.steps(), default=None), groups=["model"])
 
 
 RECOMMENDER_STAGES: Registry = {"recommender": run_recommender, "rule": run_rule}
