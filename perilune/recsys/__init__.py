@@ -8,7 +8,7 @@ splits      k-core, leave-last-out, the protocol "temporal"
 synthetic   a shop's funnel made up, and graphs of any size
 storage     data in one file, and their hash
 cigf        the model; decoders: MESI and the heads it is compared with; factor_models: MF, LightGCN, MBGCN
-fit         training; sampling: its batches; extend: going on with new users and items
+fit         training; sampling: its batches; subgraphs: parts of large graphs; extend: new users and items
 evaluation  where held-out purchases rank, exact about ties; several: the same for several items a user
 baselines   popularity and the rule of evidence; item_knn: the nearest neighbours of what a user has
 analysis    groups, intervals, concentration; conflict: whether tasks pull representations apart
@@ -28,7 +28,7 @@ from perilune.recsys.analysis import (
 )
 from perilune.recsys.baselines import evidence, popularity
 from perilune.recsys.cigf import CIGF
-from perilune.recsys.config import CIGFConfig, FactorConfig, FitConfig, MBGCNConfig, RecommenderConfig
+from perilune.recsys.config import CIGFConfig, FactorConfig, FitConfig, MBGCNConfig, RecommenderConfig, SubgraphConfig
 from perilune.recsys.conflict import ConflictReport, gradient_conflict
 from perilune.recsys.data import NONE, InteractionData, Interactions, from_behaviors
 from perilune.recsys.evaluation import Protocol, Ranker, Ranks, Scorer, Ties, rank_held_out
@@ -81,6 +81,7 @@ __all__ = [
     "Recommender",
     "RecommenderConfig",
     "Scorer",
+    "SubgraphConfig",
     "Ties",
     "bootstrap",
     "build_graph",

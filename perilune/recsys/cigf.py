@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perilune.ops.multigraph import propagate, propagate_mixed
+from perilune.ops.multigraph import MultiGraph, propagate, propagate_mixed
 from perilune.recsys.config import CIGFConfig
 from perilune.recsys.data import InteractionData
 from perilune.recsys.decoders import MESI, XavierLinear, build_head
@@ -37,9 +37,7 @@ class CIGF(Recommender):
         super().__init__(data.num_users, data.num_items, tuple(data.behaviors), config.dim)
         check_behaviors(data, config.graph_behaviors or ())
         self.config = config
-        self.graph = build_graph(
-            data, norm=config.norm, behaviors=config.graph_behaviors, hide_target_pairs=config.hide_target_pairs
-        )
+        self.graph = self.graph_of(data)
         self.attn = nn.ModuleDict(
             {
                 str(k): nn.ModuleDict(
@@ -60,9 +58,22 @@ class CIGF(Recommender):
 
     def tables(self) -> Tensor:
         """Return X*_k `[N, K, d]`: X*_k = (L + 1) X + sum_m (L + 1 - m) E^m_k (eq. 8 and 9 in closed form)."""
-        embeddings, config = self.embeddings(), self.config
-        hops = self._paper_hops(embeddings) if config.order == "paper" else self._official_hops(embeddings)
-        return self._total(embeddings, hops)
+        return self._represent(self.embeddings(), self.graph)
+
+    def tables_of(self, users: Tensor, items: Tensor, graph: MultiGraph) -> Tensor:
+        """Return the same of some users `[u]` and items `[i]` over a graph of their own: `[u + i, K, d]`."""
+        return self._represent(torch.cat((self.user_embedding(users), self.item_embedding(items))), graph)
+
+    def graph_of(self, data: InteractionData) -> MultiGraph:
+        """Return the graph that this model sees in data, which may be a part of its own."""
+        config = self.config
+        return build_graph(
+            data, norm=config.norm, behaviors=config.graph_behaviors, hide_target_pairs=config.hide_target_pairs
+        ).to(self.user_embedding.weight.device)
+
+    def _represent(self, embeddings: Tensor, graph: MultiGraph) -> Tensor:
+        find = self._paper_hops if self.config.order == "paper" else self._official_hops
+        return self._total(embeddings, find(embeddings, graph))
 
     def _total(self, embeddings: Tensor, hops: Sequence[Tensor]) -> Tensor:
         total = (self._weight(0) * embeddings)[:, None, :]
@@ -105,8 +116,8 @@ class CIGF(Recommender):
         """See `Recommender`; L of `[N, K, d]`, each one step of the node's own away from the hop that is added up."""
         embeddings = self.embeddings()
         if self.config.order == "paper":
-            return tuple(self._paper_states(embeddings))
-        return (self._spread(embeddings), *self._official_hops(embeddings)[:-1])
+            return tuple(self._paper_states(embeddings, self.graph))
+        return (self._spread(embeddings), *self._official_hops(embeddings, self.graph)[:-1])
 
     @torch.no_grad()
     def fold_in(self, neighbors: Sequence[Tensor], states: Sequence[Tensor], side: Side) -> Tensor:
@@ -168,28 +179,28 @@ class CIGF(Recommender):
             found |= {f"gate_{name}": float(g) for name, g in zip(self.behaviors, gates.mean(0), strict=True)}
         return found
 
-    def _official_hops(self, embeddings: Tensor) -> list[Tensor]:
+    def _official_hops(self, embeddings: Tensor, graph: MultiGraph) -> list[Tensor]:
         """E^1 = Â_k X, E^l = sum_j diag(alpha^l_kj) Â_j E^{l-1}: behaviour k acts first on the embeddings."""
-        hops = [propagate(embeddings, self.graph)]
+        hops = [propagate(embeddings, graph)]
         for hop in range(1, self.config.layers):
             if self.config.cross_behavior:
-                hops.append(propagate_mixed(hops[-1], self.graph, self.attention(embeddings, hop)))
+                hops.append(propagate_mixed(hops[-1], graph, self.attention(embeddings, hop)))
             else:
-                hops.append(propagate(hops[-1], self.graph))
+                hops.append(propagate(hops[-1], graph))
         return hops
 
-    def _paper_hops(self, embeddings: Tensor) -> list[Tensor]:
+    def _paper_hops(self, embeddings: Tensor, graph: MultiGraph) -> list[Tensor]:
         """E^l = Â_k C^2 ... C^l X with C^l = sum_j diag(alpha^l_kj) Â_j: behaviour k is the step at the node itself."""
-        return [propagate(walked, self.graph) for walked in self._paper_states(embeddings)]
+        return [propagate(walked, graph) for walked in self._paper_states(embeddings, graph)]
 
-    def _paper_states(self, embeddings: Tensor) -> Iterator[Tensor]:
+    def _paper_states(self, embeddings: Tensor, graph: MultiGraph) -> Iterator[Tensor]:
         """C^2 ... C^l X of l = 1 to L, `[N, K, d]` each."""
         spread = self._spread(embeddings).contiguous()
         mixed = {hop: self.attention(embeddings, hop) for hop in range(1, self.config.layers)}
         for last in range(1, self.config.layers + 1):
             walked = spread
             for hop in range(last - 1, 0, -1):
-                walked = propagate_mixed(walked, self.graph, mixed[hop])
+                walked = propagate_mixed(walked, graph, mixed[hop])
             yield walked
 
     def _spread(self, embeddings: Tensor) -> Tensor:

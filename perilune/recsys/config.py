@@ -113,6 +113,22 @@ RecommenderConfig = CIGFConfig | FactorConfig | MBGCNConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SubgraphConfig:
+    """Steps on parts of the graph, drawn anew for each chunk of users; defaults are the official code's for IJCAI."""
+
+    chunk_users: int = 10_000
+    """Users from whom a part grows, and for whose batches it is used."""
+    rounds: int = 2
+    """Rounds of growth, after the chunk's own items."""
+    nodes_per_round: int = 40_000
+    """Most users, and most items, that a round adds."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, chunk_users=self.chunk_users)
+        _at_least(0, rounds=self.rounds, nodes_per_round=self.nodes_per_round)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FitConfig:
     """How a recommender is trained: BPR on batches of users; defaults are the official code's."""
 
@@ -134,6 +150,9 @@ class FitConfig:
     """lambda, weight of the sum of squares of embeddings and of the matrices of attention and decoder."""
     behavior_weights: dict[str, float] | None = None
     """Weight of each behaviour's loss; 1 for those that are not named."""
+    subgraph: SubgraphConfig | None = None
+    """cigf: train on sampled parts of the graph, for graphs too large for steps on all of it; without it on all.
+    Evaluation is on all of it either way."""
     eval_interval: int = 3
     """Epochs between evaluations on the validation set; 0: none before the end."""
     patience: int | None = None

@@ -93,7 +93,8 @@ def _gradients(model: CIGF, sampler: TripleSampler, users: Tensor, generator: to
     """Gradients `[B, K + 1, d]` of each task's loss at the users' rows of X*_1, ..., X*_K and X."""
     with torch.enable_grad():
         tables = model.tables()
-        losses = {task: bpr_loss(model, tables, sampler.draw(task, users, generator), task) for task in model.tasks}
+        split = tables[: model.num_users], tables[model.num_users :]
+        losses = {task: bpr_loss(model, split, sampler.draw(task, users, generator), task) for task in model.tasks}
     embedding = model.user_embedding.weight
     found = {}
     for task, loss in losses.items():

@@ -11,15 +11,17 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perilune.errors import CheckpointError, NumericsError
+from perilune.errors import CheckpointError, DataError, NumericsError
 from perilune.optim import Muon, StaircaseSchedule, parameter_groups, set_lr
 from perilune.recsys.cigf import CIGF
 from perilune.recsys.config import FitConfig
@@ -27,9 +29,10 @@ from perilune.recsys.data import InteractionData
 from perilune.recsys.evaluation import Ranker
 from perilune.recsys.graphs import check_behaviors
 from perilune.recsys.recommender import Recommender
-from perilune.recsys.sampling import Triples, TripleSampler
+from perilune.recsys.sampling import Triples, TripleSampler, warn_of_gaps
+from perilune.recsys.subgraphs import Subgraph, SubgraphSampler
 from perilune.report import MetricValue, ProgressTask
-from perilune.seeding import make_generator
+from perilune.seeding import derive_seed, make_generator
 from perilune.train import TrainContext, module_tensors, optimizer_state, restore_module, restore_optimizer
 from perilune.train.clock import Interval
 
@@ -77,7 +80,7 @@ def fit(
         seed: of batches and negatives.
 
     Raises:
-        DataError: a behaviour weight names no behaviour.
+        DataError: a behaviour weight names no behaviour; `subgraph` is given, and the model is no CIGF.
         NumericsError: the loss is not finite.
         CheckpointError: a checkpoint cannot be written or read, or is of other settings.
         Exception: what `context.stopped()` makes, after a stop was requested and the state saved.
@@ -90,34 +93,70 @@ def fit(
     return trainer.result()
 
 
-def bpr_loss(model: Recommender, tables: Tensor, triples: Triples, task: int) -> Tensor:
+def bpr_loss(model: Recommender, tables: tuple[Tensor, Tensor], triples: Triples, task: int) -> Tensor:
     """Mean of softplus(-(o_us - o_ut)) over the triples of a behaviour; 0 without any.
 
     Source: CIGF, eq. 13.
+
+    Args:
+        model: whose head scores.
+        tables: the users' representations `[U, S, d]` and the items' `[I, S, d]`.
+        triples: users and items by their places in the tables.
+        task: the behaviour.
     """
+    users, items = tables
     if not len(triples.users):
-        return tables.new_zeros(())
-    x = F.embedding(triples.users, tables.flatten(1)).unflatten(1, tables.shape[1:])
-    items = torch.cat((triples.positives, triples.negatives)) + model.num_users
-    y = F.embedding(items, tables.flatten(1)).unflatten(1, tables.shape[1:])
-    seen, unseen = y.chunk(2)
+        return users.new_zeros(())
+    x = _rows(users, triples.users)
+    seen, unseen = _rows(items, torch.cat((triples.positives, triples.negatives))).chunk(2)
     return F.softplus(model.logits(x, unseen, task) - model.logits(x, seen, task)).mean()
+
+
+def _rows(table: Tensor, places: Tensor) -> Tensor:
+    flat = table.flatten(1)
+    # Both gradients repeat to the bit: on a CPU that of index_select takes a fifth of the time, on a GPU it would not.
+    taken = F.embedding(places, flat) if flat.is_cuda else flat.index_select(0, places)
+    return taken.unflatten(1, table.shape[1:])
 
 
 class EpochPlan:
     """Which users each step takes: a permutation of all, an epoch's first, in batches."""
 
     def __init__(self, num_users: int, config: FitConfig, seed: int) -> None:
-        self._num_users, self._seed, self._batch = num_users, seed, config.batch_users
+        self._num_users, self._seed, self._batch, self._subgraph = num_users, seed, config.batch_users, config.subgraph
         self.users = min(config.users_per_epoch, num_users)
-        self.steps = max(1, math.ceil(self.users / config.batch_users))
+        self.steps = sum(self._steps(count) for count in self._chunks())
         self.decay_steps = config.decay_steps or max(1, self.users // config.batch_users)
 
     def epoch(self, epoch: int) -> list[Tensor]:
         """Return the batches of users of an epoch."""
+        return [batch for chunk in self.chunks(epoch) for batch in self.batches(chunk)]
+
+    def chunks(self, epoch: int) -> list[Tensor]:
+        """Return the users of each part of the graph on which an epoch trains; without parts, all of the epoch's."""
         generator = make_generator(self._seed, "recsys", "users", epoch)
-        order = torch.randperm(self._num_users, generator=generator)[: self.users]
-        return list(order.split(self._batch)) if len(order) else []
+        return list(torch.randperm(self._num_users, generator=generator)[: self.users].split(self._chunks()))
+
+    def batches(self, chunk: Tensor) -> list[Tensor]:
+        """Return the batches of a chunk of users; of parts a last one that is not full is left out."""
+        return list(chunk.split(self._batch))[: self._steps(len(chunk))]
+
+    def _chunks(self) -> list[int]:
+        size = max(1, self.users if self._subgraph is None else self._subgraph.chunk_users)
+        return [min(size, self.users - low) for low in range(0, self.users, size)]
+
+    def _steps(self, users: int) -> int:
+        return math.ceil(users / self._batch) if self._subgraph is None else max(1, users // self._batch)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """What some steps train on: all data, or a part whose users and items have numbers of their own."""
+
+    num_users: int
+    tables: Callable[[], Tensor]
+    sampler: TripleSampler
+    batches: list[Tensor]
 
 
 class _Trainer:
@@ -131,6 +170,10 @@ class _Trainer:
         self.model, self.config, self.context, self.seed = model.to(self.device), config, context, seed
         self.plan = EpochPlan(data.num_users, config, seed)
         self.schedule = StaircaseSchedule(peak=config.lr, factor=config.lr_decay, interval=self.plan.decay_steps)
+        if config.subgraph is not None and not isinstance(model, CIGF):
+            raise DataError(f"subgraph needs a cigf, the model is a {type(model).__name__}")
+        self.data = data
+        self.parts = None if config.subgraph is None else SubgraphSampler(data, config.subgraph)
         self.sampler = TripleSampler(data, config.samples_per_user, self.device)
         weights = [(config.behavior_weights or {}).get(name, 1.0) for name in data.behaviors]
         self.tasks = [(task, weights[task]) for task in model.tasks if weights[task] > 0]
@@ -157,7 +200,8 @@ class _Trainer:
             self.context.metrics.rewind(self.context.stage, self.epoch or -1)
 
     def start(self) -> None:
-        """Start the clock of checkpoints."""
+        """Start the clock of checkpoints, and say what of the data nothing can be learned from."""
+        warn_of_gaps(self.data)
         self.checkpoints = Interval(None, self.config.checkpoint_interval_s, self._elapsed_s())
 
     def run(self, task: ProgressTask) -> None:
@@ -199,40 +243,66 @@ class _Trainer:
         began_s = time.monotonic()
         total = torch.zeros((), device=self.device)
         penalty = torch.zeros((), device=self.device)
-        batches = self.plan.epoch(self.epoch)
-        for users in batches:
-            loss, l2 = self._train_step(users.to(self.device))
-            total, penalty = total + loss, penalty + l2
+        steps = 0
+        for part in self._parts():
+            for users in part.batches:
+                loss, l2 = self._train_step(part, users.to(self.device))
+                total, penalty, steps = total + loss, penalty + l2, steps + 1
         self.epoch += 1
         took_s = time.monotonic() - began_s
         self.epoch_times.append(took_s)
-        self.loss = float(total) / max(1, len(batches))
+        self.loss = float(total) / max(1, steps)
         if not math.isfinite(self.loss):
             raise NumericsError(f"epoch {self.epoch}: the loss is {self.loss}; lower lr, now {self.config.lr}")
         return {
             "loss": self.loss,
-            "l2_loss": float(penalty) / max(1, len(batches)),
+            "l2_loss": float(penalty) / max(1, steps),
             "lr": self.schedule.lr_at(max(0, self.step - 1)),
             "epoch_s": took_s,
         }
 
-    def _train_step(self, users: Tensor) -> tuple[Tensor, Tensor]:
+    def _parts(self) -> Iterator[_Part]:
+        """What this epoch trains on."""
+        for number, chunk in enumerate(self.plan.chunks(self.epoch)):
+            batches = self.plan.batches(chunk)
+            if self.parts is None:
+                yield _Part(
+                    num_users=self.data.num_users, tables=self.model.tables, sampler=self.sampler, batches=batches
+                )
+            else:
+                generator = np.random.default_rng(derive_seed(self.seed, "recsys", "subgraph", self.epoch, number))
+                yield self._part(self.parts.draw(chunk.numpy(), generator), batches)
+
+    def _part(self, drawn: Subgraph, batches: list[Tensor]) -> _Part:
+        assert isinstance(self.model, CIGF)
+        users, items = (torch.from_numpy(x).to(self.device) for x in (drawn.users, drawn.items))
+        numbers = torch.from_numpy(drawn.users)
+        return _Part(
+            num_users=len(users),
+            tables=partial(self.model.tables_of, users, items, self.model.graph_of(drawn.data)),
+            sampler=TripleSampler(drawn.data, self.config.samples_per_user, self.device),
+            batches=[torch.searchsorted(numbers, batch) for batch in batches],
+        )
+
+    def _train_step(self, part: _Part, users: Tensor) -> tuple[Tensor, Tensor]:
         set_lr(self.optimizer, self.schedule.lr_at(self.step))
         generator = make_generator(self.seed, "recsys", "triples", self.step, device=self.device)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.step_loss(users, generator)
+        loss = self.step_loss(part, users, generator)
         l2 = self.config.l2 * torch.stack([p.square().sum() for p in self.model.decayed()]).sum()
         (loss + l2).backward()
         self.optimizer.step()
         self.step += 1
         return loss.detach(), l2.detach()
 
-    def step_loss(self, users: Tensor, generator: torch.Generator) -> Tensor:
-        """Sum of the behaviours' mean losses on a batch of users `[B]`."""
-        tables = self.model.tables()
+    def step_loss(self, part: _Part, users: Tensor, generator: torch.Generator) -> Tensor:
+        """Sum of the behaviours' mean losses on a batch of a part's users `[B]`."""
+        tables = part.tables()
+        of_users, of_items = tables[: part.num_users], tables[part.num_users :]
         loss = tables.new_zeros(())
         for task, weight in self.tasks:
-            loss = loss + weight * bpr_loss(self.model, tables, self.sampler.draw(task, users, generator), task)
+            triples = part.sampler.draw(task, users, generator)
+            loss = loss + weight * bpr_loss(self.model, (of_users, of_items), triples, task)
         return loss
 
     def _evaluate(self) -> dict[str, float]:

@@ -7,10 +7,11 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from perilune.recsys.data import InteractionData
+from perilune.recsys.data import InteractionData, Interactions
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ class TripleSampler:
     def __init__(self, data: InteractionData, samples_per_user: int, device: torch.device | str = "cpu") -> None:
         """Lay the pairs out.
 
-        A user who has every item of a behaviour cannot be given a negative and is left out there, with a warning.
+        A user who has every item of a behaviour cannot be given a negative and is left out there.
 
         Args:
             data: K behaviours.
@@ -41,10 +42,7 @@ class TripleSampler:
             device: where to draw.
         """
         self.num_items = data.num_items
-        self._behaviors = [
-            _Pairs.of(name, pairs.users, pairs.items, data, samples_per_user, device)
-            for name, pairs in data.behaviors.items()
-        ]
+        self._behaviors = [_Pairs.of(pairs, data, samples_per_user, device) for pairs in data.behaviors.values()]
 
     def draw(self, behavior: int, users: Tensor, generator: torch.Generator) -> Triples:
         """Draw the triples of a behaviour for users `[B]`; none for users without it."""
@@ -58,13 +56,26 @@ class TripleSampler:
 
     def _negatives(self, pairs: _Pairs, users: Tensor, generator: torch.Generator) -> Tensor:
         """Draw until nothing is left that a user has."""
-        items = torch.randint(self.num_items, (len(users),), generator=generator, device=users.device)
+        items = torch.randint(max(1, self.num_items), (len(users),), generator=generator, device=users.device)
         open_places = pairs.contains(users, items, self.num_items).nonzero().flatten()
         while len(open_places):
             again = torch.randint(self.num_items, (len(open_places),), generator=generator, device=users.device)
             items[open_places] = again
             open_places = open_places[pairs.contains(users[open_places], again, self.num_items)]
         return items
+
+
+def warn_of_gaps(data: InteractionData) -> None:
+    """Log which behaviours have no pairs, and where users have every item: nothing is learned from them."""
+    for name, pairs in data.behaviors.items():
+        if not len(pairs):
+            logger.warning("%s has no pairs: its graph is empty and its loss left out", name)
+            continue
+        full = np.flatnonzero(np.bincount(pairs.users) == data.num_items)
+        if len(full):
+            logger.warning(
+                "%s: %d users have every item and give nothing to learn from, such as user %d", name, len(full), full[0]
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -77,24 +88,12 @@ class _Pairs:
     """`[U]`, how many positives a user gives."""
 
     @classmethod
-    def of(
-        cls, name: str, users: object, items: object, data: InteractionData, most: int, device: torch.device | str
-    ) -> _Pairs:
-        first, second = (torch.as_tensor(x).to(device, torch.int64) for x in (users, items))
-        bounds = torch.searchsorted(first, torch.arange(data.num_users + 1, device=first.device))
+    def of(cls, pairs: Interactions, data: InteractionData, most: int, device: torch.device | str) -> _Pairs:
+        users, items = (torch.from_numpy(x).to(device, torch.int64) for x in (pairs.users, pairs.items))
+        bounds = torch.searchsorted(users, torch.arange(data.num_users + 1, device=users.device))
         degrees = bounds[1:] - bounds[:-1]
-        full = (degrees == data.num_items) & (degrees > 0)
-        if bool(full.any()):
-            logger.warning(
-                "%s: %d users have every item and give nothing to learn from, such as user %d",
-                name,
-                int(full.sum()),
-                int(full.nonzero()[0]),
-            )
-        if not len(first):
-            logger.warning("%s has no pairs: its graph is empty and its loss left out", name)
-        samples = torch.where(full, 0, degrees.clamp(max=most))
-        return cls(keys=first * data.num_items + second, bounds=bounds, samples=samples)
+        samples = torch.where(degrees == data.num_items, 0, degrees.clamp(max=most))
+        return cls(keys=users * data.num_items + items, bounds=bounds, samples=samples)
 
     def contains(self, users: Tensor, items: Tensor, num_items: int) -> Tensor:
         wanted = users * num_items + items

@@ -178,6 +178,8 @@ class RecommenderStage:
     def __post_init__(self) -> None:
         both = self.start_from is not None and self.warm_start is not None
         require(not both, "warm_start", "absent with start_from", self.warm_start)
+        has_parts = self.model.kind == "cigf" or self.train.subgraph is None
+        require(has_parts, "train.subgraph", f"absent for {self.model.kind}", self.train.subgraph)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

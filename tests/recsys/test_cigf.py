@@ -121,7 +121,7 @@ def test_attention_variants(attention: str) -> None:
 def test_encoders_change_what_is_added_and_not_what_is_passed_on(encoder: str) -> None:
     data = small_data()
     model = model_of(data, layers=2, encoder=encoder)
-    raw = model._official_hops(model.embeddings())
+    raw = model._official_hops(model.embeddings(), model.graph)
     x = model.embeddings()
 
     def leaky(z: torch.Tensor) -> torch.Tensor:

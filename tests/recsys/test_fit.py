@@ -42,9 +42,9 @@ def test_the_loss_is_the_mean_of_softplus_of_differences() -> None:
         x = tables[user : user + 1]
         seen, unseen = (model.logits(x, tables[7 + i : 8 + i], 1) for i in (positive, negative))
         losses.append(-torch.log(torch.sigmoid(seen - unseen)))
-    torch.testing.assert_close(bpr_loss(model, tables, triples, 1), torch.cat(losses).mean())
+    torch.testing.assert_close(bpr_loss(model, (tables[:7], tables[7:]), triples, 1), torch.cat(losses).mean())
     nothing = Triples(users=torch.zeros(0).long(), positives=torch.zeros(0).long(), negatives=torch.zeros(0).long())
-    assert bpr_loss(model, tables, nothing, 1).item() == 0
+    assert bpr_loss(model, (tables[:7], tables[7:]), nothing, 1).item() == 0
 
 
 def test_a_step_is_adam_on_the_loss_and_the_sum_of_squares() -> None:
@@ -63,8 +63,9 @@ def test_a_step_is_adam_on_the_loss_and_the_sum_of_squares() -> None:
         {"params": [p for p in theirs.parameters() if id(p) not in decayed], "weight_decay": 0.0},
     ]
     adam = torch.optim.Adam(groups, lr=1e-3, betas=(0.9, 0.999), eps=1e-8)
-    users = reference.plan.epoch(0)[0]
-    reference.step_loss(users, make_generator(0, "recsys", "triples", 0)).backward()
+    (part,) = reference._parts()
+    (users,) = part.batches
+    reference.step_loss(part, users, make_generator(0, "recsys", "triples", 0)).backward()
     adam.step()
     assert len(groups[0]["params"]) == 2 + 3 + 1
     for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from perilune.recsys.config import FitConfig
 from perilune.recsys.fit import EpochPlan
-from perilune.recsys.sampling import TripleSampler
+from perilune.recsys.sampling import TripleSampler, warn_of_gaps
 from tests.recsys.cases import small_data
 
 
@@ -49,14 +49,16 @@ def test_draws_are_spread_evenly() -> None:
 def test_a_user_who_has_everything_is_left_out_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     data = small_data(density=1.1, num_users=3)
     with caplog.at_level(logging.WARNING):
-        sampler = TripleSampler(data, 4)
+        warn_of_gaps(data)
+    sampler = TripleSampler(data, 4)
     assert "3 users have every item" in caplog.text
     assert not len(sampler.draw(0, torch.arange(3), torch.Generator()).users)
 
 
 def test_a_behavior_without_pairs_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        sampler = TripleSampler(small_data(empty=("cart",)), 4)
+        warn_of_gaps(small_data(empty=("cart",)))
+    sampler = TripleSampler(small_data(empty=("cart",)), 4)
     assert caplog.text.count("cart has no pairs") == 1
     assert not len(sampler.draw(1, torch.arange(7), torch.Generator()).users)
 

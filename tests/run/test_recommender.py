@@ -196,6 +196,8 @@ def test_behaviors_are_dropped_from_edges_and_from_labels(recipe: Path) -> None:
         ("interactions.funnel.num_usres=3", "num_usres is not a key"),
         ("protocol.protocols=[]", "protocols must be distinct"),
         ("protocol.cutoffs=[5]", "cutoffs must be numbers >= 1 with 10 among them"),
+        ("stages.cigf={kind='recommender',model={kind='mf'},train={subgraph={}}}", "subgraph must be absent for mf"),
+        ("stages.cigf.train.subgraph.chunk_users=0", "chunk_users must be >= 1"),
         ("stages.popularity.behaviors={view=1.0}", "behaviors must be absent for popularity"),
     ],
 )
