@@ -262,7 +262,7 @@ def concentration(
     if k < 1:
         raise ValueError(f"k must be >= 1, got {k}")
     wanted = np.arange(data.num_users) if users is None else np.asarray(users, np.int64)
-    bought = Bought(data, also=None)
+    bought = Bought([data.target], data.num_users)
     often, log_absent = np.zeros((2, data.num_items))
     for start in range(0, len(wanted), batch):
         part = wanted[start : start + batch]

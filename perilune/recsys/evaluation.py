@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from perilune.errors import DataError
-from perilune.recsys.data import NONE, InteractionData
+from perilune.recsys.data import NONE, InteractionData, Interactions
 from perilune.seeding import derive_seed
 
 Protocol = Literal["full", "sampled99"]
@@ -117,7 +117,7 @@ class Ranker:
         if held_out is None:
             raise DataError("there is no validation set; make one by hold_out")
         self._num_items = data.num_items
-        self._bought = Bought(data, also=data.validation if split == "test" else None)
+        self._bought = Bought(data.purchases(split), data.num_users)
         self.users = np.flatnonzero(held_out != NONE)
         """`[n]`, users with a held-out item."""
         self.items = held_out[self.users]
@@ -194,16 +194,15 @@ def sample_negatives(bought: np.ndarray, item: int, num_items: int, seed: int, u
 
 
 class Bought:
-    """What users have bought: the pairs of the target, and an item of `also` `[U]`; each item once."""
+    """Items by user, of all parts together; a pair is in one part alone."""
 
-    def __init__(self, data: InteractionData, also: np.ndarray | None) -> None:
-        users, items = data.target.users, data.target.items
-        if also is not None:
-            more = np.flatnonzero(also != NONE)
-            users, items = np.concatenate((users, more)), np.concatenate((items, also[more]))
+    def __init__(self, parts: Sequence[Interactions], num_users: int) -> None:
+        users, items = parts[0].users, parts[0].items
+        if len(parts) > 1:
+            users, items = (np.concatenate([getattr(part, name) for part in parts]) for name in ("users", "items"))
             order = np.argsort(users, kind="stable")
             users, items = users[order], items[order]
-        self._items, self._bounds = items, np.searchsorted(users, np.arange(data.num_users + 1))
+        self._items, self._bounds = items, np.searchsorted(users, np.arange(num_users + 1))
 
     def of(self, user: int) -> np.ndarray:
         """Return the items of one user."""

@@ -125,7 +125,7 @@ def rank_many(
     """
     users = np.array(sorted(user for user, items in held_out.items() if len(items)), np.int64)
     wanted = [np.asarray(held_out[int(user)], np.int64) for user in users]
-    bought = Bought(data, also=data.validation)
+    bought = Bought(data.purchases("test"), data.num_users)
     _check(users, wanted, data)
     parts: list[tuple[np.ndarray, ...]] = []
     for start in range(0, len(users), batch):
@@ -156,7 +156,7 @@ def _groups(row: int, scores: np.ndarray, items: np.ndarray, is_candidate: np.nd
 def _check(users: np.ndarray, wanted: Sequence[np.ndarray], data: InteractionData) -> None:
     if len(users) and not (users[0] >= 0 and users[-1] < data.num_users):
         raise DataError(f"held-out items of users {users[0]} to {users[-1]}, where there are {data.num_users} users")
-    bought = Bought(data, also=None)
+    bought = Bought([data.target], data.num_users)
     for user, items in zip(users, wanted, strict=True):
         if items.min() < 0 or items.max() >= data.num_items:
             raise DataError(f"held-out items of user {user}: one is not in [0, {data.num_items})")

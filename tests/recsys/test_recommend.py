@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from perilune.errors import DataError, NumericsError, UnknownIdError
-from perilune.recsys import NONE, InteractionData, from_behaviors
+from perilune.recsys import NONE, FunnelConfig, InteractionData, from_behaviors, funnel_log, temporal
 from perilune.recsys.cigf import CIGF
 from perilune.recsys.config import CIGFConfig, FactorConfig, MBGCNConfig
 from perilune.recsys.ids import IdMap
@@ -92,6 +92,16 @@ def test_what_was_held_out_for_validation_was_bought() -> None:
     held_out, engine = f"item-{data.validation[user]}", engine_of(data)
     assert held_out not in items_of(engine.recommend(f"u{user}", k=9))
     assert held_out in items_of(engine.recommend(f"u{user}", k=9, exclude=()))
+
+
+def test_what_was_bought_after_a_temporal_splits_moment_was_bought() -> None:
+    made = temporal(funnel_log(FunnelConfig(num_users=100, num_items=80))).hold_out(0)
+    engine = RecommendationEngine(model_of(made), made)
+    assert made.later is not None
+    for user in np.unique(made.later.users)[:5]:
+        later = made.item_ids[made.later.items[made.later.users == user]]  # pyright: ignore
+        found = items_of(engine.recommend(made.user_ids[user].item(), k=80))  # pyright: ignore
+        assert not set(later.tolist()) & set(found)
 
 
 def test_equal_scores_come_in_the_order_of_numbers() -> None:
