@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from perilune.errors import DataError
-from perilune.recsys.data import NONE, InteractionData, Interactions
+from perilune.recsys.data import NONE, InteractionData, Interactions, pair_keys
 from perilune.recsys.ids import pair_chances
 from perilune.recsys.logs import EventLog
 from perilune.seeding import derive_seed
@@ -31,7 +31,7 @@ def k_core(log: EventLog, *, users: int, items: int, on: Literal["target", "any"
         DataError: nothing is left.
     """
     counted = log.is_target if on == "target" else np.ones(len(log), bool)
-    pairs = np.unique(log.users[counted].astype(np.int64) * len(log.item_ids) + log.items[counted])
+    pairs = np.unique(pair_keys(log.users[counted], log.items[counted], len(log.item_ids)))
     of_user, of_item = pairs // len(log.item_ids), pairs % len(log.item_ids)
     user_stays, item_stays = np.ones(len(log.user_ids), bool), np.ones(len(log.item_ids), bool)
     while True:

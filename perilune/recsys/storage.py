@@ -20,7 +20,8 @@ FORMAT = "perilune interactions 1"
 
 _WHOLE = {"format", "sizes", "behaviors", "test", "validation", "user_ids", "item_ids", "moments"}
 _LATER = {"later users", "later items", "later times"}
-_DAMAGE = (ValueError, EOFError, RuntimeError, MemoryError, OverflowError, zipfile.BadZipFile, zlib.error)
+DAMAGE = (ValueError, EOFError, RuntimeError, MemoryError, OverflowError, zipfile.BadZipFile, zlib.error)
+"""What reading a file of arrays may raise, beside `OSError` and `KeyError`."""
 
 
 def save_data(data: InteractionData, path: Path, *, compress: bool = True) -> None:
@@ -80,7 +81,7 @@ def load_data(path: Path) -> InteractionData:
         raise DataError(f"{path}: {error.strerror or error}") from error
     except KeyError as error:
         raise DataError(f"{path}: not data as perilune saves them: there is no {error}") from error
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise DataError(f"{path}: damaged, or not data as perilune saves them ({error})") from error
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
