@@ -12,7 +12,8 @@ import numpy as np
 
 from perilune.errors import DataError
 from perilune.recsys.data import InteractionData
-from perilune.recsys.evaluation import Bought, Ranks, Scorer, Split, Ties, checked_scores
+from perilune.recsys.evaluation import Bought, Ranks, Scorer, Split, Ties, checked_scores, users_at_once
+from perilune.recsys.graphs import check_behaviors
 from perilune.report.recommender import GroupRow
 from perilune.seeding import derive_seed
 
@@ -75,11 +76,9 @@ def correlations(data: InteractionData, behavior: str) -> np.ndarray:
     Raises:
         DataError: there is no such behavior.
     """
-    if behavior not in data.behaviors:
-        raise DataError(f"no behaviour {behavior!r} in the data; there are: {', '.join(data.behaviors)}")
+    check_behaviors(data, [behavior])
     items, other, target = data.num_items, data.behaviors[behavior], data.target
-    keys = [pairs.users.astype(np.int64) * items + pairs.items for pairs in (other, target)]
-    shared = other.users[np.isin(*keys, assume_unique=True)]
+    shared = other.users[np.isin(other.keys(items), target.keys(items), assume_unique=True)]
     a, b = (_counts(data, name).astype(np.float64) for name in (data.target_name, behavior))
     c = np.bincount(shared, minlength=data.num_users)
     divisor = np.sqrt(a * (items - a) * b * (items - b))
@@ -243,7 +242,7 @@ class Concentration:
 
 
 def concentration(
-    score: Scorer, data: InteractionData, k: int = 10, *, users: np.ndarray | None = None, batch: int = 256
+    score: Scorer, data: InteractionData, k: int = 10, *, users: np.ndarray | None = None, batch: int | None = None
 ) -> Concentration:
     """Tell how concentrated lists of the k best items are, those already bought left out.
 
@@ -254,7 +253,7 @@ def concentration(
         data: what is bought, and by whom.
         k: items of a list, >= 1; fewer where fewer are left.
         users: whose lists; everybody's without it.
-        batch: users that are scored at once.
+        batch: users that are scored at once; None: `users_at_once`.
 
     Raises:
         DataError: scores are of a wrong shape or not finite.
@@ -262,7 +261,8 @@ def concentration(
     if k < 1:
         raise ValueError(f"k must be >= 1, got {k}")
     wanted = np.arange(data.num_users) if users is None else np.asarray(users, np.int64)
-    bought = Bought(data, also=None)
+    bought = Bought([data.target], data.num_users)
+    batch = users_at_once(data.num_items) if batch is None else batch
     often, log_absent = np.zeros((2, data.num_items))
     for start in range(0, len(wanted), batch):
         part = wanted[start : start + batch]

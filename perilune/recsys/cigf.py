@@ -37,7 +37,7 @@ class CIGF(Recommender):
         super().__init__(data.num_users, data.num_items, tuple(data.behaviors), config.dim)
         check_behaviors(data, config.graph_behaviors or ())
         self.config = config
-        self.graph = self.graph_of(data)
+        self._graph = self.graph_of(data)
         self.attn = nn.ModuleDict(
             {
                 str(k): nn.ModuleDict(
@@ -50,11 +50,6 @@ class CIGF(Recommender):
         )
         self.encoder = _Encoder(config)
         self.decoder = build_head(config, len(self.behaviors))
-
-    def _apply(self, fn, recurse: bool = True):  # pyright: ignore
-        moved = super()._apply(fn, recurse)
-        self.graph = self.graph.to(self.user_embedding.weight.device)
-        return moved
 
     def tables(self) -> Tensor:
         """Return X*_k `[N, K, d]`: X*_k = (L + 1) X + sum_m (L + 1 - m) E^m_k (eq. 8 and 9 in closed form)."""
@@ -72,6 +67,8 @@ class CIGF(Recommender):
         ).to(self.user_embedding.weight.device)
 
     def _represent(self, embeddings: Tensor, graph: MultiGraph) -> Tensor:
+        if self.config.order == "paper" and self.config.encoder == "lightgcn":
+            return self._paper_total(embeddings, graph)
         find = self._paper_hops if self.config.order == "paper" else self._official_hops
         return self._total(embeddings, find(embeddings, graph))
 
@@ -103,8 +100,8 @@ class CIGF(Recommender):
 
     @property
     def learned_from(self) -> tuple[str, ...]:
-        """All: each behaviour has a loss."""
-        return self.behaviors
+        """See `Recommender`."""
+        return tuple(dict.fromkeys((*super().learned_from, *self.folded_from)))
 
     @property
     def folded_from(self) -> tuple[str, ...]:
@@ -192,6 +189,15 @@ class CIGF(Recommender):
     def _paper_hops(self, embeddings: Tensor, graph: MultiGraph) -> list[Tensor]:
         """E^l = Â_k C^2 ... C^l X with C^l = sum_j diag(alpha^l_kj) Â_j: behaviour k is the step at the node itself."""
         return [propagate(walked, graph) for walked in self._paper_states(embeddings, graph)]
+
+    def _paper_total(self, embeddings: Tensor, graph: MultiGraph) -> Tensor:
+        """w_0 X + Â_k (w_1 X + C^2 (w_2 X + ... C^L w_L X)): in L hops what hop by hop takes L (L + 1) / 2."""
+        spread = self._spread(embeddings)
+        walked = self._weight(self.config.layers) * spread
+        for hop in range(self.config.layers - 1, 0, -1):
+            mixed = propagate_mixed(walked.contiguous(), graph, self.attention(embeddings, hop))
+            walked = self._weight(hop) * spread + mixed
+        return self._weight(0) * spread + propagate(walked.contiguous(), graph)
 
     def _paper_states(self, embeddings: Tensor, graph: MultiGraph) -> Iterator[Tensor]:
         """C^2 ... C^l X of l = 1 to L, `[N, K, d]` each."""

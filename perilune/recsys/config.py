@@ -155,6 +155,9 @@ class FitConfig:
     Evaluation is on all of it either way."""
     eval_interval: int = 3
     """Epochs between evaluations on the validation set; 0: none before the end."""
+    validation_users: int = 20_000
+    """Most users of the validation set that an evaluation ranks all items for, where there are more the same ones by
+    chance each time; 0: all."""
     patience: int | None = None
     """Evaluations without a better validation score after which training ends; without it all epochs run."""
     log_interval: int = 1
@@ -167,7 +170,7 @@ class FitConfig:
     def __post_init__(self) -> None:
         _at_least(1, epochs=self.epochs, users_per_epoch=self.users_per_epoch, batch_users=self.batch_users)
         _at_least(1, samples_per_user=self.samples_per_user, log_interval=self.log_interval)
-        _at_least(0, eval_interval=self.eval_interval)
+        _at_least(0, eval_interval=self.eval_interval, validation_users=self.validation_users)
         _require(self.decay_steps is None or self.decay_steps >= 1, "decay_steps", ">= 1", self.decay_steps)
         _require(self.patience is None or self.patience >= 1, "patience", ">= 1", self.patience)
         _require(

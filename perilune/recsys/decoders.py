@@ -125,9 +125,17 @@ class MESI(Head):
 
     @torch.no_grad()
     def score(self, x: Tensor, y: Tensor, task: int) -> Tensor:
-        """See `Head`; matrices `[b, I]` in place of the pairs' rows."""
+        """See `Head`; matrices `[b, I]` in place of the pairs' rows, of as many items as `_SCORED_AT_ONCE` allows."""
         if len(x) == 1:
             return self._score_one(x[0], y, task)[None]
+        # A weight and a product for each expert.
+        size = max(1, _SCORED_AT_ONCE // max(1, 2 * x.shape[1] * len(x)))
+        found = x.new_empty(len(x), len(y))
+        for low in range(0, len(y), size):
+            found[:, low : low + size] = self._score_block(x, y[low : low + size], task)
+        return found
+
+    def _score_block(self, x: Tensor, y: Tensor, task: int) -> Tensor:
         gate, d = self.gate_of(task), x.shape[-1]
         of_user = F.linear(x[:, task], gate.weight[:, :d], gate.bias)
         of_item = F.linear(y[:, task], gate.weight[:, d:])

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from perilune.errors import DataError
-from perilune.recsys.data import NONE, InteractionData
+from perilune.recsys.data import NONE, InteractionData, Interactions
 from perilune.seeding import derive_seed
 
 Protocol = Literal["full", "sampled99"]
@@ -27,6 +27,9 @@ Scorer = Callable[[np.ndarray], np.ndarray]
 
 NEGATIVES = 99
 """Items beside the held-out one in protocol "sampled99"."""
+
+SCORED_AT_ONCE = 1 << 24
+"""Scores that are held at once, unless one user alone has more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -87,7 +90,7 @@ def rank_held_out(
     protocol: Protocol,
     split: Split = "test",
     seed: int = 0,
-    batch: int = 256,
+    batch: int | None = None,
 ) -> Ranks:
     """Rank each user's held-out item; see `Ranker`, which ranks for several models."""
     return Ranker(data, protocol=protocol, split=split, seed=seed).rank(score, batch)
@@ -101,14 +104,23 @@ class Ranker:
     by seed and user.
     """
 
-    def __init__(self, data: InteractionData, *, protocol: Protocol, split: Split = "test", seed: int = 0) -> None:
+    def __init__(
+        self,
+        data: InteractionData,
+        *,
+        protocol: Protocol,
+        split: Split = "test",
+        seed: int = 0,
+        most_users: int | None = None,
+    ) -> None:
         """Choose the candidates.
 
         Args:
             data: what models are trained on.
             protocol: which candidates.
             split: which held-out items.
-            seed: of the sampled candidates.
+            seed: of the sampled candidates, and of the users.
+            most_users: of those with a held-out item, drawn by chance where there are more; None: all.
 
         Raises:
             DataError: there is no such split.
@@ -117,9 +129,12 @@ class Ranker:
         if held_out is None:
             raise DataError("there is no validation set; make one by hold_out")
         self._num_items = data.num_items
-        self._bought = Bought(data, also=data.validation if split == "test" else None)
+        self._bought = Bought(data.purchases(split), data.num_users)
         self.users = np.flatnonzero(held_out != NONE)
         """`[n]`, users with a held-out item."""
+        if most_users is not None and len(self.users) > most_users:
+            generator = np.random.default_rng(derive_seed(seed, "recsys", "ranked users"))
+            self.users = np.sort(generator.choice(self.users, most_users, replace=False))
         self.items = held_out[self.users]
         """`[n]`, that item."""
         self._sampled: list[np.ndarray] | None = None
@@ -129,13 +144,14 @@ class Ranker:
                 for user, item in zip(self.users, self.items, strict=True)
             ]
 
-    def rank(self, score: Scorer, batch: int = 256) -> Ranks:
-        """Rank by a model's scores, `batch` users at a time.
+    def rank(self, score: Scorer, batch: int | None = None) -> Ranks:
+        """Rank by a model's scores, `batch` users at a time, by default `users_at_once`.
 
         Raises:
             DataError: scores are of a wrong shape or not finite; the message names the first user.
         """
         above, equal, candidates = np.zeros((3, len(self.users)), np.int64)
+        batch = users_at_once(self._num_items) if batch is None else batch
         for start in range(0, len(self.users), batch):
             part = slice(start, min(start + batch, len(self.users)))
             scores = checked_scores(score(self.users[part]), self.users[part], self._num_items)
@@ -168,6 +184,11 @@ class Ranker:
         return above, np.bincount(rows[rivals == own[rows]], minlength=count), 1 + np.bincount(rows, minlength=count)
 
 
+def users_at_once(num_items: int, most: int = 256) -> int:
+    """Return for how many users, at least one, all items are scored at once."""
+    return max(1, min(most, SCORED_AT_ONCE // max(1, num_items)))
+
+
 def checked_scores(scores: np.ndarray, users: np.ndarray, num_items: int) -> np.ndarray:
     """Return a model's scores of users `[b]` if they are `[b, num_items]` and finite.
 
@@ -194,16 +215,15 @@ def sample_negatives(bought: np.ndarray, item: int, num_items: int, seed: int, u
 
 
 class Bought:
-    """What users have bought: the pairs of the target, and an item of `also` `[U]`; each item once."""
+    """Items by user, of all parts together; a pair is in one part alone."""
 
-    def __init__(self, data: InteractionData, also: np.ndarray | None) -> None:
-        users, items = data.target.users, data.target.items
-        if also is not None:
-            more = np.flatnonzero(also != NONE)
-            users, items = np.concatenate((users, more)), np.concatenate((items, also[more]))
+    def __init__(self, parts: Sequence[Interactions], num_users: int) -> None:
+        users, items = parts[0].users, parts[0].items
+        if len(parts) > 1:
+            users, items = (np.concatenate([getattr(part, name) for part in parts]) for name in ("users", "items"))
             order = np.argsort(users, kind="stable")
             users, items = users[order], items[order]
-        self._items, self._bounds = items, np.searchsorted(users, np.arange(data.num_users + 1))
+        self._items, self._bounds = items, np.searchsorted(users, np.arange(num_users + 1))
 
     def of(self, user: int) -> np.ndarray:
         """Return the items of one user."""

@@ -13,12 +13,16 @@ import numpy as np
 from perilune.errors import DataError
 from perilune.files import replacing
 from perilune.recsys.data import NONE
+from perilune.recsys.evaluation import users_at_once
 from perilune.recsys.ids import Id
 from perilune.recsys.recommend import RecommendationEngine
 from perilune.report import NullProgress, Progress
 
 if TYPE_CHECKING:
     import polars as pl
+
+_MOST_USERS = 1024
+"""Users of a batch, and of a row group."""
 
 
 def export_top_k(
@@ -27,7 +31,7 @@ def export_top_k(
     *,
     k: int = 10,
     behavior: str | None = None,
-    batch: int = 1024,
+    batch: int | None = None,
     users: Sequence[Id] | None = None,
     progress: Progress | None = None,
 ) -> int:
@@ -42,7 +46,7 @@ def export_top_k(
         path: ends with .parquet or .csv, which says how it is written; its directory must exist.
         k: most items of a user.
         behavior: what for; the target if None.
-        batch: users whose scores of all items are held at once.
+        batch: users whose scores of all items are held at once; None: as many as `users_at_once` allows, up to 1,024.
         users: as the data's source calls them; None: all.
         progress: told how many users are done.
 
@@ -58,6 +62,7 @@ def export_top_k(
     suffix = path.suffix.lower()
     if suffix not in (".parquet", ".csv"):
         raise DataError(f"{path}: an export ends with .parquet or .csv")
+    batch = users_at_once(len(engine.item_ids), _MOST_USERS) if batch is None else batch
     if k < 1 or batch < 1:
         raise ValueError(f"k and batch must be >= 1, got {k} and {batch}")
     numbers = np.arange(len(engine.user_ids)) if users is None else engine.user_ids.numbers(users)
@@ -82,7 +87,7 @@ def export_top_k(
             schema = _frame(engine, numbers[:0], k, behavior).schema
             from polars.io.plugins import register_io_source
 
-            register_io_source(frames, schema=schema).sink_parquet(temporary, row_group_size=k * batch)
+            register_io_source(frames, schema=schema).sink_parquet(temporary, row_group_size=k * _MOST_USERS)
     return written
 
 

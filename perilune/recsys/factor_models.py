@@ -62,17 +62,13 @@ class FactorModel(_InnerProduct):
         super().__init__(data.num_users, data.num_items, tuple(data.behaviors), config.dim)
         self.config, self.scale = config, config.logit_scale
         self.edges = config.graph_behaviors or (data.target_name,)
-        self.graph = build_union(data, norm=config.norm, behaviors=self.edges) if config.kind == "lightgcn" else None
-
-    def _apply(self, fn, recurse: bool = True):  # pyright: ignore
-        moved = super()._apply(fn, recurse)
-        self.graph = None if self.graph is None else self.graph.to(self.user_embedding.weight.device)
-        return moved
+        if config.kind == "lightgcn":
+            self._graph = build_union(data, norm=config.norm, behaviors=self.edges)
 
     def tables(self) -> Tensor:
         """See `Recommender`; `[N, 1, d]`."""
         hops = [self.embeddings()[:, None, :]]
-        if self.graph is not None:
+        if self._graph is not None:
             for _ in range(self.config.layers):
                 hops.append(propagate(hops[-1], self.graph))
         return torch.stack(hops).mean(0)
@@ -80,19 +76,19 @@ class FactorModel(_InnerProduct):
     @property
     def learned_from(self) -> tuple[str, ...]:
         """See `Recommender`."""
-        edges = () if self.graph is None else self.edges
+        edges = () if self._graph is None else self.edges
         return tuple(dict.fromkeys((*super().learned_from, *edges)))
 
     @property
     def folded_from(self) -> tuple[str, ...]:
         """See `Recommender`; BPR-MF, which has no edges, takes all."""
-        return self.behaviors if self.graph is None else self.edges
+        return self.behaviors if self._graph is None else self.edges
 
     @torch.no_grad()
     def fold_states(self) -> tuple[Tensor, ...]:
         """See `Recommender`; hops 0 to L - 1, `[N, 1, d]` each."""
         hops = [self.embeddings()[:, None, :]]
-        if self.graph is not None:
+        if self._graph is not None:
             for _ in range(self.config.layers - 1):
                 hops.append(propagate(hops[-1], self.graph))
         return tuple(hops)
@@ -107,13 +103,13 @@ class FactorModel(_InnerProduct):
         that was trained is no sum over events.
         """
         del side
-        if self.graph is None and own is not None:
+        if self._graph is None and own is not None:
             return None
         nodes, kinds = concatenated(neighbors)
         is_edge = torch.tensor([name in self.folded_from for name in self.behaviors], device=nodes.device)[kinds]
         last = dict(zip(nodes[is_edge].tolist(), is_edge.nonzero()[:, 0].tolist(), strict=True))
         places = torch.tensor(list(last.values()), dtype=torch.int64, device=nodes.device)
-        if self.graph is None:
+        if self._graph is None:
             factors = nodes.new_full((len(places),), 1 / max(1, len(places)), dtype=torch.float32)
         else:
             factors = factors_of_new(self.graph, 0, nodes[places], self.config.norm) / (self.config.layers + 1)
@@ -137,15 +133,10 @@ class MBGCN(_InnerProduct):
     def __init__(self, config: MBGCNConfig, data: InteractionData) -> None:
         super().__init__(data.num_users, data.num_items, tuple(data.behaviors), config.dim)
         self.config, self.scale = config, config.logit_scale
-        self.graph = build_graph(data, norm="left")
+        self._graph = build_graph(data, norm="left")
         self.strength = _Ones(len(data.behaviors))
         self.relation = nn.ModuleList(XavierLinear(config.dim, config.dim, bias=False) for _ in data.behaviors)
         self.matching = nn.ModuleList(XavierLinear(config.dim, config.dim, bias=False) for _ in data.behaviors)
-
-    def _apply(self, fn, recurse: bool = True):  # pyright: ignore
-        moved = super()._apply(fn, recurse)
-        self.graph = self.graph.to(self.user_embedding.weight.device)
-        return moved
 
     def tables(self) -> Tensor:
         """See `Recommender`; `[N, 1 + K, d]`: user and item, then items by behaviour."""

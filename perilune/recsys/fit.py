@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perilune.errors import CheckpointError, DataError, NumericsError
+from perilune.errors import BackendError, CheckpointError, DataError, NumericsError
 from perilune.optim import Muon, StaircaseSchedule, parameter_groups, set_lr
 from perilune.recsys.cigf import CIGF
 from perilune.recsys.config import FitConfig
@@ -81,6 +81,7 @@ def fit(
 
     Raises:
         DataError: a behaviour weight names no behaviour; `subgraph` is given, and the model is no CIGF.
+        BackendError: the device is not there.
         NumericsError: the loss is not finite.
         CheckpointError: a checkpoint cannot be written or read, or is of other settings.
         Exception: what `context.stopped()` makes, after a stop was requested and the state saved.
@@ -175,9 +176,15 @@ class _Trainer:
         self.data = data
         self.parts = None if config.subgraph is None else SubgraphSampler(data, config.subgraph)
         self.sampler = TripleSampler(data, config.samples_per_user, self.device)
+        model.trained_with(config.behavior_weights)
         weights = [(config.behavior_weights or {}).get(name, 1.0) for name in data.behaviors]
         self.tasks = [(task, weights[task]) for task in model.tasks if weights[task] > 0]
-        self.ranker = None if data.validation is None else Ranker(data, protocol="full", split="validation")
+        # Not by the run's seed: runs of other seeds are chosen by the same users.
+        self.ranker = (
+            None
+            if data.validation is None
+            else Ranker(data, protocol="full", split="validation", most_users=config.validation_users or None)
+        )
         groups = parameter_groups(model, lr=config.lr, weight_decay=0.0, overrides={"": "adamw"})
         self.optimizer = Muon(groups, config.lr, betas=(0.9, 0.999), weight_decay=0.0)
         self.epoch, self.step, self.loss = 0, 0, math.nan
@@ -368,6 +375,9 @@ class _Trainer:
 
 
 def _device(config: FitConfig) -> torch.device:
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(config.device)
+    is_there = torch.cuda.is_available()
+    if config.device == "cuda" and not is_there:
+        raise BackendError(
+            'fit: device "cuda" was asked for, and there is no GPU that torch can use; use "cpu" or "auto"'
+        )
+    return torch.device("cuda" if is_there and config.device != "cpu" else "cpu")

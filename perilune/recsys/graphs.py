@@ -49,7 +49,7 @@ def build_union(data: InteractionData, *, norm: Norm, behaviors: Collection[str]
         DataError: a behaviour is not in the data.
     """
     check_behaviors(data, behaviors)
-    keys = np.unique(np.concatenate([_keys(data.behaviors[name], data.num_items) for name in behaviors]))
+    keys = np.unique(np.concatenate([data.behaviors[name].keys(data.num_items) for name in behaviors]))
     users, items = np.divmod(keys, max(1, data.num_items))
     edges = (torch.from_numpy(users), torch.from_numpy(items) + data.num_users)
     return MultiGraph.of([edges], num_nodes=data.num_users + data.num_items, norm=norm)
@@ -93,8 +93,4 @@ def check_behaviors(data: InteractionData, names: Collection[str]) -> None:
 
 
 def _contained(pairs: Interactions, others: Interactions, num_items: int) -> np.ndarray:
-    return np.isin(_keys(pairs, num_items), _keys(others, num_items), assume_unique=True)
-
-
-def _keys(pairs: Interactions, num_items: int) -> np.ndarray:
-    return pairs.users.astype(np.int64) * num_items + pairs.items
+    return np.isin(pairs.keys(num_items), others.keys(num_items), assume_unique=True)

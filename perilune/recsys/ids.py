@@ -77,3 +77,50 @@ class IdMap:
     def names(self, numbers: np.ndarray) -> np.ndarray:
         """Return names of numbers: int64, or what the source's are."""
         return numbers.astype(np.int64) if self._array is None else self._array[numbers]
+
+
+def pair_chances(
+    seed: int, users: np.ndarray, items: np.ndarray, user_ids: np.ndarray, item_ids: np.ndarray
+) -> np.ndarray:
+    """Draw a number for each pair that depends on the seed and on what user and item are called, and on nothing else.
+
+    A pair has the same number in a longer log, in other numbering or order, so that what is chosen by it stays chosen
+    unless something new takes its place.
+
+    Args:
+        seed: 63 bits.
+        users: `[E]`, places in `user_ids`.
+        items: `[E]`, places in `item_ids`.
+        user_ids: `[U]`, compared by their text as `IdMap` does.
+        item_ids: `[I]`.
+
+    Returns:
+        `[E]` uint64, uniform.
+
+    Source: the finalizer of SplitMix64 (Steele et al., Fast splittable pseudorandom number generators, 2014).
+    """
+    return _mixed(id_chances(seed, user_ids)[users] + _text_hashes(item_ids)[items])
+
+
+def id_chances(seed: int, ids: np.ndarray) -> np.ndarray:
+    """Draw a number for each of ids `[n]` as `pair_chances` does: `[n]` uint64."""
+    return _mixed(_text_hashes(ids) ^ np.uint64(seed))
+
+
+def _text_hashes(ids: np.ndarray) -> np.ndarray:
+    """`[n]` uint64 of texts `[n]`."""
+    texts = np.ascontiguousarray(ids.astype(np.str_))
+    letters = texts.view(np.uint32).reshape(len(texts), -1) if len(texts) and texts.dtype.itemsize else None
+    hashes = np.zeros(len(texts), np.uint64)
+    for column in () if letters is None else letters.T:
+        # How much a text is padded says what else is in the array, and nothing of the text.
+        hashes = np.where(column == 0, hashes, _mixed(hashes ^ column))
+    return hashes
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """Return a permutation of 64-bit numbers in which every bit depends on every bit; sums wrap around."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from perilune.errors import DataError
 from perilune.recsys.data import InteractionData
 from perilune.recsys.evaluation import Scorer
+from perilune.recsys.graphs import check_behaviors
 from perilune.seeding import derive_seed
 
 _BLOCK_CELLS = 4 << 20
@@ -86,9 +86,7 @@ def item_knn(
     Source: Deshpande and Karypis, Item-based top-N recommendation algorithms (2004), with the cosine.
     """
     weights = {data.target_name: 1.0} if behaviors is None else dict(behaviors)
-    unknown = [name for name in weights if name not in data.behaviors]
-    if unknown:
-        raise DataError(f"no behaviour {unknown[0]!r} in the data; there are: {', '.join(data.behaviors)}")
+    check_behaviors(data, weights)
     if neighbors < 1 or not 0 <= shrink < np.inf:
         raise ValueError(f"neighbors must be >= 1 and shrink finite and >= 0, got {neighbors} and {shrink}")
     if not weights or not all(0 < weight < np.inf for weight in weights.values()):
@@ -111,7 +109,7 @@ def item_knn(
 def _summed(data: InteractionData, weights: Mapping[str, float]) -> _Rows:
     """Y by user: the weights of all behaviors that a user has shown towards an item, summed."""
     chosen = [(data.behaviors[name], weight) for name, weight in weights.items()]
-    keys = np.concatenate([pairs.users.astype(np.int64) * data.num_items + pairs.items for pairs, _ in chosen])
+    keys = np.concatenate([pairs.keys(data.num_items) for pairs, _ in chosen])
     distinct, place = np.unique(keys, return_inverse=True)
     values = np.bincount(place, np.concatenate([np.full(len(pairs), weight) for pairs, weight in chosen]))
     users, items = np.divmod(distinct, max(1, data.num_items))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from perilune.errors import DataError, NumericsError, UnknownIdError
 from perilune.recsys.data import NONE, InteractionData
+from perilune.recsys.evaluation import Bought
 from perilune.recsys.graphs import check_behaviors
 from perilune.recsys.ids import Id, IdMap
 from perilune.recsys.recommender import Recommender, Side
@@ -144,7 +145,7 @@ class RecommendationEngine:
             k: most items to return; fewer come back where fewer are left.
             behavior: what for; the target if None.
             exclude: behaviours whose items are left out; None: those of the target, what was held out for validation
-                included, as it was bought.
+                and what was bought later included, as it was bought.
             allow: items beside which none is returned; None: all.
             deny: items that are not returned.
             quotas: most items of a category; an engine without `categories` has none.
@@ -432,18 +433,13 @@ class _History:
     """Who had what, by user."""
 
     def __init__(self, data: InteractionData) -> None:
-        users = np.arange(data.num_users + 1)
-        self._items = [pairs.items for pairs in data.behaviors.values()]
-        self._bounds = [np.searchsorted(pairs.users, users) for pairs in data.behaviors.values()]
-        self._validation = data.validation
+        self._lists = [Bought([pairs], data.num_users) for pairs in data.behaviors.values()]
+        later = () if data.later is None else (data.later,)
+        self._lists.append(Bought([*data.purchases("test"), *later], data.num_users))
 
     def of(self, user: int) -> list[np.ndarray]:
         """Return the items of a user: those of each behaviour, and last all that were bought."""
-        found = [
-            items[bounds[user] : bounds[user + 1]] for items, bounds in zip(self._items, self._bounds, strict=True)
-        ]
-        held_out = NONE if self._validation is None else self._validation[user]
-        return [*found, found[-1] if held_out == NONE else np.append(found[-1], held_out)]
+        return [items.of(user) for items in self._lists]
 
 
 def _best(scores: Tensor, k: int) -> np.ndarray:

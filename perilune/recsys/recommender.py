@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from perilune.errors import DataError
+from perilune.ops.multigraph import MultiGraph
 from perilune.recsys.decoders import XavierEmbedding
 from perilune.recsys.evaluation import Scorer
 
@@ -27,6 +28,19 @@ class Recommender(nn.Module):
         self.num_users, self.num_items, self.behaviors = num_users, num_items, tuple(behaviors)
         self.user_embedding = XavierEmbedding(num_users, dim)
         self.item_embedding = XavierEmbedding(num_items, dim)
+        self._graph: MultiGraph | None = None
+        self._has_loss = frozenset(self.behaviors)
+
+    def _apply(self, fn, recurse: bool = True):  # pyright: ignore
+        moved = super()._apply(fn, recurse)
+        self._graph = None if self._graph is None else self._graph.to(self.user_embedding.weight.device)
+        return moved
+
+    @property
+    def graph(self) -> MultiGraph:
+        """What representations are propagated over; it moves with the model."""
+        assert self._graph is not None, f"{type(self).__name__} has no graph"
+        return self._graph
 
     @property
     def tasks(self) -> tuple[int, ...]:
@@ -51,8 +65,15 @@ class Recommender(nn.Module):
 
     @property
     def learned_from(self) -> tuple[str, ...]:
-        """Behaviours without whose pairs a user's representation is what it was initialised with."""
-        return tuple(self.behaviors[task] for task in self.tasks)
+        """Behaviours without whose pairs a user's representation is what it was initialised with.
+
+        Those that have a loss (`trained_with`), and where there is a graph those whose pairs are edges.
+        """
+        return tuple(self.behaviors[task] for task in self.tasks if self.behaviors[task] in self._has_loss)
+
+    def trained_with(self, weights: Mapping[str, float] | None) -> None:
+        """Note the weights of behaviours' losses, 1 for those that are not named: without this all have one."""
+        self._has_loss = frozenset(name for name in self.behaviors if (weights or {}).get(name, 1.0) > 0)
 
     @property
     def folded_from(self) -> tuple[str, ...]:

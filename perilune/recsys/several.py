@@ -14,7 +14,7 @@ import numpy as np
 
 from perilune.errors import DataError
 from perilune.recsys.data import InteractionData
-from perilune.recsys.evaluation import Bought, Scorer, checked_scores
+from perilune.recsys.evaluation import Bought, Scorer, checked_scores, users_at_once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -109,7 +109,7 @@ class ManyRanks:
 
 
 def rank_many(
-    score: Scorer, data: InteractionData, held_out: Mapping[int, Sequence[int]], *, batch: int = 256
+    score: Scorer, data: InteractionData, held_out: Mapping[int, Sequence[int]], *, batch: int | None = None
 ) -> ManyRanks:
     """Rank held-out items among all items but the user's purchases in training (protocol "full").
 
@@ -117,7 +117,7 @@ def rank_many(
         score: from users to scores of all items.
         data: what the model was trained on; a validation item that is not among the held-out ones is no candidate.
         held_out: items by user; users without any are left out.
-        batch: users that are scored at once.
+        batch: users that are scored at once; None: `users_at_once`.
 
     Raises:
         DataError: a user or item is none of the data's, is named twice, or was bought in training; or scores are of a
@@ -125,7 +125,8 @@ def rank_many(
     """
     users = np.array(sorted(user for user, items in held_out.items() if len(items)), np.int64)
     wanted = [np.asarray(held_out[int(user)], np.int64) for user in users]
-    bought = Bought(data, also=data.validation)
+    bought = Bought(data.purchases("test"), data.num_users)
+    batch = users_at_once(data.num_items) if batch is None else batch
     _check(users, wanted, data)
     parts: list[tuple[np.ndarray, ...]] = []
     for start in range(0, len(users), batch):
@@ -156,7 +157,7 @@ def _groups(row: int, scores: np.ndarray, items: np.ndarray, is_candidate: np.nd
 def _check(users: np.ndarray, wanted: Sequence[np.ndarray], data: InteractionData) -> None:
     if len(users) and not (users[0] >= 0 and users[-1] < data.num_users):
         raise DataError(f"held-out items of users {users[0]} to {users[-1]}, where there are {data.num_users} users")
-    bought = Bought(data, also=None)
+    bought = Bought([data.target], data.num_users)
     for user, items in zip(users, wanted, strict=True):
         if items.min() < 0 or items.max() >= data.num_items:
             raise DataError(f"held-out items of user {user}: one is not in [0, {data.num_items})")

@@ -9,11 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from perilune.errors import DataError
-from perilune.recsys.data import NONE, InteractionData, from_behaviors
+from perilune.recsys.data import NONE, InteractionData, check_whole, from_behaviors
 from perilune.recsys.pickles import SparseMatrix, read_pickled_list, read_pickled_matrix
+from perilune.recsys.storage import DAMAGE
 
 Pairs = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 """Users, items and times."""
+
+MOST_IDS = np.iinfo(np.int32).max
+"""Users, and items, whose numbers are kept in 32 bits."""
 
 
 def read_pickles(directory: Path, behaviors: Sequence[str], *, with_times: bool = False) -> InteractionData:
@@ -38,7 +42,7 @@ def read_pickles(directory: Path, behaviors: Sequence[str], *, with_times: bool 
     else:
         test = _one_each(read_pickled_matrix(directory / "test_mat.pkl"), directory / "test_mat.pkl")
     pairs = {name: (m.rows, m.columns, m.values if with_times else None) for name, m in matrices.items()}
-    return from_behaviors(pairs, test, num_users=num_users, num_items=num_items)
+    return _joined(directory, pairs, test, num_users, num_items)
 
 
 def read_npz(
@@ -56,19 +60,13 @@ def read_npz(
         DataError: a file is missing or not what it should be; the message names it.
     """
     files = {name: directory / f"{name}.npz" for name in behaviors}
-    shapes: dict[Path, tuple[int, int]] = {}
-    pairs: dict[str, Pairs] = {}
-    for name, path in files.items():
-        found = _arrays(path, ("indptr", "indices", "data", "shape"))
-        bounds, items = found["indptr"], found["indices"]
-        if found["shape"].shape != (2,) or bounds.shape != (int(found["shape"][0]) + 1,) or bounds[-1] != len(items):
-            raise DataError(f"{path}: no csr matrix: shape {found['shape'].tolist()}, {len(bounds)} bounds")
-        shapes[path] = (int(found["shape"][0]), int(found["shape"][1]))
-        users = np.repeat(np.arange(shapes[path][0]), np.diff(bounds))
-        pairs[name] = (users, items, found["data"] if with_times else None)
-    num_users, num_items = _common_shape(shapes)
-    held_out = _arrays(directory / test, ())[""]
-    return from_behaviors(pairs, np.where(held_out < 0, NONE, held_out), num_users=num_users, num_items=num_items)
+    found = {name: _csr(path) for name, path in files.items()}
+    num_users, num_items = _common_shape({files[name]: matrix.shape for name, matrix in found.items()})
+    pairs = {name: (m.rows, m.columns, m.values if with_times else None) for name, m in found.items()}
+    held_out = _arrays(directory / test, ()).get("")
+    if held_out is None:
+        raise DataError(f"{directory / test}: several arrays, where one of held-out items was expected")
+    return _joined(directory, pairs, held_out, num_users, num_items)
 
 
 def read_item_lists(directory: Path, behaviors: Sequence[str], *, test: str = "test.txt") -> InteractionData:
@@ -95,6 +93,8 @@ def read_pair_lists(
         for line, row in enumerate(rows, start=1):
             if row and len(row) != 2:
                 raise DataError(f"{path}: line {line} has {len(row)} numbers, where a user and an item were expected")
+            if one_based and row and min(row) == 0:
+                raise DataError(f"{path}: line {line} has a 0, where numbers start at 1")
         users, items = np.array([row for row in rows if row], np.int64).reshape(-1, 2).T - int(one_based)
         return users, items, None
 
@@ -114,10 +114,13 @@ def read_json(directory: Path, behaviors: Sequence[str], *, test: str = "test.js
             found = json.loads(_text(path))
             users = [int(user) for user, items in found.items() for _ in items]
             items = [item for items in found.values() for item in items]
-        except (ValueError, AttributeError, TypeError) as error:
+        except (ValueError, AttributeError, TypeError, RecursionError) as error:
             raise DataError(f'{path}: must be {{"user": [items], ...}} ({error})') from error
         if not all(type(item) is int for item in items):
             raise DataError(f"{path}: items must be whole numbers")
+        for number in (*users, *items):
+            if not 1 <= number <= MOST_IDS:
+                raise DataError(f"{path}: {number} is not in [1, {MOST_IDS}]")
         return np.array(users, np.int64) - 1, np.array(items, np.int64) - 1, None
 
     pairs = {name: listed(directory / f"{name}.json") for name in behaviors}
@@ -131,11 +134,44 @@ def _of_text(pairs: dict[str, Pairs], test: Pairs, path: Path) -> InteractionDat
     num_items = 1 + max((int(items.max()) for _, items, _ in every if len(items)), default=-1)
     held_out = np.full(num_users, NONE, np.int64)
     users, items, _ = test
-    twice = np.flatnonzero(np.bincount(users[users >= 0], minlength=num_users) > 1)
+    twice = np.flatnonzero(np.bincount(users, minlength=num_users) > 1)
     if len(twice):
         raise DataError(f"{path}: user {twice[0]} has several test items, where one was expected")
     held_out[users] = items
-    return from_behaviors(pairs, held_out, num_users=num_users, num_items=num_items)
+    return _joined(path.parent, pairs, held_out, num_users, num_items)
+
+
+def _joined(
+    directory: Path, pairs: dict[str, Pairs], test: Sequence[int | None] | np.ndarray, num_users: int, num_items: int
+) -> InteractionData:
+    try:
+        return from_behaviors(pairs, test, num_users=num_users, num_items=num_items)
+    except DataError as error:
+        raise DataError(f"{directory}: {error}") from error
+
+
+def _csr(path: Path) -> SparseMatrix:
+    """Entries of a csr matrix as SciPy saves it, those that are zero left out."""
+    found = _arrays(path, ("format", "shape", "indptr", "indices", "data"))
+    form = found["format"].tolist()
+    if form not in (b"csr", "csr"):
+        raise DataError(f"{path}: a matrix of format {form!r}, where 'csr' was expected")
+    for name, what in (("shape", "size"), ("indptr", "bound"), ("indices", "column")):
+        check_whole(str(path), what, found[name])
+    bounds, columns, values = found["indptr"], found["indices"], found["data"]
+    shape = found["shape"].tolist()
+    if len(shape) != 2 or not all(0 <= size <= MOST_IDS for size in shape):
+        raise DataError(f"{path}: shape {shape}, where numbers of users and items up to {MOST_IDS} were expected")
+    is_whole = len(bounds) == shape[0] + 1 and bounds[0] == 0 and bounds[-1] == len(columns)
+    if not is_whole or (bounds[1:] < bounds[:-1]).any():
+        raise DataError(f"{path}: no csr matrix: {len(bounds)} bounds of {shape[0]} rows must rise from 0 to their end")
+    if values.shape != columns.shape or values.dtype.kind not in "biuf":
+        raise DataError(f"{path}: {values.dtype} data of shape {values.shape} for {len(columns)} indices")
+    rows = np.repeat(np.arange(int(shape[0])), np.diff(bounds).astype(np.int64))
+    kept = values != 0
+    return SparseMatrix(
+        shape=(int(shape[0]), int(shape[1])), rows=rows[kept], columns=columns[kept], values=values[kept]
+    )
 
 
 def _listed(path: Path) -> Pairs:
@@ -153,6 +189,8 @@ def _number_lines(path: Path) -> list[list[int]]:
             raise DataError(f"{path}: line {line} must be whole numbers, got {text[:60]!r}") from error
         if rows[-1] and min(rows[-1]) < 0:
             raise DataError(f"{path}: line {line} has a negative number, {min(rows[-1])}")
+        if rows[-1] and max(rows[-1]) >= MOST_IDS:
+            raise DataError(f"{path}: line {line} has {max(rows[-1])}, where numbers are less than {MOST_IDS}")
     return rows
 
 
@@ -175,14 +213,15 @@ def _common_shape(shapes: dict[Path, tuple[int, int]]) -> tuple[int, int]:
 def _arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Arrays of a `.npz`, or the one of a `.npy` under an empty name; objects are refused."""
     try:
-        found = np.load(path, allow_pickle=False)
-        if isinstance(found, np.ndarray):
-            return {"": found}
-        with found:
-            return {name: found[name] for name in names}
+        with path.open("rb") as file:  # which NumPy leaves open if it opens and cannot read it
+            found = np.load(file, allow_pickle=False)
+            if isinstance(found, np.ndarray):
+                return {"": found}
+            with found:
+                return {name: found[name] for name in names}
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
-    except (ValueError, KeyError, EOFError) as error:
+    except (KeyError, *DAMAGE) as error:
         raise DataError(f"{path}: not what was expected ({error})") from error
 
 

@@ -10,7 +10,8 @@ from typing import Literal
 import numpy as np
 
 from perilune.errors import DataError
-from perilune.recsys.data import NONE, InteractionData, Interactions
+from perilune.recsys.data import NONE, InteractionData, Interactions, pair_keys
+from perilune.recsys.ids import pair_chances
 from perilune.recsys.logs import EventLog
 from perilune.seeding import derive_seed
 
@@ -30,7 +31,7 @@ def k_core(log: EventLog, *, users: int, items: int, on: Literal["target", "any"
         DataError: nothing is left.
     """
     counted = log.is_target if on == "target" else np.ones(len(log), bool)
-    pairs = np.unique(log.users[counted].astype(np.int64) * len(log.item_ids) + log.items[counted])
+    pairs = np.unique(pair_keys(log.users[counted], log.items[counted], len(log.item_ids)))
     of_user, of_item = pairs // len(log.item_ids), pairs % len(log.item_ids)
     user_stays, item_stays = np.ones(len(log.user_ids), bool), np.ones(len(log.item_ids), bool)
     while True:
@@ -66,7 +67,9 @@ def leave_last_out(log: EventLog, *, min_target: int = 2, seed: int = 0) -> Inte
         log: events.
         min_target: least number of different items bought of users who have one held out; 1 leaves some of them
             without any purchase in training.
-        seed: decides between purchases of one time, and alone where there are no times.
+        seed: decides between purchases of one time, and alone where there are no times: there a purchase is held out by
+            what user and item are called (`pair_chances`), so that a log to which events were added holds out the same,
+            or something new. Users who had fewer than `min_target` before are the exception.
 
     Raises:
         DataError: `min_target` is less than 1.
@@ -96,6 +99,9 @@ def temporal(
     before, and have no test item; with `per="user"` those without any purchase have no such moment, and all that they
     did is training.
 
+    `InteractionData.hold_out` makes validation in the same way out of what is left: by an earlier moment, before which
+    lies the same share of the purchases that are left, of all or of each user's own.
+
     Args:
         log: events with times.
         quantile: in [0, 1), the share of purchases before the moment, at most; of all or of each user's own.
@@ -116,44 +122,50 @@ def temporal(
     order = _in_time(log, np.flatnonzero(log.is_target), seed)
     if not len(order):
         raise DataError(f"protocol temporal needs events of {log.behaviors[-1]!r}, and this log has none")
-    counts = np.bincount(log.users[order], minlength=len(log.user_ids))
-    moments = np.full(len(log.user_ids), np.iinfo(np.int64).max)
-    if per == "user":
-        chosen = (np.cumsum(counts) - counts + np.floor(quantile * counts).astype(np.int64))[counts > 0]
-        moments[counts > 0] = log.times[order[chosen]]
-    elif cutoff is None:
-        moments[:] = np.sort(log.times[order])[int(quantile * len(order))]
+    if cutoff is None:
+        moments = _moments(log, order, quantile, per)
     else:
         first, last = int(log.times.min()), int(log.times.max())
         if not first < cutoff <= last:
             raise DataError(f"cutoff must be after {first} and at most {last}, the log's times, got {cutoff}")
-        moments[:] = cutoff
-    after = order[log.times[order] >= moments[log.users[order]]]
+        moments = np.full(len(log.user_ids), cutoff)
+    is_after = log.times[order] >= moments[log.users[order]]
+    before, after = order[~is_after], order[is_after]
     is_first = np.ones(len(after), bool)
     is_first[1:] = log.users[after[1:]] != log.users[after[:-1]]
-    return _split(log, log.times < moments[log.users], after[is_first])
+    data = _split(log, log.times < moments[log.users], after[is_first])
+    earlier = _moments(log, before, quantile if cutoff is None else len(before) / len(order), per)
+    later = _pairs(log, np.sort(after[~is_first]), "later")
+    return replace(data, moments=np.stack((earlier, moments)), later=later)
+
+
+def _moments(log: EventLog, order: np.ndarray, share: float, per: Literal["global", "user"]) -> np.ndarray:
+    """`[U]`, when a share of purchases, given by user and then by time, was over; never, where there are none."""
+    assert log.times is not None
+    times, moments = log.times[order], np.full(len(log.user_ids), np.iinfo(np.int64).max)
+    if per == "user":
+        counts = np.bincount(log.users[order], minlength=len(moments))
+        chosen = np.cumsum(counts) - counts + np.floor(share * counts).astype(np.int64)
+        moments[counts > 0] = times[chosen[counts > 0]]
+    elif len(order):
+        moments[:] = np.sort(times)[min(int(share * len(order)), len(order) - 1)]
+    return moments
 
 
 def _in_time(log: EventLog, events: np.ndarray, seed: int) -> np.ndarray:
-    """Events by user and then by time, those of one time by chance."""
-    chance = np.random.default_rng(derive_seed(seed, "recsys", "split")).permutation(len(events))
+    """Events by user and then by time, those of one time by `pair_chances`."""
+    seed = derive_seed(seed, "recsys", "split")
+    chance = pair_chances(seed, log.users[events], log.items[events], log.user_ids, log.item_ids)
     times = chance if log.times is None else log.times[events]
     return events[np.lexsort((chance, times, log.users[events]))]
 
 
 def _split(log: EventLog, kept: np.ndarray, held_out: np.ndarray) -> InteractionData:
     """Data of the events at which `kept` `[E]` is true, and of the numbers of those that are held out."""
-    behaviors: dict[str, Interactions] = {}
-    for code, name in enumerate(log.behaviors):
-        chosen = np.flatnonzero(kept & (log.behavior == code))
-        behaviors[name] = Interactions.of(
-            log.users[chosen],
-            log.items[chosen],
-            None if log.times is None else log.times[chosen],
-            num_users=len(log.user_ids),
-            num_items=len(log.item_ids),
-            name=name,
-        )
+    behaviors = {
+        name: _pairs(log, np.flatnonzero(kept & (log.behavior == code)), name)
+        for code, name in enumerate(log.behaviors)
+    }
     test = np.full(len(log.user_ids), NONE, np.int32)
     test[log.users[held_out]] = log.items[held_out]
     return InteractionData(
@@ -163,4 +175,16 @@ def _split(log: EventLog, kept: np.ndarray, held_out: np.ndarray) -> Interaction
         test=test,
         user_ids=log.user_ids,
         item_ids=log.item_ids,
+    )
+
+
+def _pairs(log: EventLog, events: np.ndarray, name: str) -> Interactions:
+    """Pairs of some events."""
+    return Interactions.of(
+        log.users[events],
+        log.items[events],
+        None if log.times is None else log.times[events],
+        num_users=len(log.user_ids),
+        num_items=len(log.item_ids),
+        name=name,
     )

@@ -18,8 +18,10 @@ from perilune.recsys.data import InteractionData, Interactions
 
 FORMAT = "perilune interactions 1"
 
-_WHOLE = {"format", "sizes", "behaviors", "test", "validation", "user_ids", "item_ids"}
-_DAMAGE = (ValueError, EOFError, RuntimeError, MemoryError, OverflowError, zipfile.BadZipFile, zlib.error)
+_WHOLE = {"format", "sizes", "behaviors", "test", "validation", "user_ids", "item_ids", "moments"}
+_LATER = {"later users", "later items", "later times"}
+DAMAGE = (ValueError, EOFError, RuntimeError, MemoryError, OverflowError, zipfile.BadZipFile, zlib.error)
+"""What reading a file of arrays may raise, beside `OSError` and `KeyError`."""
 
 
 def save_data(data: InteractionData, path: Path, *, compress: bool = True) -> None:
@@ -42,9 +44,12 @@ def save_data(data: InteractionData, path: Path, *, compress: bool = True) -> No
         arrays |= {f"users {i}": pairs.users, f"items {i}": pairs.items}
         if pairs.times is not None:
             arrays[f"times {i}"] = pairs.times
-    for name, held_out in (("test", data.test), ("validation", data.validation)):
-        if held_out is not None:
-            arrays[name] = held_out
+    if data.later is not None:
+        assert data.later.times is not None
+        arrays |= {"later users": data.later.users, "later items": data.later.items, "later times": data.later.times}
+    for name, of_users in (("test", data.test), ("validation", data.validation), ("moments", data.moments)):
+        if of_users is not None:
+            arrays[name] = of_users
     for name, ids in (("user_ids", data.user_ids), ("item_ids", data.item_ids)):
         if ids is not None:
             arrays[name] = _plain(name, ids)
@@ -76,14 +81,14 @@ def load_data(path: Path) -> InteractionData:
         raise DataError(f"{path}: {error.strerror or error}") from error
     except KeyError as error:
         raise DataError(f"{path}: not data as perilune saves them: there is no {error}") from error
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise DataError(f"{path}: damaged, or not data as perilune saves them ({error})") from error
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
 
 
 def data_hash(data: InteractionData) -> str:
-    """SHA-256 of everything in the data: sizes, behaviours in order, pairs, times, held-out items, ids.
+    """SHA-256 of everything in the data: sizes, behaviours in order, pairs, times, held-out items, ids, moments.
 
     It does not depend on the width of the arrays' numbers, nor on how or where they are stored.
     """
@@ -107,6 +112,11 @@ def data_hash(data: InteractionData) -> str:
     add("validation", data.validation)
     add("user_ids", data.user_ids)
     add("item_ids", data.item_ids)
+    add("moments", data.moments)
+    if data.later is not None:
+        add("later users", data.later.users)
+        add("items", data.later.items)
+        add("times", data.later.times)
     return digest.hexdigest()
 
 
@@ -118,20 +128,20 @@ def _data(arrays: dict[str, np.ndarray]) -> InteractionData:
     num_users, num_items = map(int, arrays["sizes"])
     names = arrays["behaviors"].tolist()
     known = {f"{part} {i}" for i in range(len(names)) for part in ("users", "items", "times")}
-    odd = sorted(arrays.keys() - known - _WHOLE)
+    odd = sorted(arrays.keys() - known - _WHOLE - _LATER)
     if odd:
         raise DataError(f"holds {odd[0]!r}, which is no part of data")
+    sizes = {"num_users": num_users, "num_items": num_items}
     behaviors = {
         str(name): Interactions.of(
-            arrays[f"users {i}"],
-            arrays[f"items {i}"],
-            arrays.get(f"times {i}"),
-            num_users=num_users,
-            num_items=num_items,
-            name=str(name),
+            arrays[f"users {i}"], arrays[f"items {i}"], arrays.get(f"times {i}"), **sizes, name=str(name)
         )
         for i, name in enumerate(names)
     }
+    later = None
+    if arrays.keys() & _LATER:
+        parts = (arrays[f"later {part}"] for part in ("users", "items", "times"))
+        later = Interactions.of(*parts, **sizes, name="later")
     for name, most in (("user_ids", num_users), ("item_ids", num_items)):
         if name in arrays and arrays[name].shape != (most,):
             raise DataError(f"{name} have shape {arrays[name].shape}, where [{most}] were expected")
@@ -143,6 +153,8 @@ def _data(arrays: dict[str, np.ndarray]) -> InteractionData:
         validation=arrays.get("validation"),
         user_ids=arrays.get("user_ids"),
         item_ids=arrays.get("item_ids"),
+        moments=arrays.get("moments"),
+        later=later,
     )
 
 

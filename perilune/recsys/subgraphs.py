@@ -34,7 +34,7 @@ class SubgraphSampler:
     def __init__(self, data: InteractionData, config: SubgraphConfig) -> None:
         """Lay the union out by users and by items."""
         self._data, self._config = data, config
-        keys = [pairs.users.astype(np.int64) * data.num_items + pairs.items for pairs in data.behaviors.values()]
+        keys = [pairs.keys(data.num_items) for pairs in data.behaviors.values()]
         users, items = np.divmod(np.unique(np.concatenate(keys)), max(1, data.num_items))
         by_item = np.argsort(items, kind="stable")
         self._items_of = _Lists.of(users, items, data.num_users)

@@ -110,6 +110,7 @@ def load_recommender(run_directory: Path, stage: str | None = None) -> TrainedRe
     settings = recipe.stages[wanted]
     assert settings.kind == "recommender"
     model = build_recommender(settings.model, data, seed=recipe.seed)
+    model.trained_with(settings.train.behavior_weights)
     restore_module(model, saved_model(directory, wanted))
     return TrainedRecommender(model=model.eval(), data=data, recipe=recipe, stage=wanted)
 

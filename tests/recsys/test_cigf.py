@@ -83,6 +83,31 @@ def test_paper_form() -> None:
         np.testing.assert_allclose(model.tables()[:, k].detach().numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("layers", [1, 2, 3, 5])
+def test_the_paper_form_in_as_many_hops_as_layers_is_that_of_hop_by_hop(
+    layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import perilune.recsys.cigf as module
+
+    data, steps = small_data(), []
+    found = []
+    for is_short in (True, False):
+        model = model_of(data, layers=layers, order="paper", heads=2)
+        x = model.embeddings()
+        mixed = module.propagate_mixed
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "propagate_mixed", lambda *parts, mixed=mixed: steps.append(1) or mixed(*parts))
+            tables = model.tables() if is_short else model._total(x, model._paper_hops(x, model.graph))
+        assert len(steps) == (layers - 1 if is_short else layers * (layers - 1) // 2)
+        steps.clear()
+        tables.sin().sum().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found.append({"tables": tables.detach(), **gradients})
+    assert len(found[0]) == 1 + 2 + 2 * 3 * (layers - 1)
+    for name, tensor in found[1].items():
+        torch.testing.assert_close(found[0][name], tensor, rtol=1e-10, atol=1e-12)
+
+
 def test_orders_agree_with_one_hop_and_differ_with_two() -> None:
     data = small_data()
     for layers, same in ((1, True), (2, False)):

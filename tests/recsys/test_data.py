@@ -117,3 +117,12 @@ def test_nobody_with_enough_purchases_is_no_validation():
     held = make().hold_out(0, least=4)
     assert (held.validation == NONE).all()
     assert len(held.target) == 6
+
+
+def test_of_purchases_of_one_time_validation_is_by_chance_and_not_by_number():
+    users, times = np.repeat(np.arange(40), 5), np.tile([1, 1, 9, 9, 9], 40)
+    data = from_behaviors({"buy": (users, np.tile(np.arange(5), 40), times)}, [None] * 40, num_users=40, num_items=5)
+    drawn = [data.hold_out(seed).validation for seed in range(2)]
+    assert {*drawn[0], *drawn[1]} == {2, 3, 4}
+    assert (drawn[0] != drawn[1]).any()
+    assert np.array_equal(data.hold_out(0).validation, drawn[0])

@@ -52,6 +52,17 @@ def test_scores_of_all_items_are_those_of_pairs(name: str, at_once: int, monkeyp
     assert head.score(x[:0], y, 0).shape == (0, 6)
 
 
+def test_mesi_scores_a_block_of_items_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, x, y = _head("mesi"), _rows(5, 2), _rows(60, 3)
+    whole, blocks = head.score(x, y, 1), []
+    assert isinstance(head, MESI)
+    block = head._score_block
+    monkeypatch.setattr(head, "_score_block", lambda x, y, task: blocks.append(len(y)) or block(x, y, task))
+    monkeypatch.setattr("perilune.recsys.decoders._SCORED_AT_ONCE", 2 * 3 * 5 * 25)
+    torch.testing.assert_close(head.score(x, y, 1), whole)
+    assert blocks == [25, 25, 10]
+
+
 def test_mesi_scores_do_not_overflow_where_gates_are_extreme() -> None:
     head = _head("mesi")
     x, y = 1e3 * _rows(2, 2), 1e3 * _rows(3, 3)

@@ -10,8 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perilune.errors import DataError
-from perilune.recsys import NONE, evidence, from_behaviors, popularity, rank_held_out, read_npz
-from perilune.recsys.evaluation import Ranks, sample_negatives
+from perilune.recsys import (
+    NONE,
+    concentration,
+    evidence,
+    from_behaviors,
+    popularity,
+    rank_held_out,
+    rank_many,
+    read_npz,
+)
+from perilune.recsys.evaluation import Ranker, Ranks, sample_negatives, users_at_once
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 
@@ -82,6 +91,40 @@ def test_candidates_are_not_bought_and_ranks_those_of_a_loop(protocol):
             assert ranks.above[n] == sum(table[user, i] > own for i in rivals)
             assert ranks.equal[n] == sum(table[user, i] == own for i in rivals)
             assert ranks.candidates[n] == 1 + len(rivals)
+
+
+def test_ranked_users_may_be_a_sample_that_is_always_the_same():
+    data = make()
+    every = Ranker(data, protocol="full").users
+    drawn = [Ranker(data, protocol="full", most_users=3, seed=seed) for seed in (0, 0, 1, 2, 3)]
+    for ranker in drawn:
+        assert len(set(ranker.users.tolist())) == 3
+        assert set(ranker.users) <= set(every)
+        assert np.array_equal(ranker.items, data.test[ranker.users])
+    assert np.array_equal(drawn[0].users, drawn[1].users)
+    assert len({tuple(ranker.users) for ranker in drawn}) > 1
+    assert np.array_equal(Ranker(data, protocol="full", most_users=len(every)).users, every)
+
+
+def test_many_items_are_scored_for_few_users_at_once(monkeypatch):
+    data = make()
+    table = np.random.default_rng(1).random((data.num_users, data.num_items))
+    calls = []
+
+    def score(users):
+        calls.append(len(users))
+        return table[users]
+
+    whole = rank_held_out(score, data, protocol="full")
+    assert max(calls) == len(whole.users)
+    monkeypatch.setattr("perilune.recsys.evaluation.SCORED_AT_ONCE", 2 * data.num_items)
+    spread = concentration(score, data)
+    calls.clear()
+    assert np.array_equal(rank_held_out(score, data, protocol="full").above, whole.above)
+    assert concentration(score, data) == spread
+    rank_many(score, data, {int(user): [int(data.test[user])] for user in whole.users})
+    assert max(calls) == 2
+    assert users_at_once(1 << 30) == 1
 
 
 def test_negatives_follow_seed_and_user_alone():

@@ -48,6 +48,22 @@ def test_numbers_stay_numbers_and_a_user_without_events_is_marked(tmp_path: Path
     assert frame["score"].to_list()[2:] == [2, 1, 0, 0]
 
 
+def test_a_batch_is_smaller_where_there_are_more_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, sizes = engine_of(), []
+
+    class Watched(RecommendationEngine):
+        def top_k(self, users: np.ndarray, **settings: object):  # pyright: ignore
+            sizes.append(len(users))
+            return super().top_k(users, **settings)  # pyright: ignore
+
+    watched = Watched(engine.model, engine.data)
+    export_top_k(watched, tmp_path / "whole.csv")
+    monkeypatch.setattr("perilune.recsys.evaluation.SCORED_AT_ONCE", 2 * 9 + 1)
+    export_top_k(watched, tmp_path / "parts.csv")
+    assert sizes == [7, 2, 2, 2, 1]
+    assert pl.read_csv(tmp_path / "whole.csv").equals(pl.read_csv(tmp_path / "parts.csv"))
+
+
 def test_no_users_make_a_file_with_columns(tmp_path: Path) -> None:
     for name in ("x.parquet", "x.csv"):
         assert export_top_k(engine_of(), tmp_path / name, users=[]) == 0

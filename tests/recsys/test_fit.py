@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from perilune.errors import CheckpointError, DataError, NumericsError
+from perilune.errors import BackendError, CheckpointError, DataError, NumericsError
 from perilune.nn import initialize
 from perilune.recsys.cigf import CIGF
 from perilune.recsys.config import CIGFConfig, FactorConfig, FitConfig, MBGCNConfig, RecommenderConfig
 from perilune.recsys.data import InteractionData
-from perilune.recsys.fit import bpr_loss, fit
+from perilune.recsys.fit import EpochPlan, _Trainer, bpr_loss, fit
 from perilune.recsys.models import build_recommender
 from perilune.recsys.recommender import Recommender
-from perilune.recsys.sampling import Triples
+from perilune.recsys.sampling import Triples, TripleSampler
 from perilune.report import MetricsLog, read_metrics
+from perilune.seeding import make_generator
 from perilune.train import CheckpointStore, TrainContext
 from tests.recsys.cases import model_of, small_data
 
@@ -47,30 +48,77 @@ def test_the_loss_is_the_mean_of_softplus_of_differences() -> None:
     assert bpr_loss(model, (tables[:7], tables[7:]), nothing, 1).item() == 0
 
 
-def test_a_step_is_adam_on_the_loss_and_the_sum_of_squares() -> None:
+WEIGHTS = {"view": 0.3, "cart": 1.7}
+
+
+def _expected_loss(model: CIGF, data: InteractionData, users: torch.Tensor, step: int) -> torch.Tensor:
+    """Sum of the behaviours' weighted means over the triples of a step."""
+    generator, tables = make_generator(0, "recsys", "triples", step), model.tables()
+    sampler = TripleSampler(data, SETTINGS.samples_per_user)
+    losses = []
+    for task, weight in enumerate((0.3, 1.7, 1.0)):
+        triples = sampler.draw(task, users, generator)
+        x, *ys = tables[triples.users], *(tables[data.num_users + i] for i in (triples.positives, triples.negatives))
+        seen, unseen = (model.logits(x, y, task) for y in ys)
+        losses.append(weight * -torch.log(torch.sigmoid(seen - unseen)).mean())
+    return torch.stack(losses).sum()
+
+
+def test_steps_are_adam_on_the_loss_and_the_sum_of_squares() -> None:
     """Adam sees 2 lambda theta in the gradient of embeddings, attention and gate, and nothing of it elsewhere."""
     data = small_data(density=0.3)
-    config = replace(SETTINGS, epochs=1, batch_users=100, l2=0.05, lr=1e-3, eval_interval=0)
-    ours, theirs = (initialize(CIGF(CIGFConfig(dim=4), data), seed=3) for _ in range(2))
-    from perilune.recsys.fit import _Trainer
-    from perilune.seeding import make_generator
-
-    reference = _Trainer(theirs, data, config, TrainContext(), 0)  # pyright: ignore[reportArgumentType]
-    fit(ours, data, config, seed=0)  # pyright: ignore[reportArgumentType]
-    decayed = {id(p) for p in theirs.decayed()}  # pyright: ignore
+    config = replace(
+        SETTINGS, epochs=3, batch_users=3, l2=0.05, lr=1e-2, lr_decay=0.5, eval_interval=0, behavior_weights=WEIGHTS
+    )
+    ours, theirs = (model_of(data, range_=0.1, logit_scale=3.0) for _ in range(2))
+    assert fit(ours, data, config).steps == 9
+    decayed = {id(p) for p in theirs.decayed()}
     groups = [
         {"params": [p for p in theirs.parameters() if id(p) in decayed], "weight_decay": 2 * config.l2},
         {"params": [p for p in theirs.parameters() if id(p) not in decayed], "weight_decay": 0.0},
     ]
-    adam = torch.optim.Adam(groups, lr=1e-3, betas=(0.9, 0.999), eps=1e-8)
-    (part,) = reference._parts()
-    (users,) = part.batches
-    reference.step_loss(part, users, make_generator(0, "recsys", "triples", 0)).backward()
-    adam.step()
     assert len(groups[0]["params"]) == 2 + 3 + 1
+    adam = torch.optim.Adam(groups, lr=1e-2, betas=(0.9, 0.999), eps=1e-8)
+    batches = [users for epoch in range(3) for users in EpochPlan(7, config, 0).epoch(epoch)]
+    for step, users in enumerate(batches):
+        for group in adam.param_groups:
+            group["lr"] = 1e-2 * 0.5 ** (step // 2)  # two whole batches of 3 are in 7 users
+        adam.zero_grad()
+        _expected_loss(theirs, data, users, step).backward()
+        adam.step()
     for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        # A gradient that is zero but for rounding moves by lr times a sign.
-        torch.testing.assert_close(mine, other, rtol=1e-4, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_the_gradient_of_a_step_is_that_of_the_loss_and_lambda_times_the_squares() -> None:
+    data = small_data(density=0.3)
+    config = replace(SETTINGS, epochs=1, batch_users=100, l2=0.05, eval_interval=0, behavior_weights=WEIGHTS)
+    ours, theirs = (model_of(data, range_=0.1, logit_scale=3.0) for _ in range(2))
+    trainer = _Trainer(ours, data, config, TrainContext(), 0)
+    (users,) = trainer.plan.epoch(0)
+    (part,) = trainer._parts()
+    trainer._train_step(part, users)
+    decayed = {name: p for name, p in theirs.named_parameters() if name.endswith("weight")}
+    squares = torch.stack([p.square().sum() for p in decayed.values()]).sum()
+    (_expected_loss(theirs, data, users, 0) + 0.05 * squares).backward()
+    for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(
+            mine.grad, other.grad, rtol=1e-10, atol=1e-13, msg=lambda t, name=name: f"{name}: {t}"
+        )
+
+
+@pytest.mark.parametrize("encoder", ["lightgcn", "lrgccf", "gcn", "ngcf"])
+def test_encoders_are_not_under_the_l2_term_and_begin_small(encoder: str) -> None:
+    data = small_data()
+    model = build_recommender(CIGFConfig(dim=32, encoder=encoder), data, seed=0)  # pyright: ignore
+    ids = {id(p): name for name, p in model.named_parameters()}
+    attention = {f"attn.{k}.1.weight" for k in range(3)}
+    wanted = {"user_embedding.weight", "item_embedding.weight", "decoder.gate.weight", *attention}
+    assert {ids[id(p)] for p in model.decayed()} == wanted
+    drawn = [p for name, p in model.named_parameters() if name.startswith("encoder") and p.ndim == 2]
+    assert len(drawn) == {"lightgcn": 0, "lrgccf": 0, "gcn": 2, "ngcf": 4}[encoder]
+    for matrix in drawn:
+        assert 0.009 < matrix.std() < 0.011
 
 
 @pytest.mark.parametrize(
@@ -178,3 +226,31 @@ def test_a_loss_that_is_no_number_is_said() -> None:
         model.user_embedding.weight.fill_(float("nan"))
     with pytest.raises(NumericsError, match="epoch 1: the loss is nan; lower lr"):
         fit(model, data, SETTINGS)
+
+
+def test_a_gpu_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    data = _data()
+    with pytest.raises(BackendError, match='fit: device "cuda" was asked for, and there is no GPU'):
+        fit(_model(data), data, replace(SETTINGS, device="cuda"))
+
+
+def test_validation_ranks_no_more_users_than_it_may() -> None:
+    data = _data()
+    assert data.validation is not None
+    there = np.flatnonzero(data.validation >= 0)
+    seen: list[np.ndarray] = []
+
+    class Watched(CIGF):
+        def score(self, x: torch.Tensor, y: torch.Tensor, task: int) -> torch.Tensor:
+            seen.append(np.array(len(x)))
+            return super().score(x, y, task)
+
+    assert len(there) > 5
+    for most, wanted in ((5, 5), (len(there), len(there)), (0, len(there))):
+        seen.clear()
+        model = initialize(Watched(CIGFConfig(dim=4), data), seed=0)
+        fit(model, data, replace(SETTINGS, epochs=2, validation_users=most))  # pyright: ignore[reportArgumentType]
+        assert sum(seen) == wanted
+    with pytest.raises(ValueError, match="validation_users must be >= 0, got -1"):
+        FitConfig(validation_users=-1)

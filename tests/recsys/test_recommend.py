@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from perilune.errors import DataError, NumericsError, UnknownIdError
-from perilune.recsys import NONE, InteractionData, from_behaviors
+from perilune.recsys import NONE, FitConfig, FunnelConfig, InteractionData, fit, from_behaviors, funnel_log, temporal
 from perilune.recsys.cigf import CIGF
 from perilune.recsys.config import CIGFConfig, FactorConfig, MBGCNConfig
 from perilune.recsys.ids import IdMap
@@ -92,6 +92,42 @@ def test_what_was_held_out_for_validation_was_bought() -> None:
     held_out, engine = f"item-{data.validation[user]}", engine_of(data)
     assert held_out not in items_of(engine.recommend(f"u{user}", k=9))
     assert held_out in items_of(engine.recommend(f"u{user}", k=9, exclude=()))
+
+
+@pytest.mark.parametrize(
+    ("edges", "weights", "learned"),
+    [
+        (("buy",), {"view": 0.0, "cart": 0.0}, ("buy",)),
+        (("buy",), {"view": 0.0}, ("cart", "buy")),
+        (("cart", "buy"), {"view": 0.0, "cart": 0.0}, ("buy", "cart")),
+        (None, {"view": 0.0, "cart": 0.0}, ("buy", "view", "cart")),
+        (("buy",), None, ("view", "cart", "buy")),
+    ],
+)
+def test_a_user_of_whom_nothing_was_learned_gets_what_is_popular(
+    edges: tuple[str, ...] | None, weights: dict[str, float] | None, learned: tuple[str, ...]
+) -> None:
+    view = (np.array([0, 1, 2, 3]), np.array([1, 2, 3, 3]), None)
+    buy = (np.array([0, 1, 1]), np.array([5, 5, 1]), None)
+    cart = (np.array([0]), np.array([1]), None)
+    made = {"view": view, "cart": cart, "buy": buy}
+    data = named(from_behaviors(made, [None] * 4, num_users=4, num_items=7))
+    model = CIGF(CIGFConfig(dim=4, graph_behaviors=edges), data)
+    assert set(model.learned_from) == {"view", "cart", "buy"}
+    fit(model, data, FitConfig(epochs=1, eval_interval=0, behavior_weights=weights))
+    assert set(model.learned_from) == set(learned)
+    (first,) = engine_of(data, model).recommend("u3", k=1)
+    assert first.source == ("model" if "view" in learned else "popular")
+
+
+def test_what_was_bought_after_a_temporal_splits_moment_was_bought() -> None:
+    made = temporal(funnel_log(FunnelConfig(num_users=100, num_items=80))).hold_out(0)
+    engine = RecommendationEngine(model_of(made), made)
+    assert made.later is not None
+    for user in np.unique(made.later.users)[:5]:
+        later = made.item_ids[made.later.items[made.later.users == user]]  # pyright: ignore
+        found = items_of(engine.recommend(made.user_ids[user].item(), k=80))  # pyright: ignore
+        assert not set(later.tolist()) & set(found)
 
 
 def test_equal_scores_come_in_the_order_of_numbers() -> None:

@@ -1,6 +1,7 @@
 """The field's formats, and the real data where it is there."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,91 @@ def test_files_that_are_wrong_are_named(tmp_path):
     save(tmp_path, save_view, test=np.array([None, {}, 1], object))
     with pytest.raises(DataError, match=r"test\.npy: not what was expected .*allow_pickle"):
         read_npz(tmp_path, BEHAVIORS)
+
+
+CSR = {
+    "indptr": np.array([0, 1, 2]),
+    "indices": np.array([0, 1]),
+    "data": np.ones(2),
+    "shape": np.array([2, 3]),
+    "format": np.array(b"csr"),
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"indptr": np.array([0, 3, 2])}, r"buy\.npz: no csr matrix: 3 bounds of 2 rows must rise"),
+        ({"indptr": np.array([1, 1, 2])}, r"buy\.npz: no csr matrix"),
+        ({"indptr": np.array([0.0, 0.5, 2])}, r"buy\.npz: bound 0\.5 of pair 1 is no whole number"),
+        ({"indices": np.array(["a", "b"])}, r"buy\.npz: columns are of type <U1"),
+        ({"shape": np.array([-1, 2])}, r"buy\.npz: shape \[-1, 2\], where"),
+        ({"shape": np.array([2, 10**12])}, r"buy\.npz: shape \[2, 1000000000000\], where"),
+        ({"data": np.ones(3)}, r"buy\.npz: float64 data of shape \(3,\) for 2 indices"),
+        ({"format": np.array(b"csc"), "shape": np.array([2, 2])}, r"buy\.npz: a matrix of format b'csc', where 'csr'"),
+        ({"test": np.array([1.7, 2])}, "test: item 1.7 of pair 0 is no whole number"),
+        ({"test": np.array([1, np.nan])}, "test: item nan of pair 1 is no whole number"),
+        ({"test": np.array(["1", "2"])}, "test: items are of type <U1"),
+        ({"test": np.array([[1], [2]])}, r"test: items have shape \(2, 1\)"),
+        ({"test": np.array([-5, 2])}, r"test: item -5 of pair 0 is not in \[0, 3\)"),
+    ],
+)
+def test_arrays_that_are_no_matrix_or_no_items_are_refused(tmp_path, changes, words):
+    arrays = {**CSR, "test": np.array([1, 2]), **changes}
+    np.save(tmp_path / "test.npy", arrays.pop("test"))
+    np.savez(tmp_path / "buy.npz", **arrays)
+    with pytest.raises(DataError, match=words) as caught:
+        read_npz(tmp_path, ["buy"])
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_stored_zeros_are_no_edges(tmp_path):
+    np.savez(tmp_path / "buy.npz", **{**CSR, "data": np.array([0.0, 7.0])})
+    np.save(tmp_path / "test.npy", np.array([0, 2.0]))
+    data = read_npz(tmp_path, ["buy"], with_times=True)
+    assert (data.target.users.tolist(), data.target.items.tolist(), data.target.times.tolist()) == ([1], [1], [7])
+    assert data.test.tolist() == [0, 2]
+
+
+def test_a_damaged_archive_is_refused_and_closed(tmp_path):
+    np.savez(tmp_path / "buy.npz", **CSR)
+    np.save(tmp_path / "test.npy", np.array([1, 2]))
+    whole = (tmp_path / "buy.npz").read_bytes()
+    for at in range(0, len(whole), 53):
+        (tmp_path / "buy.npz").write_bytes(whole[:at])
+        with pytest.raises(DataError, match=r"buy\.npz: "):
+            read_npz(tmp_path, ["buy"])
+        (tmp_path / "buy.npz").write_bytes(whole[:at] + bytes([whole[at] ^ 0x41]) + whole[at + 1 :])
+        with suppress(DataError):  # some bytes say nothing
+            read_npz(tmp_path, ["buy"])
+
+
+@pytest.mark.parametrize(
+    ("read", "buy", "words"),
+    [
+        (
+            read_item_lists,
+            "0 99999999999999999999999",
+            "line 1 has 99999999999999999999999, where numbers are less than",
+        ),
+        (read_pair_lists, "0 2147483647", "line 1 has 2147483647, where numbers are less than 2147483647"),
+        (read_json, '{"1": [99999999999999999999999]}', r"99999999999999999999999 is not in \[1, 2147483647\]"),
+        (read_json, '{"1": [0]}', r"0 is not in \[1, 2147483647\]"),
+        (read_json, "[" * 100_000, "must be"),
+    ],
+)
+def test_numbers_that_are_too_large_or_too_deep_are_refused(tmp_path, read, buy, words):
+    suffix = ".json" if read is read_json else ".txt"
+    (tmp_path / f"buy{suffix}").write_text(buy)
+    (tmp_path / f"test{suffix}").write_text('{"1": [2]}' if read is read_json else "0 1")
+    with pytest.raises(DataError, match=rf"buy\{suffix}: .*{words}"):
+        read(tmp_path, ["buy"])
+
+
+def test_a_zero_where_numbers_start_at_one_is_refused(tmp_path):
+    write(tmp_path, buy_txt="1 1\n", test_txt="0 2\n")
+    with pytest.raises(DataError, match=r"test\.txt: line 1 has a 0, where numbers start at 1"):
+        read_pair_lists(tmp_path, ["buy"], one_based=True)
 
 
 @pytest.mark.skipif(not (SHARED / "retail_rocket").exists(), reason="shared/data/retail_rocket is not here")

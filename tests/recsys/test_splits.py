@@ -1,12 +1,23 @@
 """Splits: against definitions worked out event by event."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from perilune.errors import DataError
-from perilune.recsys import NONE, EventLog, k_core, leave_last_out, temporal
+from perilune.recsys import (
+    NONE,
+    EventLog,
+    FunnelConfig,
+    Interactions,
+    funnel_log,
+    k_core,
+    leave_last_out,
+    temporal,
+)
 
 ROWS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5), st.integers(0, 1), st.integers(0, 12)), min_size=1)
 
@@ -168,3 +179,88 @@ def test_moments_that_are_none_are_refused(options, words):
 def test_a_temporal_split_needs_times():
     with pytest.raises(DataError, match="needs times, and this log has none"):
         temporal(make([(0, 0, 1, 1)], with_times=False))
+
+
+def test_a_log_without_times_that_grew_holds_out_what_it_did_or_something_new():
+    """Else a warm start would be judged by what the earlier model was trained on."""
+    generator = np.random.default_rng(0)
+    keys = generator.choice(200 * 100, 2400, replace=False)
+    names = {"user_ids": np.array([f"u{n * n}" for n in range(200)]), "item_ids": np.arange(100) * 7}
+
+    def split(keys, seed=0):
+        users, items = np.divmod(keys, 100)
+        log = EventLog.of(users, items, np.zeros(len(keys), int), None, behaviors=("buy",), **names)
+        return leave_last_out(k_core(log, users=3, items=1), seed=seed).permuted(len(keys)).hold_out(0)
+
+    before, after = split(keys[:2200]), split(keys)
+
+    def named(data, users, items):
+        return set(zip(data.user_ids[users].tolist(), data.item_ids[items].tolist(), strict=True))
+
+    trained = named(before, before.target.users, before.target.items)
+    for held_out in (after.test, after.validation):
+        users = np.flatnonzero(held_out != NONE)
+        assert len(users) > 150
+        assert not named(after, users, held_out[users]) & trained
+    assert (split(keys, seed=1).test != after.test).mean() > 0.5
+
+
+@pytest.mark.parametrize("options", [{}, {"quantile": 0.8}, {"per": "user"}, {"cutoff": 85_000}])
+def test_validation_of_a_temporal_split_is_made_as_its_test_is(options):
+    log = funnel_log(FunnelConfig(num_users=400, num_items=300, unlogged=0.0))
+    if "cutoff" in options:
+        options = {"cutoff": int(np.quantile(log.times[log.is_target], 0.85))}
+    plain = temporal(log, **options)
+    data = plain.permuted(1).hold_out(0)
+    counts = np.bincount(plain.target.users, minlength=data.num_users)
+    tested, used = data.test != NONE, data.validation != NONE
+    assert not (tested & used).any()
+    window = plain.target.users[plain.target.times >= data.moments[0, plain.target.users]]
+    able = np.unique(window[counts[window] >= 3])
+    assert set(np.flatnonzero(used)) <= set(able)
+    assert used.sum() == max(-(-len(able) // 5), (plain.test[able] == NONE).sum()) > 10
+    for name, pairs in data.behaviors.items():
+        # Of these users nothing is known from the moment on; of all others nothing is gone.
+        assert (pairs.times < data.moments[np.where(used[pairs.users], 0, 1), pairs.users]).all()
+        whole = plain.behaviors[name]
+        assert (~used[pairs.users]).sum() == (~used[whole.users]).sum()
+    first = {}
+    for user, item, time in zip(plain.target.users, plain.target.items, plain.target.times, strict=True):
+        if time >= data.moments[0, user]:
+            first[user] = min(first.get(user, (time, item)), (time, item))
+    for user in np.flatnonzero(used):
+        found = data.item_ids[data.validation[user]]
+        assert first[user][0] == plain.target.times[(plain.target.users == user) & (plain.target.items == found)][0]
+
+
+def test_evidence_of_a_temporal_splits_validation_is_that_of_its_test():
+    log = funnel_log(FunnelConfig(unlogged=0.0))
+
+    def evidence_of(data, held_out):
+        users = np.flatnonzero(held_out != NONE)
+        wanted = users * data.num_items + held_out[users]
+        return [np.isin(wanted, pairs.keys(data.num_items)).mean() for pairs in list(data.behaviors.values())[:-1]]
+
+    data = temporal(log).hold_out(0)
+    assert evidence_of(data, data.test) == evidence_of(temporal(log), temporal(log).test)
+    assert evidence_of(data, data.test)[0] < 0.6
+    np.testing.assert_allclose(evidence_of(data, data.validation), evidence_of(data, data.test), atol=0.1)
+
+
+def test_every_purchase_of_a_temporal_split_is_in_one_part():
+    log = funnel_log(FunnelConfig(num_users=400, num_items=300))
+    buys = sorted(zip(log.users[log.is_target].tolist(), log.items[log.is_target].tolist(), strict=True))
+    for per in ("global", "user"):
+        for data in (temporal(log, per=per), temporal(log, per=per).hold_out(3)):
+            parts = [pair for part in data.purchases() for pair in pairs_of(part)]
+            assert sorted(parts) == buys
+            assert len(data.later) > 0
+
+
+def test_a_split_by_time_is_made_of_pairs_with_times():
+    data = temporal(make([(0, 3, 1, 1), (0, 4, 1, 7), (1, 0, 1, 2)]), cutoff=5)
+    bare = Interactions(users=data.target.users, items=data.target.items)
+    with pytest.raises(DataError, match="buy is without times in data that are split by time"):
+        replace(data, behaviors={**data.behaviors, "buy": bare})
+    with pytest.raises(DataError, match=r"moments have shape \(5,\), where \[2, 5\] were expected"):
+        replace(data, moments=data.moments[0])

@@ -10,7 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perilune.errors import DataError
-from perilune.recsys import NONE, data_hash, from_behaviors, load_data, read_npz, save_data
+from perilune.recsys import (
+    NONE,
+    FunnelConfig,
+    data_hash,
+    from_behaviors,
+    funnel_log,
+    load_data,
+    read_npz,
+    save_data,
+    temporal,
+)
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 PAIRS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4), st.integers(-9, 2**40)), max_size=12)
@@ -54,6 +64,21 @@ def test_what_is_saved_is_what_is_read(tmp_path_factory, view, buy, with_times, 
     assert equal(found, data)
     assert data_hash(found) == data_hash(data)
     assert [entry.name for entry in path.parent.iterdir()] == ["data.npz"]
+
+
+def test_moments_and_later_purchases_are_saved_and_hashed(tmp_path):
+    made = temporal(funnel_log(FunnelConfig(num_users=100, num_items=80)))
+    hashes = set()
+    for data in (made, made.hold_out(0)):
+        save_data(data, tmp_path / "data.npz")
+        found = load_data(tmp_path / "data.npz")
+        assert equal(found, data)
+        assert np.array_equal(found.moments, data.moments)
+        for part in ("users", "items", "times"):
+            assert np.array_equal(getattr(found.later, part), getattr(data.later, part))
+        assert data_hash(found) == data_hash(data)
+        hashes |= {data_hash(data), data_hash(replace(data, later=None)), data_hash(replace(data, moments=None))}
+    assert len(hashes) == 6
 
 
 def test_the_hash_tells_everything_apart():

@@ -158,6 +158,20 @@ def test_a_warm_start_keeps_rows_by_id(recipe: Path, run_path: Path) -> None:
     assert after.data.num_users == 70
 
 
+def test_a_loaded_model_knows_what_it_was_trained_by(recipe: Path, run_path: Path, tmp_path: Path) -> None:
+    from perilune.run import run_recipe
+
+    *others, target = load_recommender(run_path).model.behaviors
+    zeros = ",".join(f"{name}=0.0" for name in others)
+    changes = [
+        f"stages.cigf.train.behavior_weights={{{zeros}}}",
+        f"stages.cigf.model.graph_behaviors=['{target}']",
+        "stages.cigf.train.epochs=1",
+    ]
+    run_recipe(load(recipe, changes), tmp_path / "run")
+    assert load_recommender(tmp_path / "run").model.learned_from == (target,)
+
+
 def test_an_ablation_is_a_sweep_of_one_stage(cli, recipe: Path, tmp_path: Path) -> None:
     loaded = load_ablation(recipe, "decoders", seeds=(0, 1))
     assert list(loaded.recipe.stages) == ["cigf"]
