@@ -50,7 +50,7 @@ def export_top_k(
         How many rows were written.
 
     Raises:
-        DataError: the path's ending is another, polars is not installed, or as `recommend`.
+        DataError: the path's ending is another or its directory not there, polars is not installed, or as `recommend`.
         UnknownIdError: as `recommend`.
         ValueError: k or batch < 1.
     """
@@ -58,6 +58,8 @@ def export_top_k(
     suffix = path.suffix.lower()
     if suffix not in (".parquet", ".csv"):
         raise DataError(f"{path}: an export ends with .parquet or .csv")
+    if not path.parent.is_dir():
+        raise DataError(f"{path}: there is no directory {path.parent}")
     if k < 1 or batch < 1:
         raise ValueError(f"k and batch must be >= 1, got {k} and {batch}")
     numbers = np.arange(len(engine.user_ids)) if users is None else engine.user_ids.numbers(users)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from perilune.errors import DataError, NumericsError, UnknownIdError
-from perilune.recsys.data import NONE, InteractionData
+from perilune.recsys.data import NONE, InteractionData, Interactions
 from perilune.recsys.graphs import check_behaviors
 from perilune.recsys.ids import Id, IdMap
 from perilune.recsys.recommender import Recommender, Side
@@ -74,6 +74,7 @@ class RecommendationEngine:
         tables: Tensor | None = None,
         candidates: CandidateIndex | None = None,
         categories: Mapping[Id, str] | None = None,
+        bought: Interactions | None = None,
     ) -> None:
         """Compute what all requests read.
 
@@ -84,6 +85,7 @@ class RecommendationEngine:
             candidates: an index of these tables, from which items are taken before they are scored exactly; without
                 one every item is scored.
             categories: of items, for `quotas`; items without one are under no quota.
+            bought: purchases that the data do not show, as they were made after those that they show.
 
         Raises:
             DataError: model and data do not fit each other, or two users or items are called the same.
@@ -108,7 +110,7 @@ class RecommendationEngine:
             raise NumericsError("the model's tables are not finite; was its training?")
         self._users, self._items = found[: data.num_users], found[data.num_users :]
         self._states = model.fold_states()
-        self._history = _History(data)
+        self._history = _History(data, bought)
         self._popularity = {
             name: torch.from_numpy(np.bincount(pairs.items, minlength=data.num_items)).float()
             for name, pairs in data.behaviors.items()
@@ -143,14 +145,13 @@ class RecommendationEngine:
             user_id: as the data's source calls the user.
             k: most items to return; fewer come back where fewer are left.
             behavior: what for; the target if None.
-            exclude: behaviours whose items are left out; None: those of the target, what was held out for validation
-                included, as it was bought.
-            allow: items beside which none is returned; None: all.
-            deny: items that are not returned.
+            exclude: behaviours whose items are left out; None: those of the target. What was held out was bought too.
+            allow: items beside which none is returned; None: all. Those that the data do not have are none either.
+            deny: items that are not returned; those that the data do not have never are.
             quotas: most items of a category; an engine without `categories` has none.
 
         Raises:
-            UnknownIdError: a user, an item or a category that the data do not have.
+            UnknownIdError: a user or a category that the data do not have.
             DataError: a behaviour that the data do not have or the model has no scores for.
             ValueError: k < 1, or a quota < 0.
         """
@@ -291,15 +292,20 @@ class RecommendationEngine:
             k=k,
             task=names.index(behavior),
             behavior=behavior,
-            left_out=np.unique(np.concatenate([*left_out, self.item_ids.numbers(deny)]).astype(np.int64)),
-            allowed=None if allow is None else self.item_ids.numbers(allow),
+            left_out=np.unique(np.concatenate([*left_out, self._known(deny)]).astype(np.int64)),
+            allowed=None if allow is None else self._known(allow),
             quotas=self._quota_numbers(quotas or {}),
         )
+
+    def _known(self, items: Iterable[Id]) -> np.ndarray:
+        """Distinct numbers of the items that the data have: lists of a shop name what is newer than the model."""
+        return self.item_ids.numbers(item for item in items if item in self.item_ids)
 
     def _quota_numbers(self, quotas: Mapping[str, int]) -> dict[int, int]:
         for name, most in quotas.items():
             if name not in self._category_numbers:
-                raise UnknownIdError(f"no category {name!r} of items")
+                there = "" if self._category_numbers else "; the model knows none: its log was read without any"
+                raise UnknownIdError(f"no category {name!r} of items{there}")
             if most < 0:
                 raise ValueError(f"the quota of {name!r} must be >= 0, got {most}")
         return {self._category_numbers[name]: most for name, most in quotas.items()}
@@ -431,19 +437,25 @@ class RecommendationEngine:
 class _History:
     """Who had what, by user."""
 
-    def __init__(self, data: InteractionData) -> None:
-        users = np.arange(data.num_users + 1)
-        self._items = [pairs.items for pairs in data.behaviors.values()]
-        self._bounds = [np.searchsorted(pairs.users, users) for pairs in data.behaviors.values()]
-        self._validation = data.validation
+    def __init__(self, data: InteractionData, bought: Interactions | None) -> None:
+        self._behaviors = [_by_user(pairs.users, pairs.items, data.num_users) for pairs in data.behaviors.values()]
+        held_out = [x for x in (data.validation, data.test) if x is not None]
+        users = [np.flatnonzero(x != NONE) for x in held_out]
+        items = [x[of] for x, of in zip(held_out, users, strict=True)]
+        if bought is not None:
+            users, items = [*users, bought.users], [*items, bought.items]
+        self._bought = _by_user(np.concatenate(users), np.concatenate(items), data.num_users)
 
     def of(self, user: int) -> list[np.ndarray]:
         """Return the items of a user: those of each behaviour, and last all that were bought."""
-        found = [
-            items[bounds[user] : bounds[user + 1]] for items, bounds in zip(self._items, self._bounds, strict=True)
-        ]
-        held_out = NONE if self._validation is None else self._validation[user]
-        return [*found, found[-1] if held_out == NONE else np.append(found[-1], held_out)]
+        *found, more = (items[bounds[user] : bounds[user + 1]] for items, bounds in (*self._behaviors, self._bought))
+        return [*found, np.union1d(found[-1], more)]
+
+
+def _by_user(users: np.ndarray, items: np.ndarray, num_users: int) -> tuple[np.ndarray, np.ndarray]:
+    """Items in the order of their users, and where those of each user begin."""
+    order = np.argsort(users, kind="stable")
+    return items[order], np.searchsorted(users[order], np.arange(num_users + 1))
 
 
 def _best(scores: Tensor, k: int) -> np.ndarray:
