@@ -55,11 +55,11 @@ def export_top_k(
         ValueError: k or batch < 1.
     """
     _import_polars()
+    if not path.parent.is_dir():
+        raise DataError(f"{path}: there is no directory {path.parent}")
     suffix = path.suffix.lower()
     if suffix not in (".parquet", ".csv"):
         raise DataError(f"{path}: an export ends with .parquet or .csv")
-    if not path.parent.is_dir():
-        raise DataError(f"{path}: there is no directory {path.parent}")
     if k < 1 or batch < 1:
         raise ValueError(f"k and batch must be >= 1, got {k} and {batch}")
     numbers = np.arange(len(engine.user_ids)) if users is None else engine.user_ids.numbers(users)

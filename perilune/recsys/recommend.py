@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from perilune.errors import DataError, NumericsError, UnknownIdError
-from perilune.recsys.data import NONE, InteractionData, Interactions
+from perilune.recsys.data import NONE, InteractionData
 from perilune.recsys.graphs import check_behaviors
 from perilune.recsys.ids import Id, IdMap
 from perilune.recsys.recommender import Recommender, Side
@@ -74,7 +74,6 @@ class RecommendationEngine:
         tables: Tensor | None = None,
         candidates: CandidateIndex | None = None,
         categories: Mapping[Id, str] | None = None,
-        bought: Interactions | None = None,
     ) -> None:
         """Compute what all requests read.
 
@@ -85,7 +84,6 @@ class RecommendationEngine:
             candidates: an index of these tables, from which items are taken before they are scored exactly; without
                 one every item is scored.
             categories: of items, for `quotas`; items without one are under no quota.
-            bought: purchases that the data do not show, as they were made after those that they show.
 
         Raises:
             DataError: model and data do not fit each other, or two users or items are called the same.
@@ -110,7 +108,7 @@ class RecommendationEngine:
             raise NumericsError("the model's tables are not finite; was its training?")
         self._users, self._items = found[: data.num_users], found[data.num_users :]
         self._states = model.fold_states()
-        self._history = _History(data, bought)
+        self._history = _History(data)
         self._popularity = {
             name: torch.from_numpy(np.bincount(pairs.items, minlength=data.num_items)).float()
             for name, pairs in data.behaviors.items()
@@ -437,13 +435,11 @@ class RecommendationEngine:
 class _History:
     """Who had what, by user."""
 
-    def __init__(self, data: InteractionData, bought: Interactions | None) -> None:
+    def __init__(self, data: InteractionData) -> None:
         self._behaviors = [_by_user(pairs.users, pairs.items, data.num_users) for pairs in data.behaviors.values()]
         held_out = [x for x in (data.validation, data.test) if x is not None]
         users = [np.flatnonzero(x != NONE) for x in held_out]
         items = [x[of] for x, of in zip(held_out, users, strict=True)]
-        if bought is not None:
-            users, items = [*users, bought.users], [*items, bought.items]
         self._bought = _by_user(np.concatenate(users), np.concatenate(items), data.num_users)
 
     def of(self, user: int) -> list[np.ndarray]:
