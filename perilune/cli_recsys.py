@@ -75,21 +75,24 @@ def evaluate(
     ] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Compare a run's methods, with intervals over users, and look at one by groups of users."""
-    from perilune.run import conflicts, evaluate_recommender
+    """Compare a run's methods, with intervals over users, and one by groups of users; the run's report gets it."""
+    from perilune.run import conflicts, evaluate_recommender, report_evaluation
 
     found = evaluate_recommender(run_path, stage, protocols=None if protocol is None else [protocol])
-    report = conflicts(run_path, stage, steps=conflict_steps) if conflict_steps else None
+    measured = conflicts(run_path, stage, steps=conflict_steps) if conflict_steps else None
+    report = report_evaluation(run_path, found, measured)
     if as_json:
         from dataclasses import asdict
 
-        print(json.dumps({**asdict(found), "conflicts": None if report is None else asdict(report)}))
+        told = {"conflicts": None if measured is None else asdict(measured), "report": str(report)}
+        print(json.dumps({**asdict(found), **told}))
         return
     _print_evaluation(found)
-    if report is not None:
+    if measured is not None:
         from perilune.report import conflict_table
 
-        _print_table(conflict_table(report.rows))
+        _print_table(conflict_table(measured.rows))
+    print(f"Report: {report}")
 
 
 @recsys_app.command(epilog="Example: perilune recsys ablate recipes/recsys.toml decoders --seeds 0,1,2")
@@ -138,7 +141,9 @@ def recommend(
     if sum((user is not None, bool(event), out is not None)) != 1:
         raise typer.BadParameter("give one of them", param_hint="--user / --event / --out")
     if out is not None:
-        _export(run_path, out, k, behavior, stage, quiet)
+        if index != "exact":
+            raise typer.BadParameter("absent with --out, which scores all items", param_hint="--index")
+        _export(run_path, out, k, behavior, stage, quiet=quiet, as_json=as_json)
         return
     found = recommend_items(
         run_path, user=user, events=_events(event or []), k=k, behavior=behavior, stage=stage, index=index
@@ -166,7 +171,7 @@ def recommend(
 def serve(
     run_path: RunPath,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every one.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any that is free.")] = 8000,
     stage: StageName = None,
     index: Index = "exact",
     threads: Annotated[int, typer.Option(min=1, help="Threads of one answer's arithmetic.")] = 1,
@@ -174,17 +179,21 @@ def serve(
     """Serve POST /v1/recommend; /docs describes it."""
     from perilune.run import serve_recommender
 
-    print(f"http://{host}:{port}/docs  Ctrl-C ends.", file=sys.stderr)
-    serve_recommender(run_path, host=host, port=port, stage=stage, index=index, threads=threads)
+    def tell(address: str) -> None:
+        print(f"{address}/docs  Ctrl-C ends.", file=sys.stderr, flush=True)
+
+    serve_recommender(run_path, host=host, port=port, stage=stage, index=index, threads=threads, on_ready=tell)
 
 
-def _export(run_path: Path, out: Path, k: int, behavior: str | None, stage: str | None, quiet: bool) -> None:
+def _export(
+    run_path: Path, out: Path, k: int, behavior: str | None, stage: str | None, *, quiet: bool, as_json: bool
+) -> None:
     from perilune.report import make_progress
     from perilune.run import export_recommendations
 
     progress: Progress = make_progress(quiet=quiet)
     rows = export_recommendations(run_path, out, k=k, behavior=behavior, stage=stage, progress=progress)
-    print(f"{out}: {rows:,} rows")
+    print(json.dumps({"path": str(out), "rows": rows}) if as_json else f"{out}: {rows:,} rows")
 
 
 def _events(texts: Sequence[str]) -> list[tuple[str, str]]:
@@ -202,24 +211,25 @@ def _print_evaluation(found: RecommenderEvaluation) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from perilune.report import group_table
+    from perilune.report import between, group_table
 
     for protocol, methods in found.methods.items():
         table = Table(
             title=f"Protocol {protocol}",
-            caption="95 % intervals and p by the bootstrap over users; differences are in NDCG@10.",
+            caption="95 % intervals and p by the bootstrap over users; differences are in NDCG@10. Candidates: "
+            f"{between(*found.candidates[protocol])}.",
             caption_justify="left",
         )
         names = list(methods[0].metrics)
         for place, title in enumerate(("method", *names, "less the best", "p")):
-            table.add_column(title, justify="left" if place == 0 else "right")
+            table.add_column(title, justify="left" if place == 0 else "right", no_wrap=place == 0)
         for method in methods:
             cells = [f"{x.mean:.4f} ({x.low:.4f} to {x.high:.4f})" for x in method.metrics.values()]
             worse = method.against_best
             rest = ("best", "") if worse is None else (f"{worse.mean:+.4f}", f"{worse.p:.3g}")
             table.add_row(method.stage, *cells, *rest)
         Console().print(table)
-        _print_table(group_table({found.stage: found.groups[protocol]}))
+        _print_table(group_table({found.stage: found.groups[protocol][found.stage]}))
     print(f"{found.stage}: {found.coverage:.1%} of the items are among somebody's ten best; Gini {found.gini:.3f}")
 
 
@@ -230,7 +240,7 @@ def _print_table(content: Any) -> None:
 
     table = Table(caption=content.caption, caption_justify="left")
     for place, title in enumerate(content.header):
-        table.add_column(title, justify="left" if place == 0 else "right", overflow="fold")
+        table.add_column(title, justify="left" if place == 0 else "right", no_wrap=place == 0, overflow="fold")
     for row in content.rows:
         table.add_row(*row)
     Console().print(table)

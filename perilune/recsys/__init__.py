@@ -45,7 +45,7 @@ from perilune.recsys.recommender import Recommender
 from perilune.recsys.retrieval import CandidateIndex, recall
 from perilune.recsys.several import ManyRanks, rank_many
 from perilune.recsys.sources import read_item_lists, read_json, read_npz, read_pair_lists, read_pickles
-from perilune.recsys.splits import k_core, leave_last_out, temporal
+from perilune.recsys.splits import k_core, keep_all, leave_last_out, temporal
 from perilune.recsys.storage import data_hash, load_data, save_data
 from perilune.recsys.synthetic import FunnelConfig, funnel, funnel_log, random_graph
 
@@ -99,6 +99,7 @@ __all__ = [
     "item_groups",
     "item_knn",
     "k_core",
+    "keep_all",
     "leave_last_out",
     "load_data",
     "paired_bootstrap",

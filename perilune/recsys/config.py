@@ -61,6 +61,8 @@ class CIGFConfig:
         _choice("decoder", self.decoder, DecoderName)
         _require(0 <= self.leaky_slope <= 1, "leaky_slope", "in [0, 1]", self.leaky_slope)
         _positive(logit_scale=self.logit_scale)
+        has_experts = self.decoder in ("mmoe", "ple") or self.n_experts == 3
+        _require(has_experts, "n_experts", f"absent for decoder {self.decoder}", self.n_experts)
         plain = self.cross_behavior or (self.order == "official" and self.encoder == "lightgcn" and self.heads == 1)
         _require(plain, "cross_behavior", "true with order, encoder or heads changed", self.cross_behavior)
 

@@ -54,11 +54,13 @@ def export_top_k(
         How many rows were written.
 
     Raises:
-        DataError: the path's ending is another, polars is not installed, or as `recommend`.
+        DataError: the path's ending is another or its directory not there, polars is not installed, or as `recommend`.
         UnknownIdError: as `recommend`.
         ValueError: k or batch < 1.
     """
     _import_polars()
+    if not path.parent.is_dir():
+        raise DataError(f"{path}: there is no directory {path.parent}")
     suffix = path.suffix.lower()
     if suffix not in (".parquet", ".csv"):
         raise DataError(f"{path}: an export ends with .parquet or .csv")

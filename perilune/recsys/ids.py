@@ -45,22 +45,27 @@ class IdMap:
     def __len__(self) -> int:
         return self._count
 
+    def __contains__(self, name: Id) -> bool:
+        return self._find(str(name)) >= 0
+
     def number(self, name: Id) -> int:
         """Return the number of a name.
 
         Raises:
             UnknownIdError: nothing is called so.
         """
-        text = str(name)
-        if self._names is not None:
-            found = self._numbers.get(text, -1)
-        else:
-            is_number = text.isascii() and text.isdecimal() and len(text) < 19 and text == str(int(text))
-            found = int(text) if is_number and int(text) < self._count else -1
+        found = self._find(str(name))
         if found < 0:
             shown = repr(name)
             raise UnknownIdError(f"no {self._what} {shown if len(shown) <= 80 else shown[:77] + '...'} in the data")
         return found
+
+    def _find(self, text: str) -> int:
+        """The number, or -1."""
+        if self._names is not None:
+            return self._numbers.get(text, -1)
+        is_number = text.isascii() and text.isdecimal() and len(text) < 19 and text == str(int(text))
+        return int(text) if is_number and int(text) < self._count else -1
 
     def numbers(self, names: Iterable[Id]) -> np.ndarray:
         """Return the distinct numbers of names, sorted, int64.

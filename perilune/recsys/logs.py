@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,12 +21,17 @@ class LogColumns:
     """What the columns of a log are called."""
 
     user: str = "user"
+    """Who did it."""
     item: str = "item"
+    """With what."""
     behavior: str = "behavior"
-    time: str | None = "time"
-    """None for a log without times."""
+    """What was done."""
+    time: str = "time"
+    """When; "" for a log without times."""
     count: str | None = None
     """How many events a row stands for, where a log has that; it is checked, and equal events are one anyway."""
+    category: str | None = None
+    """What sort of item it is, where a log has that: for the quotas of answers. The latest row that has one counts."""
 
 
 INTER_COLUMNS = LogColumns(user="user_id", item="item_id", behavior="behavior", time="timestamp")
@@ -38,9 +43,13 @@ class RatingColumns:
     """What the columns of a file of ratings are called, and in which order they stand where it does not say."""
 
     user: str = "user"
+    """Who rated."""
     item: str = "item"
+    """What was rated."""
     rating: str = "rating"
-    time: str | None = "time"
+    """A number."""
+    time: str = "time"
+    """When; "" for ratings without times."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -68,6 +77,8 @@ class EventLog:
     """Rows that were dropped, as an earlier one says the same."""
     unknown: int = 0
     """Rows that were dropped, as their behaviour is not asked for."""
+    categories: Mapping[int | str, str] = field(default_factory=dict)
+    """What sort of item it is, by what the item is called; those of which no row says it are absent."""
 
     @classmethod
     def of(
@@ -211,7 +222,7 @@ def read_ratings(
     columns = columns or RatingColumns()
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise DataError(f"low must be less than high, got {low} and {high}")
-    order = [name for name in (columns.user, columns.item, columns.rating, columns.time) if name is not None]
+    order = [name for name in (columns.user, columns.item, columns.rating, columns.time) if name]
     table = open_table(path, separator=separator, header=None if has_header else order)
     table.require((columns.rating,))
     import polars as pl
@@ -219,7 +230,8 @@ def read_ratings(
     rating = number(table, columns.rating)
     code = pl.when(rating <= low).then(0).when(rating < high).then(1).when(rating >= high).then(2)
     rule = Rule(column=columns.rating, bad=rating.is_null(), says="must be a number")
-    return _log(table, Columns(user=columns.user, item=columns.item, time=columns.time, code=code), behaviors, (rule,))
+    wanted = Columns(user=columns.user, item=columns.item, time=columns.time or None, code=code)
+    return _log(table, wanted, behaviors, (rule,))
 
 
 def _read(
@@ -248,12 +260,15 @@ def _read(
     if columns.count is not None:
         count = number(table, columns.count)
         rules.append(Rule(column=columns.count, bad=count.is_null() | (count <= 0), says="must be a positive number"))
-    return _log(table, Columns(user=columns.user, item=columns.item, time=columns.time, code=code), tuple(codes), rules)
+    wanted = Columns(
+        user=columns.user, item=columns.item, time=columns.time or None, code=code, category=columns.category
+    )
+    return _log(table, wanted, tuple(codes), rules)
 
 
 def _log(table: Table, columns: Columns, behaviors: Sequence[str], rules: Sequence[Rule]) -> EventLog:
     events = read_events(table, columns, rules)
-    return EventLog.of(
+    log = EventLog.of(
         events.users,
         events.items,
         events.codes,
@@ -264,6 +279,7 @@ def _log(table: Table, columns: Columns, behaviors: Sequence[str], rules: Sequen
         duplicates=events.kept - len(events.users),
         unknown=events.dropped,
     )
+    return replace(log, categories=events.categories)
 
 
 def _checked_names(behaviors: Sequence[str]) -> tuple[str, ...]:

@@ -144,14 +144,13 @@ class RecommendationEngine:
             user_id: as the data's source calls the user.
             k: most items to return; fewer come back where fewer are left.
             behavior: what for; the target if None.
-            exclude: behaviours whose items are left out; None: those of the target, what was held out for validation
-                and what was bought later included, as it was bought.
-            allow: items beside which none is returned; None: all.
-            deny: items that are not returned.
+            exclude: behaviours whose items are left out; None: those of the target. What was held out was bought too.
+            allow: items beside which none is returned; None: all. Those that the data do not have are none either.
+            deny: items that are not returned; those that the data do not have never are.
             quotas: most items of a category; an engine without `categories` has none.
 
         Raises:
-            UnknownIdError: a user, an item or a category that the data do not have.
+            UnknownIdError: a user or a category that the data do not have.
             DataError: a behaviour that the data do not have or the model has no scores for.
             ValueError: k < 1, or a quota < 0.
         """
@@ -292,15 +291,20 @@ class RecommendationEngine:
             k=k,
             task=names.index(behavior),
             behavior=behavior,
-            left_out=np.unique(np.concatenate([*left_out, self.item_ids.numbers(deny)]).astype(np.int64)),
-            allowed=None if allow is None else self.item_ids.numbers(allow),
+            left_out=np.unique(np.concatenate([*left_out, self._known(deny)]).astype(np.int64)),
+            allowed=None if allow is None else self._known(allow),
             quotas=self._quota_numbers(quotas or {}),
         )
+
+    def _known(self, items: Iterable[Id]) -> np.ndarray:
+        """Distinct numbers of the items that the data have: lists of a shop name what is newer than the model."""
+        return self.item_ids.numbers(item for item in items if item in self.item_ids)
 
     def _quota_numbers(self, quotas: Mapping[str, int]) -> dict[int, int]:
         for name, most in quotas.items():
             if name not in self._category_numbers:
-                raise UnknownIdError(f"no category {name!r} of items")
+                there = "" if self._category_numbers else "; the model knows none: its log was read without any"
+                raise UnknownIdError(f"no category {name!r} of items{there}")
             if most < 0:
                 raise ValueError(f"the quota of {name!r} must be >= 0, got {most}")
         return {self._category_numbers[name]: most for name, most in quotas.items()}
@@ -434,8 +438,7 @@ class _History:
 
     def __init__(self, data: InteractionData) -> None:
         self._lists = [Bought([pairs], data.num_users) for pairs in data.behaviors.values()]
-        later = () if data.later is None else (data.later,)
-        self._lists.append(Bought([*data.purchases("test"), *later], data.num_users))
+        self._lists.append(Bought(data.purchases(), data.num_users))
 
     def of(self, user: int) -> list[np.ndarray]:
         """Return the items of a user: those of each behaviour, and last all that were bought."""

@@ -57,6 +57,11 @@ def k_core(log: EventLog, *, users: int, items: int, on: Literal["target", "any"
     )
 
 
+def keep_all(log: EventLog) -> InteractionData:
+    """Hold nothing out: for a model that is put to use, and is judged by another that was trained like it."""
+    return _split(log, np.ones(len(log), bool), np.zeros(0, np.int64))
+
+
 def leave_last_out(log: EventLog, *, min_target: int = 2, seed: int = 0) -> InteractionData:
     """Hold out the item that each user bought last for the first time; everything else is training.
 

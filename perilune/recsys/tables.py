@@ -76,6 +76,8 @@ class Columns:
     time: str | None
     code: pl.Expr
     """Code of each row's behaviour, `DROPPED`, or null for one that is unknown."""
+    category: str | None = None
+    """Of the item."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +98,8 @@ class Events:
     """Rows that events were made of."""
     dropped: int
     """Rows of `DROPPED` or unknown behaviours."""
+    categories: Mapping[int | str, str]
+    """By item; of several the one of the latest row, and of those of one time the last in order."""
 
 
 def open_table(path: Path, *, separator: str | None = None, header: Sequence[str] | None = None) -> Table:
@@ -152,7 +156,7 @@ def read_events(table: Table, columns: Columns, rules: Sequence[Rule] = ()) -> E
     """
     import polars as pl
 
-    table.require((columns.user, columns.item, columns.time))
+    table.require((columns.user, columns.item, columns.time, columns.category))
     frame = table.frame if columns.time is None else _with_seconds(table, columns.time)
     frame = frame.with_columns(columns.code.alias(_CODE))
     kept = pl.col(_CODE).is_null() | (pl.col(_CODE) != DROPPED)
@@ -189,6 +193,10 @@ def read_events(table: Table, columns: Columns, rules: Sequence[Rule] = ()) -> E
         .group_by("user", "item", _CODE)
         .agg(pl.col("time").min()),
     )
+    categories: Mapping[int | str, str] = {}
+    if columns.category is not None:
+        is_kept = kept & pl.col(_CODE).is_not_null()
+        categories = _categories(table, frame.filter(is_kept), columns.category, ids[1], columns.time)
     users, user_ids = _numbered(distinct["user"])
     items, item_ids = _numbered(distinct["item"])
     return Events(
@@ -200,7 +208,24 @@ def read_events(table: Table, columns: Columns, rules: Sequence[Rule] = ()) -> E
         item_ids=item_ids,
         kept=found["kept"],
         dropped=found["rows"] - found["kept"],
+        categories=categories,
     )
+
+
+def _categories(
+    table: Table, frame: pl.LazyFrame, column: str, item: pl.Expr, time: str | None
+) -> dict[int | str, str]:
+    """Categories by item; the item's expression calls it "item"."""
+    import polars as pl
+
+    moment = pl.lit(0) if time is None else pl.col(_TIME)
+    name = pl.col(column).cast(pl.String).str.strip_chars()
+    named = frame.select(item, name.alias("category"), moment.alias("time")).filter(
+        pl.col("category").is_not_null() & ~pl.col("category").str.to_lowercase().is_in(list(_NOTHING))
+    )
+    distinct = _collect(table, named.group_by("item", "category").agg(pl.col("time").max()))
+    latest = distinct.sort("time", "category").unique("item", keep="last", maintain_order=True)
+    return dict(zip(latest["item"].to_list(), latest["category"].to_list(), strict=True))
 
 
 def number(table: Table, column: str) -> pl.Expr:

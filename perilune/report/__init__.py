@@ -21,8 +21,10 @@ from perilune.report.recommender import (
     ConflictRow,
     GroupRow,
     MethodRow,
+    between,
     conflict_table,
     group_table,
+    write_evaluation,
 )
 from perilune.report.report import write_report
 from perilune.report.results import (
@@ -62,6 +64,7 @@ __all__ = [
     "StageResult",
     "TaskScore",
     "TerminalProgress",
+    "between",
     "block_load",
     "comparison_tables",
     "conflict_table",
@@ -82,6 +85,7 @@ __all__ = [
     "task_table",
     "write_any_report",
     "write_comparison",
+    "write_evaluation",
     "write_report",
     "write_result",
     "write_samples",

@@ -146,7 +146,7 @@ def comparison_tables(run_directory: Path) -> list[Table]:
         header, *rows = lines
         table = Table(title=f"Stage {stage}", caption=content.caption, caption_justify="left")
         for place, title in enumerate(header):
-            table.add_column(title, justify="left" if place == 0 else "right", overflow="fold")
+            table.add_column(title, justify="left" if place == 0 else "right", no_wrap=place == 0, overflow="fold")
         for row in rows:
             table.add_row(*row)
         tables.append(table)

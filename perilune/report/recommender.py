@@ -5,19 +5,23 @@ The rows are plain data that whoever measures them fills in; `run` and `recsys` 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from perilune.errors import DataError
+from perilune.files import write_atomic
 from perilune.report.compare import RANKED, mean_and_spread
 from perilune.report.html import Block, Plot, Section, TextTable
 from perilune.report.metrics import MetricRecord, series
 from perilune.report.plots import BarSeries, Curve, bar_plot, line_plot
 from perilune.report.progress import format_duration
 from perilune.report.results import StageResult
-from perilune.report.rundata import RunData
+from perilune.report.rundata import EVALUATION_FILE, RunData, read_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,6 +32,9 @@ _CURVES: tuple[tuple[str, str, str], ...] = (
     ("validation_mrr", "validation MRR", "Mean of one over the rank of the held-out purchase."),
 )
 """Metric, what its axis says, and what to see."""
+
+_LEAST, _MOST = "_candidates_least", "_candidates_most"
+"""Endings of a stage's numbers that count candidates, by protocol."""
 
 _PERCENT_OF = {"hr": "HR", "ndcg": "NDCG", "mrr": "MRR", "map": "MAP", "recall": "recall", "precision": "precision"}
 
@@ -93,6 +100,11 @@ def recommender_section(run: RunData) -> Section | None:
     return Section(title="Recommender", blocks=blocks) if blocks else None
 
 
+def are_methods(results: Sequence[StageResult]) -> bool:
+    """Return whether a run's stages are methods that recommend, ranked or not."""
+    return any(result.kind in ("recommender", "rule") for result in results) or bool(methods_of(results))
+
+
 def methods_of(results: Sequence[StageResult]) -> list[MethodRow]:
     """Return the ranks of a run's stages, a row for each protocol: numbers named like `full_ndcg@10`."""
     found: dict[tuple[str, str], dict[str, Sequence[float]]] = {}
@@ -108,10 +120,39 @@ def comparison_section(run: RunData) -> Section | None:
     rows = methods_of(run.results)
     if not rows:
         return None
-    aux = run.recipe.get("protocol", {}).get("aux", "open")
-    hidden = "lost" if aux == "clean" else "kept"
-    caption = f"Other behaviours {hidden} the pairs of held-out purchases (protocol {aux})."
+    caption = f"{_what_was_seen(run.recipe)} {candidate_line(run.results)}".strip()
     return Section(title="Methods", blocks=[comparison_table(rows, caption)])
+
+
+def _what_was_seen(recipe: Mapping[str, Any]) -> str:
+    """Say what methods saw of held-out purchases."""
+    aux, split = recipe.get("protocol", {}).get("aux", "open"), recipe.get("interactions", {}).get("split", {})
+    hidden = "lost" if aux == "clean" else "kept"
+    if split.get("kind") != "temporal":
+        return f"Other behaviours {hidden} the pairs of held-out purchases (protocol {aux})."
+    seen = "Nothing that happened from a held-out purchase's moment on was seen (split temporal)"
+    return f"{seen}; of what happened before, other behaviours {hidden} its pair (protocol {aux})."
+
+
+def candidate_line(results: Sequence[StageResult]) -> str:
+    """Say among how many candidates each protocol ranks; nothing where results do not tell."""
+    found: dict[str, tuple[float, float]] = {}
+    for result in results:
+        for name, least in result.numbers.items():
+            if name.endswith(_LEAST):
+                protocol = name.removesuffix(_LEAST)
+                found[protocol] = (least, result.numbers.get(protocol + _MOST, least))
+    parts = [f"{protocol} {between(least, most)}" for protocol, (least, most) in found.items()]
+    return f"Candidates: {', '.join(parts)}." if parts else ""
+
+
+def between(least: float, most: float) -> str:
+    """Write a range of counts.
+
+    >>> between(100, 100), between(93, 1100)
+    ('100', '93 to 1,100')
+    """
+    return f"{least:,.0f}" if least == most else f"{least:,.0f} to {most:,.0f}"
 
 
 def comparison_table(rows: Sequence[MethodRow], caption: str = "") -> TextTable:
@@ -146,17 +187,27 @@ def comparison_table(rows: Sequence[MethodRow], caption: str = "") -> TextTable:
 
 
 def method_table(results: Sequence[StageResult]) -> Table:
-    """Return a run's methods for a terminal, the best of each column in bold."""
+    """Return a run's methods by protocol for a terminal, the best of each column in bold."""
     from rich.table import Table
 
-    content = comparison_table(methods_of(results))
+    ranked = methods_of(results)
+    protocols = list(dict.fromkeys(row.protocol for row in ranked))
+    whole = comparison_table(ranked, candidate_line(results))
     times = {result.stage: format_duration(result.time_s) for result in results}
-    table = Table(caption=content.caption, caption_justify="left")
-    for place, title in enumerate((*content.header, "time")):
-        table.add_column(title, justify="left" if place == 0 else "right", overflow="fold")
-    for line, row in enumerate(content.rows):
-        cells = [f"[bold]{x}[/bold]" if (line, place) in content.strong else x for place, x in enumerate(row)]
-        table.add_row(*cells, times[row[0]])
+    caption = whole.caption if ranked else "Nothing was held out to rank by."
+    table = Table(caption=caption, caption_justify="left")
+    metrics = list(dict.fromkeys(_metric(metric) for row in ranked for metric in row.metrics))
+    for title in ("protocol", "method", *metrics, "time") if ranked else ("method", "time"):
+        is_name = title in ("protocol", "method")
+        table.add_column(title, justify="left" if is_name else "right", no_wrap=is_name, overflow="fold")
+    for protocol in protocols:
+        content = comparison_table([row for row in ranked if row.protocol == protocol])
+        for line, row in enumerate(content.rows):
+            cells = [f"[bold]{x}[/bold]" if (line, place) in content.strong else x for place, x in enumerate(row)]
+            table.add_row(protocol if line == 0 else "", *cells, times[row[0]] if protocol == protocols[0] else "")
+        table.add_section()
+    for result in results if not ranked else ():
+        table.add_row(result.stage, times[result.stage])
     return table
 
 
@@ -180,7 +231,9 @@ def group_table(methods: Mapping[str, Sequence[GroupRow]], metric: str = "ndcg@1
     )
 
 
-def group_plot(methods: Mapping[str, Sequence[GroupRow]], grouping: str, metric: str = "ndcg@10") -> Plot:
+def group_plot(
+    methods: Mapping[str, Sequence[GroupRow]], grouping: str, metric: str = "ndcg@10", protocol: str = ""
+) -> Plot:
     """Draw one grouping: a cluster of bars for each group, a color for each method."""
     found = {name: {row.group: row for row in rows if row.grouping == grouping} for name, rows in methods.items()}
     groups = list(dict.fromkeys(group for rows in found.values() for group in rows))
@@ -190,11 +243,13 @@ def group_plot(methods: Mapping[str, Sequence[GroupRow]], grouping: str, metric:
         for name, rows in found.items()
     ]
     labels = [f"{group} (n={counts[group]:,})" for group in groups]
-    drawn = bar_plot(f"group-{grouping}-{metric}", labels, bars, f"{_metric(metric)}, %")
+    drawn = bar_plot(f"group-{protocol}-{grouping}-{metric}", labels, bars, f"{_metric(metric)}, %")
     return Plot(svg=drawn, caption=f"Users by {grouping}; n: how many of them were ranked. Compare bars of one group.")
 
 
-def group_section(methods: Mapping[str, Sequence[GroupRow]], metric: str = "ndcg@10") -> Section | None:
+def group_section(
+    methods: Mapping[str, Sequence[GroupRow]], metric: str = "ndcg@10", protocol: str = ""
+) -> Section | None:
     """Return a drawing of each grouping that has several groups, and the table of all; None without rows."""
     groups: dict[str, set[str]] = {}
     for rows in methods.values():
@@ -202,8 +257,11 @@ def group_section(methods: Mapping[str, Sequence[GroupRow]], metric: str = "ndcg
             groups.setdefault(row.grouping, set()).add(row.group)
     if not groups:
         return None
-    blocks: list[Block] = [group_plot(methods, name, metric) for name, found in groups.items() if len(found) > 1]
-    return Section(title="Groups of users", blocks=[*blocks, group_table(methods, metric)])
+    blocks: list[Block] = [
+        group_plot(methods, name, metric, protocol) for name, found in groups.items() if len(found) > 1
+    ]
+    title = f"Groups of users, {protocol}" if protocol else "Groups of users"
+    return Section(title=title, blocks=[*blocks, group_table(methods, metric)])
 
 
 def conflict_plot(rows: Sequence[ConflictRow]) -> Plot:
@@ -240,12 +298,67 @@ def conflict_table(rows: Sequence[ConflictRow]) -> TextTable:
     )
 
 
-def conflict_section(rows: Sequence[ConflictRow]) -> Section | None:
+def conflict_section(rows: Sequence[ConflictRow], stage: str = "") -> Section | None:
     """Return the drawing and the table; None without rows."""
     if not rows:
         return None
     intro = "Whether tasks pull the same representations in opposite directions (CIGF, section on MESI)."
+    intro += f" Stage {stage}." if stage else ""
     return Section(title="Conflicts of tasks", intro=intro, blocks=[conflict_plot(rows), conflict_table(rows)])
+
+
+def write_evaluation(
+    run_directory: Path,
+    groups: Mapping[str, Mapping[str, Sequence[GroupRow]]],
+    conflicts: tuple[str, Sequence[ConflictRow]] | None = None,
+) -> None:
+    """Keep what an evaluation found for the run's report, beside what earlier ones did.
+
+    Args:
+        run_directory: the run.
+        groups: rows by protocol and method; those of a protocol replace earlier ones of it.
+        conflicts: a stage and its rows, in place of earlier ones.
+
+    Raises:
+        DataError: what is there is damaged.
+        OSError: it cannot be written.
+    """
+    path = run_directory / EVALUATION_FILE
+    known = read_json(path)
+    found = {
+        protocol: {method: [asdict(row) for row in rows] for method, rows in methods.items()}
+        for protocol, methods in groups.items()
+    }
+    try:
+        content: dict[str, Any] = {**known, "groups": {**known.get("groups", {}), **found}}
+    except TypeError as error:
+        raise _damaged(error) from error
+    if conflicts is not None:
+        content["conflicts"] = {"stage": conflicts[0], "rows": [asdict(row) for row in conflicts[1]]}
+    write_atomic(path, json.dumps(content) + "\n")
+
+
+def evaluation_sections(run: RunData) -> list[Section]:
+    """Return what evaluations of a run found: groups of users by protocol, and conflicts of tasks.
+
+    Raises:
+        DataError: what they left is damaged.
+    """
+    try:
+        found: list[Section | None] = []
+        for protocol, methods in run.evaluation.get("groups", {}).items():
+            groups = {name: [GroupRow(**row) for row in rows] for name, rows in methods.items()}
+            found.append(group_section(groups, protocol=protocol))
+        if conflicts := run.evaluation.get("conflicts"):
+            rows = [ConflictRow(**{**row, "tasks": tuple(row["tasks"])}) for row in conflicts["rows"]]
+            found.append(conflict_section(rows, conflicts["stage"]))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _damaged(error) from error
+    return [section for section in found if section is not None]
+
+
+def _damaged(error: Exception) -> DataError:
+    return DataError(f"{EVALUATION_FILE} is damaged ({error}); remove it and evaluate the run again")
 
 
 def _stage_plots(stage: str, records: Sequence[MetricRecord]) -> list[Block]:

@@ -47,6 +47,8 @@ def build_page(run: RunData) -> Page:
         sections.recipe_section,
     )
     made = [builder(run) for builder in builders]
+    place = builders.index(recommender.recommender_section)
+    made[place:place] = recommender.evaluation_sections(run)
     stages = ", ".join(result.stage for result in run.results) or "no stage finished yet"
     return Page(
         title=run.name, subtitle=f"Stages: {stages}", sections=[section for section in made if section is not None]

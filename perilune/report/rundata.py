@@ -17,6 +17,7 @@ RECIPE_FILE = "recipe.toml"
 METRICS_FILE = "metrics.jsonl"
 MACHINE_FILE = "machine.json"
 SWEEP_FILE = "sweep.json"
+EVALUATION_FILE = "evaluation.json"
 REPORT_FILE = "report.html"
 
 
@@ -33,6 +34,8 @@ class RunData:
     samples: Mapping[str, Sequence[Sample]]
     """Stage name to its transcripts."""
     machine: Mapping[str, Any]
+    evaluation: Mapping[str, Any]
+    """What `write_evaluation` left."""
 
     def stage_records(self, stage: str) -> list[MetricRecord]:
         """Return the metrics of one stage."""
@@ -68,7 +71,8 @@ def load_run(path: Path) -> RunData:
         results=_read_results(path / "results", order),
         records=read_metrics(metrics) if metrics.is_file() else [],
         samples={file.stem: read_samples(file) for file in sorted((path / "samples").glob("*.jsonl"))},
-        machine=_read_json(path / MACHINE_FILE),
+        machine=read_json(path / MACHINE_FILE),
+        evaluation=read_json(path / EVALUATION_FILE),
     )
 
 
@@ -78,7 +82,12 @@ def _read_results(directory: Path, order: Sequence[str]) -> list[StageResult]:
     return sorted(results, key=lambda result: (places.get(result.stage, len(places)), result.stage))
 
 
-def _read_json(path: Path) -> Mapping[str, Any]:
+def read_json(path: Path) -> Mapping[str, Any]:
+    """Return the object that a file holds; an empty one if there is no file.
+
+    Raises:
+        DataError: the file holds something else.
+    """
     if not path.is_file():
         return {}
     try:

@@ -12,7 +12,7 @@ from perilune.report.html import Block, Equation, Listing, Plot, Section, TextTa
 from perilune.report.metrics import MetricRecord, series
 from perilune.report.plots import BarSeries, Curve, Point, bar_plot, best_balance, heat_strips, line_plot, scatter_plot
 from perilune.report.progress import format_duration, format_number
-from perilune.report.recommender import is_recommender, methods_of
+from perilune.report.recommender import are_methods, is_recommender
 from perilune.report.results import Sample, StageResult
 from perilune.report.rundata import RunData
 from perilune.report.tables import SUMMARY_HEADER, compressor_line, fixed, percent, summary_rows
@@ -23,7 +23,7 @@ MAX_SHOWN_CHARACTERS = 4000
 
 def summary_section(run: RunData) -> Section | None:
     """The table that the run ended with."""
-    if not run.results or methods_of(run.results):
+    if not run.results or are_methods(run.results):
         return None
     caption = (
         "Accuracy and response length are means over the tasks, on held-out problems; the length is that of the "

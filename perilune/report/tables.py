@@ -40,9 +40,9 @@ def summary_table(results: Sequence[StageResult]) -> Table:
     """Return the table for a terminal, the compressors' numbers as its caption."""
     from rich.table import Table
 
-    from perilune.report.recommender import method_table, methods_of
+    from perilune.report.recommender import are_methods, method_table
 
-    if methods_of(results):
+    if are_methods(results):
         return method_table(results)
     table = Table(caption=compressor_line(results), caption_justify="left")
     for index, title in enumerate(SUMMARY_HEADER):

@@ -19,6 +19,7 @@ from perilune.run.recommending import (
     load_ablation,
     load_recommender,
     recommend,
+    report_evaluation,
     serve_recommender,
 )
 from perilune.run.routing import RecallView, RoutingView, draw_routing, measure_recall
@@ -64,6 +65,7 @@ __all__ = [
     "presets",
     "read_recipe",
     "recommend",
+    "report_evaluation",
     "run_pipeline",
     "run_recipe",
     "run_sweep",

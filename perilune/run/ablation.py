@@ -31,12 +31,12 @@ def variants_of(ablation: Ablation, behaviors: Sequence[str]) -> dict[str, dict[
             return {
                 "full": {},
                 "no-cigcn": _model(cross_behavior=False),
-                "no-mesi": _model(decoder="bilinear"),
-                "neither": _model(cross_behavior=False, decoder="bilinear"),
-                "dot": _model(decoder="dot"),
+                "no-mesi": _decoder("bilinear"),
+                "neither": _decoder("bilinear", cross_behavior=False),
+                "dot": _decoder("dot"),
             }
         case "decoders":
-            return {name: _model(decoder=name) for name in get_args(DecoderName)}
+            return {name: _decoder(name) for name in get_args(DecoderName)}
         case "encoders":
             return {name: _model(encoder=name) for name in get_args(Encoder)}
         case "layers":
@@ -73,6 +73,11 @@ def _without(behaviors: Sequence[str]) -> dict[str, dict[str, Any]]:
         "labels-alone": _model(graph_behaviors=[target]),
         "edges-alone": _train(behavior_weights=silent),
     }
+
+
+def _decoder(name: str, **others: Any) -> dict[str, Any]:
+    """Another decoder, without the number of experts where it has none."""
+    return _model(decoder=name, **others) if name in ("mmoe", "ple") else _model(decoder=name, n_experts=3, **others)
 
 
 def _model(**changes: Any) -> dict[str, Any]:

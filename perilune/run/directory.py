@@ -114,6 +114,8 @@ class RunDirectory:
     def prepare(self, tree: Mapping[str, Any]) -> None:
         """Make the directory for a run of `tree`, or check that the run begun in it is the same.
 
+        A run that failed before it made anything leaves only its recipe, which another one may replace.
+
         Raises:
             RecipeError: another recipe was begun here; the message names the keys that differ.
             PeriluneError: the directory cannot be made or written.
@@ -124,7 +126,7 @@ class RunDirectory:
             for folder in ("", "*/", "data/*/"):
                 for leftover in self.path.glob(f"{folder}{_TEMPORARY_PATTERN}"):
                     leftover.unlink()
-            if self.recipe.is_file():
+            if self.recipe.is_file() and self._has_begun():
                 self._check_same(tree)
             write_atomic(self.recipe, tomli_w.dumps(without_none(tree)))
         except OSError as error:
@@ -167,6 +169,11 @@ class RunDirectory:
             raise PeriluneError(f"cannot use {self.path} as a run directory: {error.strerror}") from error
         with directory_lock(self.path) as left_behind:
             yield left_behind
+
+    def _has_begun(self) -> bool:
+        """Whether a run left anything that its recipe decided."""
+        made = (path for name in ("results", "samples", "checkpoints", "data") for path in (self.path / name).iterdir())
+        return self.tokenizer.is_file() or any(made)
 
     def _check_same(self, tree: Mapping[str, Any]) -> None:
         changed = [

@@ -12,12 +12,11 @@ from perilune.errors import RecipeError
 from perilune.report import Progress
 from perilune.run.config import Recipe, presets
 from perilune.run.directory import RunDirectory
-from perilune.run.interactions import check_source
 from perilune.run.pipeline import Registry, RunSummary, check_stages, run_pipeline
 from perilune.run.prepared import check_inputs
 from perilune.run.recipe import LoadedRecipe, Presets, load_tree, recipe_tree
 from perilune.run.recommender_config import RecommenderRecipe
-from perilune.run.stages import RECOMMENDER_STAGES, STAGES
+from perilune.run.stages import RECOMMENDER_STAGES, STAGES, check_recommender
 from perilune.run.sweep import plan_shared, plan_sweep, run_sweep
 from perilune.run.tree import Tree, guess, merge, parse_overrides, read_tree
 from perilune.train import SignalWatch
@@ -30,7 +29,8 @@ class Family:
     kind: type[Any]
     presets: Callable[[], Presets]
     stages: Registry
-    check_inputs: Callable[[Any], None]
+    check_inputs: Callable[[Any, RunDirectory], None]
+    """Of a recipe and the directory that it is to run in."""
 
 
 def _no_presets() -> Presets:
@@ -40,8 +40,9 @@ def _no_presets() -> Presets:
 def family_of(tree: Mapping[str, Any]) -> Family:
     """Return the sort of a recipe: one with a table `interactions` is a recommender's."""
     if "interactions" in tree:
-        return Family(kind=RecommenderRecipe, presets=_no_presets, stages=RECOMMENDER_STAGES, check_inputs=check_source)
-    return Family(kind=Recipe, presets=presets, stages=STAGES, check_inputs=check_inputs)
+        stages, check = RECOMMENDER_STAGES, check_recommender
+        return Family(kind=RecommenderRecipe, presets=_no_presets, stages=stages, check_inputs=check)
+    return Family(kind=Recipe, presets=presets, stages=STAGES, check_inputs=lambda recipe, _: check_inputs(recipe))
 
 
 def load(path: Path, overrides: Sequence[str] = (), *, edit: Callable[[Tree], Tree] | None = None) -> LoadedRecipe[Any]:
@@ -82,7 +83,8 @@ def run_recipe(
         stop: entered by the caller; asks the stages to save and stop.
 
     Raises:
-        DataError: a task, a source of text or of interactions does not exist; nothing was made.
+        DataError: a task, a source of text or of interactions, or a run to go on from does not exist, or a source is no
+            longer what the run began with; nothing was made.
         Interrupted: stopped on request, progress saved.
         PeriluneError: a stage failed.
     """
@@ -90,8 +92,9 @@ def run_recipe(
     _set_threads(recipe.threads)
     directory = RunDirectory(run_directory if run_directory is not None else Path("runs") / recipe.name)
     children = plan_sweep(loaded, recipe.sweep, family.kind, family.presets())
-    for checked in [child.recipe for child in children] or [recipe]:
-        family.check_inputs(checked)
+    inside = [(child.recipe, RunDirectory(directory.path / child.name)) for child in children]
+    for checked, place in inside or [(recipe, directory)]:
+        family.check_inputs(checked, place)
     if children:
         shared = plan_shared(loaded, recipe.sweep, family.kind, family.presets())
         return run_sweep(children, directory, family.stages, shared=shared, progress=progress, stop=stop)

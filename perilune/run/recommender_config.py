@@ -3,6 +3,7 @@
 No postponed annotations here: recipe validation reads them.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -58,20 +59,30 @@ class FilesSource:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SplitConfig:
-    """How a log becomes training data and held-out purchases."""
+class NoSplit:
+    """Nothing is held out to be judged by: for the model that is put to use, once another run told which to take."""
 
-    kind: Literal["leave_last_out", "temporal"] = "leave_last_out"
-    """leave_last_out: each user's last purchase is held out; temporal: the first one from a moment on, and nothing of
-    what came later is seen."""
+    kind: Literal["none"] = "none"
+    """Tag of this split."""
+    core_users: int = 0
+    """Least different items of a user; who has fewer is left out, again and again until nothing changes."""
+    core_items: int = 0
+    """Least different users of an item."""
+    core_on: Literal["target", "any"] = "target"
+    """Whether the two above count purchases or all events."""
+
+    def __post_init__(self) -> None:
+        require_at_least(0, core_users=self.core_users, core_items=self.core_items)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LastOutSplit:
+    """Each user's last purchase is held out."""
+
+    kind: Literal["leave_last_out"] = "leave_last_out"
+    """Tag of this split."""
     min_target: int = 2
-    """leave_last_out: least purchases of users who have one held out."""
-    quantile: float = 0.9
-    """temporal: share of the events that lie before the moment, in (0, 1)."""
-    cutoff: int | None = None
-    """temporal: the moment in seconds of Unix time, in place of `quantile`."""
-    per: Literal["global", "user"] = "global"
-    """temporal: one moment for all, or one for each user."""
+    """Least purchases of users who have one held out."""
     core_users: int = 0
     """Least different items of a user; who has fewer is left out, again and again until nothing changes."""
     core_items: int = 0
@@ -82,9 +93,34 @@ class SplitConfig:
     def __post_init__(self) -> None:
         require_at_least(1, min_target=self.min_target)
         require_at_least(0, core_users=self.core_users, core_items=self.core_items)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TemporalSplit:
+    """The first purchase from a moment on is held out, and nothing of what came later is seen."""
+
+    kind: Literal["temporal"] = "temporal"
+    """Tag of this split."""
+    quantile: float = 0.9
+    """Share of the purchases that lie before the moment, in (0, 1); of all, or of each user's own."""
+    cutoff: int | None = None
+    """The moment in seconds of Unix time, in place of `quantile`; for `per = "global"`."""
+    per: Literal["global", "user"] = "global"
+    """One moment for all, or one for each user."""
+    core_users: int = 0
+    """Least different items of a user; who has fewer is left out, again and again until nothing changes."""
+    core_items: int = 0
+    """Least different users of an item."""
+    core_on: Literal["target", "any"] = "target"
+    """Whether the two above count purchases or all events."""
+
+    def __post_init__(self) -> None:
+        require_at_least(0, core_users=self.core_users, core_items=self.core_items)
         require(0 < self.quantile < 1, "quantile", "in (0, 1)", self.quantile)
-        is_read = self.kind == "temporal" or self.cutoff is None
-        require(is_read, "cutoff", f"absent for {self.kind}", self.cutoff)
+        require(self.cutoff is None or self.per == "global", "cutoff", 'absent for per = "user"', self.cutoff)
+
+
+SplitConfig = NoSplit | LastOutSplit | TemporalSplit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,11 +139,12 @@ class LogSource:
     """What events are called in the file to what they are called here."""
     on_unknown: Literal["error", "drop"] = "error"
     """What to do with events that are none of the behaviours."""
-    split: SplitConfig = field(default_factory=SplitConfig)
+    split: Annotated[SplitConfig, Field(discriminator="kind")] = field(default_factory=LastOutSplit)
     """What is held out."""
 
     def __post_init__(self) -> None:
         require_at_least(1, behaviors=len(self.behaviors))
+        _require_times(self.split, self.columns)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,8 +165,11 @@ class RatingsSource:
     """Between columns, such as "::"; without it by the file's name."""
     has_header: bool = True
     """Whether the first line names the columns."""
-    split: SplitConfig = field(default_factory=SplitConfig)
+    split: Annotated[SplitConfig, Field(discriminator="kind")] = field(default_factory=LastOutSplit)
     """What is held out."""
+
+    def __post_init__(self) -> None:
+        _require_times(self.split, self.columns)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,7 +229,7 @@ class RuleStage:
     kind: Literal["rule"] = "rule"
     """Tag of this stage."""
     start_from: str | None = None
-    """Not read: a rule begins with nothing."""
+    """Refused: a rule begins with nothing."""
     rule: Literal["popularity", "evidence", "item_knn"]
     """popularity; evidence: carted, then viewed, then popular; item_knn: items like those that the user has."""
     behaviors: dict[str, float] | None = None
@@ -202,9 +242,28 @@ class RuleStage:
         require(self.start_from is None, "start_from", "absent for a rule", self.start_from)
         is_read = self.rule == "item_knn" or self.behaviors is None
         require(is_read, "behaviors", f"absent for {self.rule}", self.behaviors)
+        weights = [1.0] if self.behaviors is None else list(self.behaviors.values())
+        is_right = len(weights) > 0 and min(weights) > 0
+        require(is_right, "behaviors", "weights > 0 of at least one behaviour", self.behaviors)
 
 
 InteractionSource = FunnelSource | FilesSource | LogSource | RatingsSource
+
+
+def behaviors_of(source: InteractionSource) -> tuple[str, ...]:
+    """Return the behaviours of a source's data, the target last."""
+    match source:
+        case FunnelSource(funnel=funnel):
+            return ("view", "fav", "cart", "buy") if funnel.with_favorites else ("view", "cart", "buy")
+        case RatingsSource():
+            return ("negative", "neutral", "positive")
+        case FilesSource(behaviors=behaviors) | LogSource(behaviors=behaviors):
+            return behaviors
+
+
+def split_of(source: InteractionSource) -> SplitConfig | None:
+    """Return how a source's log is split; None for data that come with their own held-out purchases."""
+    return source.split if isinstance(source, LogSource | RatingsSource) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,8 +293,12 @@ class RecommenderRecipe:
         require_name("name", self.name)
         require(self.threads is None or self.threads >= 1, "threads", ">= 1", self.threads)
         require(len(self.stages) > 0, "stages", "at least one table", self.stages)
+        known = behaviors_of(self.interactions)
         trained: list[str] = []
         for name, stage in self.stages.items():
+            for key, names in _named_behaviors(stage).items():
+                unknown = [one for one in names if one not in known]
+                require(not unknown, f"stages.{name}.{key}", f"of the data's behaviours ({', '.join(known)})", unknown)
             if stage.start_from is not None and stage.start_from not in trained:
                 there = ", ".join(trained) or "there is none"
                 raise ValueError(
@@ -246,3 +309,16 @@ class RecommenderRecipe:
                 trained.append(name)
         shared = () if self.sweep is None else self.sweep.shared
         require(not shared, "sweep.shared", "absent: methods do not start from each other's runs", shared)
+
+
+def _named_behaviors(stage: RecommenderStage | RuleStage) -> dict[str, Collection[str]]:
+    """Keys of a stage that name behaviours of the data, and what they name."""
+    if isinstance(stage, RuleStage):
+        return {"behaviors": stage.behaviors or ()}
+    edges = None if stage.model.kind == "mbgcn" else stage.model.graph_behaviors
+    return {"model.graph_behaviors": edges or (), "train.behavior_weights": stage.train.behavior_weights or ()}
+
+
+def _require_times(split: SplitConfig, columns: LogColumns | RatingColumns | None) -> None:
+    has_times = columns is None or columns.time != ""
+    require(has_times or split.kind != "temporal", "split.kind", "another where columns.time is empty", split.kind)

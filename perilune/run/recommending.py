@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
 
 from perilune.errors import DataError, RecipeError
 from perilune.recsys import (
@@ -16,6 +18,7 @@ from perilune.recsys import (
     Estimate,
     InteractionData,
     Protocol,
+    Ranks,
     Recommendation,
     RecommendationEngine,
     Recommender,
@@ -28,13 +31,13 @@ from perilune.recsys import (
     load_data,
     paired_bootstrap,
 )
-from perilune.report import GroupRow, NullProgress, Progress
+from perilune.report import GroupRow, NullProgress, Progress, write_evaluation, write_report
 from perilune.run.ablation import Ablation, variants_of
 from perilune.run.directory import RunDirectory
-from perilune.run.interactions import INTERACTIONS
+from perilune.run.interactions import INTERACTIONS, load_categories
 from perilune.run.launch import family_of, load
 from perilune.run.recipe import LoadedRecipe, build_recipe
-from perilune.run.recommender_config import FilesSource, FunnelSource, LogSource, RatingsSource, RecommenderRecipe
+from perilune.run.recommender_config import NoSplit, RecommenderRecipe, behaviors_of, split_of
 from perilune.run.stages.recommend import ranks_path, read_ranks, saved_model, trained_stages
 from perilune.run.tree import Tree
 from perilune.train import restore_module
@@ -51,14 +54,17 @@ class TrainedRecommender:
     data: InteractionData
     recipe: RecommenderRecipe
     stage: str
+    categories: Mapping[int | str, str] = field(default_factory=dict)
+    """Of items, by what they are called."""
 
     def engine(self, index: Index = "exact") -> RecommendationEngine:
         """Return what answers requests; an index is built anew."""
-        if index == "exact":
-            return RecommendationEngine(self.model, self.data)
-        tables = self.model.tables().detach()
-        found = CandidateIndex.build(self.model, tables, kind=index, seed=self.recipe.seed)
-        return RecommendationEngine(self.model, self.data, tables=tables, candidates=found)
+        with torch.no_grad():
+            tables = self.model.tables().detach()
+        found = None
+        if index != "exact":
+            found = CandidateIndex.build(self.model, tables, kind=index, seed=self.recipe.seed)
+        return RecommendationEngine(self.model, self.data, tables=tables, candidates=found, categories=self.categories)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,8 +83,10 @@ class RecommenderEvaluation:
 
     methods: Mapping[str, Sequence[MethodScore]]
     """By protocol."""
-    groups: Mapping[str, Sequence[GroupRow]]
-    """By protocol, of one stage."""
+    groups: Mapping[str, Mapping[str, Sequence[GroupRow]]]
+    """By protocol, of the stage and of the best of the others."""
+    candidates: Mapping[str, tuple[int, int]]
+    """By protocol, among how many items a held-out one was ranked: least and most."""
     coverage: float
     """Share of the items that are among anybody's ten best, of that stage."""
     gini: float
@@ -112,7 +120,8 @@ def load_recommender(run_directory: Path, stage: str | None = None) -> TrainedRe
     model = build_recommender(settings.model, data, seed=recipe.seed)
     model.trained_with(settings.train.behavior_weights)
     restore_module(model, saved_model(directory, wanted))
-    return TrainedRecommender(model=model.eval(), data=data, recipe=recipe, stage=wanted)
+    categories = load_categories(directory)
+    return TrainedRecommender(model=model.eval(), data=data, recipe=recipe, stage=wanted, categories=categories)
 
 
 def evaluate_recommender(
@@ -131,27 +140,58 @@ def evaluate_recommender(
     """
     trained, directory = load_recommender(run_directory, stage), RunDirectory(run_directory)
     recipe = trained.recipe
+    if isinstance(split_of(recipe.interactions), NoSplit):
+        raise DataError(f"{run_directory} held nothing out (interactions.split.kind = none): evaluate a run that did")
     wanted = recipe.protocol.protocols if protocols is None else protocols
+    done = [name for name in recipe.stages if directory.is_complete(name)]
     methods: dict[str, list[MethodScore]] = {}
-    groups: dict[str, Sequence[GroupRow]] = {}
+    groups: dict[str, Mapping[str, Sequence[GroupRow]]] = {}
+    candidates: dict[str, tuple[int, int]] = {}
     for protocol in wanted:
         if protocol not in recipe.protocol.protocols:
             there = ", ".join(recipe.protocol.protocols)
             raise DataError(f"the run was not ranked under {protocol!r}; it was under: {there}")
-        done = [name for name in recipe.stages if directory.is_complete(name)]
-        methods[protocol] = _compared(directory, done, protocol, recipe, samples)
-        ranks = read_ranks(ranks_path(directory, trained.stage, protocol))
-        groups[protocol] = group_report(ranks, trained.data, recipe.protocol.cutoffs, ties=recipe.protocol.ties)
+        ranks = {name: read_ranks(ranks_path(directory, name, protocol)) for name in done}
+        methods[protocol] = _compared(ranks, recipe, samples)
+        others = sorted(methods[protocol], key=lambda method: -method.metrics["ndcg@10"].mean)
+        shown = [trained.stage, *[method.stage for method in others if method.stage != trained.stage][:1]]
+        groups[protocol] = {
+            name: group_report(ranks[name], trained.data, recipe.protocol.cutoffs, ties=recipe.protocol.ties)
+            for name in shown
+        }
+        counts = ranks[trained.stage].candidates
+        candidates[protocol] = (int(counts.min()), int(counts.max()))
     spread = concentration(trained.model.scorer(), trained.data)
     return RecommenderEvaluation(
-        methods=methods, groups=groups, coverage=spread.coverage, gini=spread.gini, stage=trained.stage
+        methods=methods,
+        groups=groups,
+        candidates=candidates,
+        coverage=spread.coverage,
+        gini=spread.gini,
+        stage=trained.stage,
     )
 
 
-def _compared(
-    directory: RunDirectory, stages: Sequence[str], protocol: str, recipe: RecommenderRecipe, samples: int
-) -> list[MethodScore]:
-    ranks = {name: read_ranks(ranks_path(directory, name, protocol)) for name in stages}
+def report_evaluation(
+    run_directory: Path, found: RecommenderEvaluation, conflicts: ConflictReport | None = None
+) -> Path:
+    """Put groups of users, and conflicts of tasks, into a run's report; what is not given stays as it was.
+
+    Returns:
+        Path of the report.
+
+    Raises:
+        DataError: it is not a run directory, or cannot be written.
+    """
+    shown = None if conflicts is None else (found.stage, conflicts.rows)
+    try:
+        write_evaluation(run_directory, found.groups, shown)
+        return write_report(run_directory)
+    except OSError as error:
+        raise DataError(f"{error.filename}: {error.strerror}") from error
+
+
+def _compared(ranks: Mapping[str, Ranks], recipe: RecommenderRecipe, samples: int) -> list[MethodScore]:
     names = [f"{metric}@{k}" for k in recipe.protocol.cutoffs for metric in ("hr", "ndcg")]
     decisive = "ndcg@10"
     options: dict[str, Any] = {"samples": samples, "ties": recipe.protocol.ties}
@@ -244,7 +284,7 @@ def load_ablation(
     if wanted not in models:
         there = ", ".join(models) or "none"
         raise RecipeError(f"{path}: an ablation needs a stage with a cigf, got {wanted!r}; there are: {there}")
-    variants = variants_of(ablation, _behaviors(recipe))
+    variants = variants_of(ablation, behaviors_of(recipe.interactions))
 
     def as_sweep(tree: Tree) -> Tree:
         changed = {name: {"stages": {wanted: changes}} for name, changes in variants.items()}
@@ -258,16 +298,6 @@ def load_ablation(
     return load(path, overrides, edit=as_sweep)
 
 
-def _behaviors(recipe: RecommenderRecipe) -> tuple[str, ...]:
-    match recipe.interactions:
-        case FunnelSource(funnel=funnel):
-            return ("view", "fav", "cart", "buy") if funnel.with_favorites else ("view", "cart", "buy")
-        case RatingsSource():
-            return ("negative", "neutral", "positive")
-        case FilesSource(behaviors=behaviors) | LogSource(behaviors=behaviors):
-            return behaviors
-
-
 def serve_recommender(
     run_directory: Path,
     *,
@@ -276,27 +306,28 @@ def serve_recommender(
     stage: str | None = None,
     index: Index = "exact",
     threads: int = 1,
+    on_ready: Callable[[str], None] | None = None,
 ) -> None:
     """Answer `POST /v1/recommend` until the process is told to stop.
 
     Args:
         run_directory: a run of a recommender's recipe.
         host: address to listen on.
-        port: port to listen on.
+        port: port to listen on; 0 for any that is free.
         stage: stage whose model.
         index: how items are found.
         threads: of one answer's arithmetic; requests beside each other do better with one.
+        on_ready: called with the service's address once it can answer.
 
     Raises:
-        EngineError: the extra `serve` is not installed.
+        EngineError: the extra `serve` is not installed, or the address cannot be listened on.
         DataError: as `load_recommender`.
     """
-    import torch
+    from perilune.serve import create_app, listen, recommend_router, run_app
 
-    from perilune.serve import create_app, recommend_router, run_app
-
-    trained = load_recommender(run_directory, stage)
-    engine = trained.engine(index)
-    torch.set_num_threads(threads)
-    router = recommend_router(engine, model=f"{trained.recipe.name}/{trained.stage}")
-    run_app(create_app([router]), host=host, port=port)
+    with listen(host, port) as listener:
+        trained = load_recommender(run_directory, stage)
+        engine = trained.engine(index)
+        torch.set_num_threads(threads)
+        app = create_app([recommend_router(engine, model=f"{trained.recipe.name}/{trained.stage}")])
+        run_app(app, listener, on_ready=on_ready)

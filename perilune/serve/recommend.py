@@ -4,7 +4,18 @@ import os
 import threading
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from perilune.recsys.recommend import RecommendationEngine
 from perilune.serve.app import missing_extra
@@ -16,7 +27,16 @@ MAX_K = 1000
 MAX_EVENTS = 10_000
 MAX_ITEMS = 50_000
 
-ItemId = StrictInt | StrictStr
+
+def _one_message(value: object, check: ValidatorFunctionWrapHandler) -> int | str:
+    """In place of a message for each type that an id may have."""
+    try:
+        return check(value)
+    except ValidationError as error:
+        raise PydanticCustomError("id", "must be text or a whole number") from error
+
+
+ItemId = Annotated[StrictInt | StrictStr, WrapValidator(_one_message)]
 Items = Annotated[list[ItemId], Field(max_length=MAX_ITEMS)]
 
 
@@ -38,7 +58,7 @@ class RecommendBody(BaseModel):
             "examples": [
                 {"user": 17, "k": 5},
                 {"events": [{"item": 3768, "behavior": "view"}, {"item": 977, "behavior": "cart"}], "k": 5},
-                {"user": 17, "behavior": "buy", "exclude": ["buy", "cart"], "deny": [977], "quotas": {"shoes": 2}},
+                {"user": 17, "behavior": "buy", "exclude": ["buy", "cart"], "deny": [977]},
             ]
         },
     )
@@ -50,12 +70,14 @@ class RecommendBody(BaseModel):
     k: Annotated[int, Field(strict=True, ge=1, le=MAX_K)] = Field(default=10, description="Most items to return.")
     behavior: StrictStr | None = Field(default=None, description="What to recommend for; without it the target.")
     exclude: list[StrictStr] | None = Field(
-        default=None, max_length=100, description="Behaviours whose items are left out; without it the target's."
+        default=None, max_length=100, description="Behaviours whose items are left out; without it all that was bought."
     )
-    allow: Items | None = Field(default=None, description="Items beside which none is returned.")
-    deny: Items = Field(default=[], description="Items that are not returned.")
+    allow: Items | None = Field(default=None, description="Items beside which none is returned; unknown ones are none.")
+    deny: Items = Field(default=[], description="Items that are not returned; unknown ones never are.")
     quotas: dict[StrictStr, Annotated[int, Field(strict=True, ge=0)]] | None = Field(
-        default=None, max_length=1000, description="Most items of a category, if the service knows categories."
+        default=None,
+        max_length=1000,
+        description='Most items of a category, such as {"shoes": 2}; for models whose log names categories.',
     )
     on_unknown: Literal["error", "skip"] = Field(
         default="error", description="What happens to events whose item the model does not know."
@@ -132,7 +154,14 @@ def recommend_router(engine: RecommendationEngine, *, model: str, workers: int |
     @router.post(
         "/recommend",
         summary="Recommend items to a user, or to somebody new by events",
-        responses={404: {"description": "No such user, item or category"}, 413: {"description": "Body too large"}},
+        responses={
+            400: {"description": "The body does not fit"},
+            404: {"description": "No such user, item of an event, or category"},
+            408: {"description": "The body did not arrive in time"},
+            413: {"description": "Body too large"},
+            429: {"description": "Too many requests at a time; Retry-After says when to come back"},
+            "default": {"description": "All errors are {error: {type, message}}"},
+        },
     )
     def recommend(body: RecommendBody) -> RecommendAnswer:
         with turns:
@@ -145,7 +174,7 @@ def answer(engine: RecommendationEngine, body: RecommendBody, model: str) -> Rec
     """Answer a request.
 
     Raises:
-        UnknownIdError: no such user, item or category.
+        UnknownIdError: no such user, item of an event, or category.
         DataError: no such behaviour.
     """
     settings = {

@@ -35,6 +35,12 @@ def test_the_file_has_what_each_user_would_be_answered(suffix: str, batch: int, 
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
+def test_a_missing_directory_is_named_and_not_a_temporary_file(tmp_path: Path) -> None:
+    path = tmp_path / "gone" / "top.csv"
+    with pytest.raises(DataError, match=f"^{path}: there is no directory {path.parent}$"):
+        export_top_k(engine_of(), path)
+
+
 def test_numbers_stay_numbers_and_a_user_without_events_is_marked(tmp_path: Path) -> None:
     pairs = {"buy": (np.array([0, 0, 1]), np.array([1, 2, 2]), None)}
     data = from_behaviors(pairs, [None] * 3, num_users=3, num_items=4)

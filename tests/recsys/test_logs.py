@@ -77,7 +77,7 @@ def test_order_and_repetition_of_rows_change_nothing(tmp_path_factory, rows, ran
 
 def test_columns_are_what_they_are_called_and_others_are_not_read(tmp_path):
     text = "junk,who,what,event,n\nx,1,2,pv,1\n\n,1,3,order,5\nz,2,2,pv,1\n\n"
-    columns = LogColumns(user="who", item="what", behavior="event", time=None, count="n")
+    columns = LogColumns(user="who", item="what", behavior="event", time="", count="n")
     log = read(tmp_path, text, columns=columns, event_map={"pv": "view", "order": "buy"})
     assert events(log) == {(1, 2, "view", None), (1, 3, "buy", None), (2, 2, "view", None)}
     assert log.times is None
@@ -129,7 +129,7 @@ def test_a_bad_row_is_named_by_its_line(tmp_path, row, words):
 def test_a_count_is_positive(tmp_path, count):
     text = f"user,item,behavior,n\n1,2,view,2\n1,3,buy,{count}\n"
     with pytest.raises(DataError, match=r"line 3: column 'n' must be a positive number, got "):
-        read(tmp_path, text, columns=LogColumns(time=None, count="n"))
+        read(tmp_path, text, columns=LogColumns(time="", count="n"))
 
 
 def test_files_that_are_no_logs_are_named(tmp_path):
@@ -215,7 +215,7 @@ def test_recboles_files(tmp_path):
     header = "user_id:token\titem_id:token\tbehavior:token\ttimestamp:float\n"
     path.write_text(header + "7\tb\tview\t90.5\n7\tb\tbuy\t200\n10\ta\tbuy\t300\n10\tb\tview\t250.0\n")
     assert events(read_inter(path, behaviors=BEHAVIORS)) == EXPECTED
-    columns = LogColumns(user="user_id", item="item_id", behavior="behavior", time=None)
+    columns = LogColumns(user="user_id", item="item_id", behavior="behavior", time="")
     assert read_inter(path, behaviors=BEHAVIORS, columns=columns).times is None
     path.write_text(header + "7\tb\tview\t90\n7\tb\ttip\t90\n")
     with pytest.raises(DataError, match=r"shop\.inter: line 3: column 'behavior' must be one of .* got 'tip'"):
@@ -243,7 +243,7 @@ def test_ratings_are_three_behaviours(tmp_path):
     strict = read_ratings(tmp_path / "r.csv", low=0.5, high=3, behaviors=("bad", "so", "good"))
     assert [strict.behaviors[code] for code in strict.behavior] == ["bad", "so", "so", "good", "good"]
     (tmp_path / "r.csv").write_text("u,i,stars\n1,2,5\n1,3,x\n")
-    columns = RatingColumns(user="u", item="i", rating="stars", time=None)
+    columns = RatingColumns(user="u", item="i", rating="stars", time="")
     with pytest.raises(DataError, match=r"r\.csv: line 3: column 'stars' must be a number, got 'x'"):
         read_ratings(tmp_path / "r.csv", columns=columns)
     with pytest.raises(DataError, match=r"r\.csv: line 1 has no column 'rating'"):
@@ -268,3 +268,23 @@ def test_without_polars_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "polars", None)
     with pytest.raises(DataError, match=r"pip install 'perilune\[recsys\]'"):
         read(tmp_path, TEXT)
+
+
+def test_the_latest_category_of_an_item_counts(tmp_path):
+    text = "user,item,behavior,time,sort\n" + "\n".join(
+        [
+            "1,7,view,30,shoes",
+            "2,7,view,20,hats",
+            "1,8,view,10,",
+            "1,9,view,10,NaN",
+            "2,9,buy,5,coats",
+            "2,10,buy,5,b",
+            "1,10,buy,5,a",
+            "1,11,like,5,dropped",
+        ]
+    )
+    log = read(tmp_path, text, columns=LogColumns(category="sort"), on_unknown="drop")
+    assert log.categories == {7: "shoes", 9: "coats", 10: "b"}
+    assert not read(tmp_path, text, on_unknown="drop").categories
+    with pytest.raises(DataError, match="no column 'kind'"):
+        read(tmp_path, text, columns=LogColumns(category="kind"))

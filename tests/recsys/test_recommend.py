@@ -45,7 +45,7 @@ def test_the_best_items_are_those_of_the_models_scores(behavior: str) -> None:
     data, task = engine.data, list(engine.data.behaviors).index(behavior)
     for user in range(data.num_users):
         scores = engine.model.scorer(task=task)(np.array([user]))[0]
-        bought = data.target.items[data.target.users == user]
+        bought = [*data.target.items[data.target.users == user], data.test[user]]
         wanted = [i for i in np.argsort(-scores) if i not in bought][:4]
         found = engine.recommend(f"u{user}", k=4, behavior=behavior)
         assert items_of(found) == [f"item-{i}" for i in wanted]
@@ -61,8 +61,9 @@ def test_filters() -> None:
     assert bought
     assert bought != viewed
     left = engine.recommend("u1", k=9, exclude={"view", "buy"})
-    assert items_of(left) == [i for i in everything if i not in bought | viewed]
-    assert items_of(engine.recommend("u1", k=9)) == [i for i in everything if i not in bought]
+    assert items_of(left) == [i for i in everything if i not in bought | viewed | {f"item-{engine.data.test[1]}"}]
+    held_out = f"item-{engine.data.test[1]}"
+    assert items_of(engine.recommend("u1", k=9)) == [i for i in everything if i not in {*bought, held_out}]
     denied = engine.recommend("u1", k=9, exclude=(), deny=[everything[0], everything[3]])
     assert items_of(denied) == [i for n, i in enumerate(everything) if n not in (0, 3)]
     allowed = engine.recommend("u1", k=2, exclude=(), allow=reversed(everything[4:]), deny=everything[5:6])
@@ -79,19 +80,32 @@ def test_quotas_keep_the_best_of_a_category() -> None:
     books, toys = ([i for i in ranked if categories.get(i) == name] for name in ("book", "toy"))
     assert found == [i for i in ranked if i in {*books[:2], *toys[:1], "item-8"}]
     assert len(engine.recommend("u0", k=9, exclude=(), quotas={"book": 0})) == 4
-    with pytest.raises(UnknownIdError, match="no category 'bok'"):
+    with pytest.raises(UnknownIdError, match=r"no category 'bok' of items$"):
         engine.recommend("u0", quotas={"bok": 1})
+    with pytest.raises(UnknownIdError, match="no category 'book' of items; the model knows none"):
+        engine_of().recommend("u0", quotas={"book": 1})
     with pytest.raises(ValueError, match="quota of 'book' must be >= 0, got -1"):
         engine.recommend("u0", quotas={"book": -1})
 
 
-def test_what_was_held_out_for_validation_was_bought() -> None:
+def test_what_was_held_out_was_bought() -> None:
     data = named(small_data().hold_out(0, least=2))
     assert data.validation is not None
-    user = int(np.flatnonzero(data.validation != NONE)[0])
-    held_out, engine = f"item-{data.validation[user]}", engine_of(data)
-    assert held_out not in items_of(engine.recommend(f"u{user}", k=9))
-    assert held_out in items_of(engine.recommend(f"u{user}", k=9, exclude=()))
+    user = int(np.flatnonzero((data.validation != NONE) & (data.test != NONE))[0])
+    held_out = {f"item-{data.validation[user]}", f"item-{data.test[user]}"}
+    everything = items_of(engine_of(data).recommend(f"u{user}", k=9, exclude=()))
+    answered = items_of(engine_of(data).recommend(f"u{user}", k=9))
+    assert held_out <= set(everything)
+    assert not held_out & set(answered)
+    items, _, _ = engine_of(data).top_k(np.array([user]), k=9)
+    assert not held_out & {f"item-{item}" for item in items[0]}
+
+
+def test_lists_may_name_items_that_the_data_do_not_have() -> None:
+    engine = engine_of()
+    assert engine.recommend("u0", deny=["item-1", "new", 10**30]) == engine.recommend("u0", deny=["item-1"])
+    assert engine.recommend("u0", allow=["item-1", "new"]) == engine.recommend("u0", allow=["item-1"])
+    assert engine.recommend("u0", allow=["new"]) == []
 
 
 @pytest.mark.parametrize(
@@ -188,7 +202,8 @@ def test_events_of_a_user_whose_embedding_is_zero_give_the_users_own_answer(conf
     with torch.no_grad():
         model.user_embedding.weight[3] = 0  # pyright: ignore
     engine = engine_of(data, model)  # pyright: ignore[reportArgumentType]
-    known, new = engine.recommend("u3"), engine.recommend_events([*events_of(data, 3), *events_of(data, 3)[:2]])
+    known = engine.recommend("u3")
+    new = engine.recommend_events([*events_of(data, 3), *events_of(data, 3)[:2]], deny=[f"item-{data.test[3]}"])
     assert [(one.item, one.because) for one in new] == [(one.item, one.because) for one in known]
     np.testing.assert_allclose([one.score for one in new], [one.score for one in known], rtol=1e-5)
     torch.testing.assert_close(engine.fold_in(events_of(data, 3)), engine.rows(np.array([3]))[0])
@@ -267,8 +282,7 @@ def test_no_reason_is_made_up() -> None:
     [
         ({"user_id": "nobody"}, UnknownIdError, "no user 'nobody' in the data"),
         ({"user_id": 0}, UnknownIdError, "no user 0 in the data"),
-        ({"allow": ["x"]}, UnknownIdError, "no item 'x' in the data"),
-        ({"deny": ["y" * 200]}, UnknownIdError, r"no item 'y{76}\.\.\. in the data"),
+        ({"user_id": "y" * 200}, UnknownIdError, r"no user 'y{76}\.\.\. in the data"),
         ({"behavior": "like"}, DataError, "no behaviour 'like' in the data; there are: view, cart, buy"),
         ({"exclude": ["like"]}, DataError, "no behaviour 'like'"),
         ({"k": 0}, ValueError, "k must be >= 1, got 0"),

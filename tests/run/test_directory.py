@@ -54,10 +54,23 @@ def test_the_same_recipe_may_go_on_and_another_may_not(tmp_path):
     directory.prepare({**TREE, "threads": 1})
     directory.prepare({**TREE, "stages": {"rl": {**TREE["stages"]["rl"], "train": {"eval_interval_s": 5.0}}}})
     directory.prepare(TREE)
+    (tmp_path / "data" / "corpus.json").write_text("{}")
     other = {**TREE, "seed": 3, "stages": {"rl": {"lr": 0.2, "betas": (0.9, 0.95)}}}
     with pytest.raises(RecipeError, match=r"stages\.rl\.lr was 0\.1 and is now 0\.2; seed was absent and is now 3"):
         directory.prepare(other)
     assert directory.read_tree()["stages"]["rl"]["lr"] == 0.1
+
+
+@pytest.mark.parametrize("made", ["data/x.npz", "results/rl.json", "checkpoints/rl", "tokenizer.json"])
+def test_a_run_that_made_nothing_gives_way_to_another(tmp_path, made):
+    directory = RunDirectory(tmp_path)
+    directory.prepare({**TREE, "seed": 3})
+    (tmp_path / "metrics.jsonl").write_text("")
+    directory.prepare(TREE)
+    assert "seed" not in directory.read_tree()
+    (tmp_path / made).write_text("")
+    with pytest.raises(RecipeError, match="holds a run of another recipe"):
+        directory.prepare({**TREE, "seed": 3})
 
 
 def test_leftovers_of_a_killed_writer_are_removed(tmp_path):

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,11 +14,12 @@ import pytest
 
 from perilune.errors import BackendError, EngineError
 from perilune.recsys.recommend import RecommendationEngine
-from perilune.serve import create_app, recommend_router
+from perilune.serve import create_app, listen, recommend_router
 from tests.recsys.test_recommend import engine_of, events_of, named, small_data
 
 pytest.importorskip("fastapi")
-from fastapi import APIRouter
+import uvicorn
+from fastapi import APIRouter, FastAPI
 from fastapi.testclient import TestClient
 
 PATH = "/v1/recommend"
@@ -31,6 +35,21 @@ def client(engine: RecommendationEngine) -> Iterator[TestClient]:
     app = create_app([recommend_router(engine, model="cigf")], max_body_bytes=10_000)
     with TestClient(app) as found:
         yield found
+
+
+@contextmanager
+def served(app: FastAPI) -> Iterator[tuple[str, int]]:
+    """The address of an application behind a real socket."""
+    with listen("127.0.0.1", 0) as listener:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        listener.listen()
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield listener.getsockname()
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 def post(client: TestClient, body: object) -> tuple[int, Any]:
@@ -81,8 +100,6 @@ def test_numbers_where_the_data_have_no_names() -> None:
         ({"user": 10**30}, f"no user {10**30} in the data"),
         ({"user": "\x00"}, "no user '\\x00' in the data"),
         ({"events": [{"item": "x", "behavior": "view"}]}, "no item 'x' in the data"),
-        ({"user": "u0", "allow": ["x"]}, "no item 'x' in the data"),
-        ({"user": "u0", "deny": [1]}, "no item 1 in the data"),
         ({"user": "u0", "quotas": {"shoe": 1}}, "no category 'shoe' of items"),
     ],
 )
@@ -101,10 +118,11 @@ def test_what_the_data_do_not_have_is_404(client: TestClient, body: object, mess
         ({"user": "u0", "k": "3"}, "k: Input should be a valid integer"),
         ({"user": "u0", "k": True}, "k: Input should be a valid integer"),
         ({"user": "u0", "k": 2.0}, "k: Input should be a valid integer"),
-        ({"user": True}, "user."),
-        ({"user": 1.5}, "user."),
-        ({"user": ["u0"]}, "user."),
-        ({"user": {"a": "u0"}}, "user."),
+        ({"user": True}, "user: must be text or a whole number"),
+        ({"user": 1.5}, "user: must be text or a whole number"),
+        ({"user": ["u0"]}, "user: must be text or a whole number"),
+        ({"user": {"a": "u0"}}, "user: must be text or a whole number"),
+        ({"user": "u0", "deny": ["a", None]}, "deny.1: must be text or a whole number"),
         ({"user": "u0", "exclude": "buy"}, "exclude: Input should be a valid list"),
         ({"user": "u0", "quotas": {"toy": -1}}, "quotas.toy: Input should be greater"),
         ({"user": "u0", "limit": 3}, "limit: Extra inputs are not permitted"),
@@ -118,9 +136,9 @@ def test_what_the_data_do_not_have_is_404(client: TestClient, body: object, mess
         ({"events": [{"item": "item-1", "behavior": "like"}]}, "no behaviour 'like' in the data; there are: view"),
     ],
 )
-def test_bodies_that_do_not_fit_are_422(client: TestClient, body: object, message: str) -> None:
+def test_bodies_that_do_not_fit_are_400(client: TestClient, body: object, message: str) -> None:
     status, found = post(client, body)
-    assert status == 422
+    assert status == 400
     assert message in found["error"]["message"]
     assert set(found["error"]) <= {"type", "message", "details"}
     assert "Traceback" not in json.dumps(found)
@@ -154,6 +172,31 @@ def test_nothing_that_is_sent_is_the_servers_fault(client: TestClient, content: 
     assert set(response.json()["error"]) >= {"type", "message"}
 
 
+def test_what_is_not_json_is_told_in_words(client: TestClient) -> None:
+    response = client.post(PATH, content=b'{"user": "u0",}', headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    message = response.json()["error"]["message"]
+    assert message.startswith("the body is not JSON: ")
+    assert message.endswith(", at character 14")
+
+
+def test_lists_may_name_what_the_model_does_not_know(client: TestClient) -> None:
+    wanted = post(client, {"user": "u0"})
+    assert post(client, {"user": "u0", "deny": ["new", 1]}) == wanted
+    assert post(client, {"user": "u0", "allow": ["new"]})[1]["items"] == []
+
+
+def test_every_example_of_the_docs_can_be_answered() -> None:
+    data = small_data(num_users=18, num_items=9)
+    names = np.array([str(n) for n in (3768, 977, *range(7))])
+    client = TestClient(create_app([recommend_router(engine_of(replace(data, item_ids=names)), model="m")]))
+    schema = client.get("/openapi.json").json()
+    for example in schema["components"]["schemas"]["RecommendBody"]["examples"]:
+        assert post(client, example)[0] == 200, example
+    assert {"400", "404", "408", "413", "429"} <= set(schema["paths"][PATH]["post"]["responses"])
+    assert "422" not in schema["paths"][PATH]["post"]["responses"]
+
+
 def test_large_bodies_are_refused_with_and_without_a_length(client: TestClient) -> None:
     body = json.dumps({"user": "u0", "deny": ["x" * 100] * 100}).encode()
     whole = client.post(PATH, content=body)
@@ -170,7 +213,7 @@ def test_too_many_events_are_refused(engine: RecommendationEngine) -> None:
     client = TestClient(create_app([recommend_router(engine, model="cigf")]))
     event = {"item": "item-1", "behavior": "view"}
     assert post(client, {"events": [event] * 10_000})[0] == 200
-    assert post(client, {"events": [event] * 10_001})[0] == 422
+    assert post(client, {"events": [event] * 10_001})[0] == 400
 
 
 def test_health_docs_and_unknown_paths(client: TestClient) -> None:
@@ -201,6 +244,51 @@ def test_errors_of_the_server_itself_tell_no_more_than_they_should() -> None:
     found = client.get("/bug")
     assert found.status_code == 500
     assert found.json()["error"] == {"type": "InternalError", "message": "the server failed; its log says how"}
+
+
+def test_a_body_that_does_not_arrive_is_not_waited_for(engine: RecommendationEngine) -> None:
+    app = create_app([recommend_router(engine, model="cigf")], read_timeout_s=0.2)
+    with served(app) as address, socket.create_connection(address, timeout=20) as connection:
+        connection.sendall(b"POST /v1/recommend HTTP/1.1\r\nhost: x\r\ncontent-length: 20\r\n\r\n{")
+        found = b""
+        while part := connection.recv(4096):
+            found += part
+    head, _, body = found.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 408")
+    assert json.loads(body)["error"] == {"type": "BodyTooSlow", "message": "the body did not arrive within 0.2 s"}
+
+
+def test_who_comes_beside_too_many_is_asked_to_come_back() -> None:
+    router, inside, free = APIRouter(), threading.Event(), threading.Event()
+
+    @router.get("/slow")
+    def slow() -> str:
+        inside.set()
+        assert free.wait(20)
+        return "done"
+
+    with TestClient(create_app([router], max_requests=1)) as client:
+        first = threading.Thread(target=client.get, args=("/slow",))
+        first.start()
+        assert inside.wait(20)
+        beside = client.get("/slow")
+        assert (beside.status_code, beside.headers["retry-after"]) == (429, "1")
+        assert beside.json()["error"]["type"] == "Busy"
+        assert client.get("/health").status_code == 200
+        free.set()
+        first.join()
+        assert client.get("/slow").status_code == 200
+
+
+def test_an_address_that_is_taken_is_told() -> None:
+    with listen("127.0.0.1", 0) as first:
+        first.listen()
+        port = first.getsockname()[1]
+        taken = pytest.raises(EngineError, match=rf"cannot listen on 127\.0\.0\.1:{port}: .* choose another --port")
+        with taken, listen("127.0.0.1", port):
+            pass
+    with pytest.raises(EngineError, match="cannot listen on no-such-host"), listen("no-such-host.invalid", 0):
+        pass
 
 
 def test_requests_at_the_same_time_get_their_own_answers(client: TestClient, engine: RecommendationEngine) -> None:

@@ -28,11 +28,26 @@ from perilune.recsys import (
 )
 from perilune.report import StageResult
 from perilune.run.directory import RunDirectory
-from perilune.run.interactions import INTERACTIONS, prepare_interactions
+from perilune.run.interactions import INTERACTIONS, check_source, prepare_interactions
 from perilune.run.pipeline import Registry, StageContext
-from perilune.run.recommender_config import RecommenderRecipe, RecommenderStage, RuleStage
+from perilune.run.recommender_config import NoSplit, RecommenderRecipe, RecommenderStage, RuleStage, split_of
 from perilune.run.stages.common import checkpoint_store, settings_hash
 from perilune.train import Checkpoint, CheckpointStore, TrainContext, restore_module
+
+
+def check_recommender(recipe: RecommenderRecipe, directory: RunDirectory) -> None:
+    """Check what a recipe takes from outside, so that what is wrong is told before anything is made.
+
+    Raises:
+        DataError: a source does not exist or has changed, or a run to go on from has no model.
+    """
+    check_source(recipe.interactions, directory)
+    for name, stage in recipe.stages.items():
+        if stage.kind == "recommender" and stage.warm_start is not None and not directory.is_complete(name):
+            try:
+                trained_stages(RunDirectory(Path(stage.warm_start)))
+            except DataError as error:
+                raise DataError(f"stages.{name}.warm_start: {error}") from error
 
 
 def run_recommender(context: StageContext, settings: RecommenderStage) -> StageResult:
@@ -94,16 +109,22 @@ def run_rule(context: StageContext, settings: RuleStage) -> StageResult:
 def judge(context: StageContext, scorer: Scorer, data: InteractionData) -> dict[str, float]:
     """Rank under each of the recipe's protocols, keep the ranks, and return the metrics by protocol.
 
+    Also how many candidates the ranks are among, least and most. Nothing, where the recipe holds nothing out.
+
     Raises:
         DataError: nobody has a test item.
     """
     protocol = context.recipe.protocol
     numbers: dict[str, float] = {}
+    if isinstance(split_of(context.recipe.interactions), NoSplit):
+        return numbers
     for name in protocol.protocols:
         ranks = Ranker(data, protocol=name, seed=protocol.negatives_seed).rank(scorer)
         write_ranks(ranks_path(context.directory, context.name, name), ranks)
         found = ranks.summary(protocol.cutoffs, protocol.ties)
         numbers |= {f"{name}_{metric}": value for metric, value in found.items()}
+        least, most = ranks.candidates.min(), ranks.candidates.max()
+        numbers |= {f"{name}_candidates_least": float(least), f"{name}_candidates_most": float(most)}
     return numbers
 
 
