@@ -289,8 +289,17 @@ def from_behaviors(
     *,
     num_users: int,
     num_items: int,
+    on_repeated: Literal["error", "drop"] = "error",
 ) -> InteractionData:
     """Data of users, items and times of each behaviour, the target last.
+
+    Args:
+        pairs: by behaviour.
+        test: `[U]`, None or `NONE` for users without an item.
+        num_users: U.
+        num_items: I.
+        on_repeated: what becomes of a held-out item that its user has in the target too: an error, or the target loses
+            the pair.
 
     Raises:
         DataError: they do not fit each other; the message says where.
@@ -304,6 +313,9 @@ def from_behaviors(
         raise DataError(f"test has {len(held_out)} entries for {num_users} users")
     check_whole("test", "item", held_out)
     _check_ids("test", "item", held_out[held_out != NONE], num_items)
+    if on_repeated == "drop":
+        name = tuple(behaviors)[-1]
+        behaviors[name] = behaviors[name].where(~behaviors[name].has(held_out))
     return InteractionData(
         num_users=num_users, num_items=num_items, behaviors=behaviors, test=held_out.astype(np.int32)
     )

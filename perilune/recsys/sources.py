@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -15,12 +16,16 @@ from perilune.recsys.storage import DAMAGE
 
 Pairs = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 """Users, items and times."""
+OnRepeated = Literal["error", "drop"]
+"""What becomes of held-out items that the target has too."""
 
 MOST_IDS = np.iinfo(np.int32).max
 """Users, and items, whose numbers are kept in 32 bits."""
 
 
-def read_pickles(directory: Path, behaviors: Sequence[str], *, with_times: bool = False) -> InteractionData:
+def read_pickles(
+    directory: Path, behaviors: Sequence[str], *, with_times: bool = False, on_repeated: OnRepeated = "error"
+) -> InteractionData:
     """Read the pickles of CIGF, MB-GMN and KHGT (`trn_<behaviour>`, `tst_int`), or those of SSLRec.
 
     SSLRec's are `train_mat_<behaviour>.pkl` and `test_mat.pkl`. Nothing that is in them runs.
@@ -29,6 +34,7 @@ def read_pickles(directory: Path, behaviors: Sequence[str], *, with_times: bool 
         directory: where they lie.
         behaviors: names, the target last.
         with_times: whether stored numbers are times; otherwise they are not read.
+        on_repeated: see `from_behaviors`.
 
     Raises:
         DataError: a file is missing or not what it should be; the message names it.
@@ -42,11 +48,16 @@ def read_pickles(directory: Path, behaviors: Sequence[str], *, with_times: bool 
     else:
         test = _one_each(read_pickled_matrix(directory / "test_mat.pkl"), directory / "test_mat.pkl")
     pairs = {name: (m.rows, m.columns, m.values if with_times else None) for name, m in matrices.items()}
-    return _joined(directory, pairs, test, num_users, num_items)
+    return _joined(directory, pairs, test, num_users, num_items, on_repeated)
 
 
 def read_npz(
-    directory: Path, behaviors: Sequence[str], *, test: str = "test.npy", with_times: bool = False
+    directory: Path,
+    behaviors: Sequence[str],
+    *,
+    test: str = "test.npy",
+    with_times: bool = False,
+    on_repeated: OnRepeated = "error",
 ) -> InteractionData:
     """Read matrices `<behaviour>.npz` in csr format as SciPy saves them, and a `.npy` of held-out items.
 
@@ -55,6 +66,7 @@ def read_npz(
         behaviors: names, the target last.
         test: name of the array `[U]`, -1 for users without an item.
         with_times: whether stored numbers are times; otherwise they are not read.
+        on_repeated: see `from_behaviors`.
 
     Raises:
         DataError: a file is missing or not what it should be; the message names it.
@@ -66,21 +78,28 @@ def read_npz(
     held_out = _arrays(directory / test, ()).get("")
     if held_out is None:
         raise DataError(f"{directory / test}: several arrays, where one of held-out items was expected")
-    return _joined(directory, pairs, held_out, num_users, num_items)
+    return _joined(directory, pairs, held_out, num_users, num_items, on_repeated)
 
 
-def read_item_lists(directory: Path, behaviors: Sequence[str], *, test: str = "test.txt") -> InteractionData:
+def read_item_lists(
+    directory: Path, behaviors: Sequence[str], *, test: str = "test.txt", on_repeated: OnRepeated = "error"
+) -> InteractionData:
     """Read GHCF's text: in `<behaviour>.txt` and `test`, a line for each user, the user's number and then items.
 
     Raises:
         DataError: a file is missing or a line is not such numbers; the message names both.
     """
     pairs = {name: _listed(directory / f"{name}.txt") for name in behaviors}
-    return _of_text(pairs, _listed(directory / test), directory / test)
+    return _of_text(pairs, _listed(directory / test), directory / test, on_repeated)
 
 
 def read_pair_lists(
-    directory: Path, behaviors: Sequence[str], *, test: str = "test.txt", one_based: bool = False
+    directory: Path,
+    behaviors: Sequence[str],
+    *,
+    test: str = "test.txt",
+    one_based: bool = False,
+    on_repeated: OnRepeated = "error",
 ) -> InteractionData:
     """Read a user and an item a line, as MB-CGCN and MuLe (whose numbers start at 1: `one_based`) have them.
 
@@ -99,10 +118,12 @@ def read_pair_lists(
         return users, items, None
 
     pairs = {name: paired(directory / f"{name}.txt") for name in behaviors}
-    return _of_text(pairs, paired(directory / test), directory / test)
+    return _of_text(pairs, paired(directory / test), directory / test, on_repeated)
 
 
-def read_json(directory: Path, behaviors: Sequence[str], *, test: str = "test.json") -> InteractionData:
+def read_json(
+    directory: Path, behaviors: Sequence[str], *, test: str = "test.json", on_repeated: OnRepeated = "error"
+) -> InteractionData:
     """Read DA-GCN's `{"user": [items]}`, whose numbers start at 1, in `<behaviour>.json` and `test`.
 
     Raises:
@@ -124,10 +145,10 @@ def read_json(directory: Path, behaviors: Sequence[str], *, test: str = "test.js
         return np.array(users, np.int64) - 1, np.array(items, np.int64) - 1, None
 
     pairs = {name: listed(directory / f"{name}.json") for name in behaviors}
-    return _of_text(pairs, listed(directory / test), directory / test)
+    return _of_text(pairs, listed(directory / test), directory / test, on_repeated)
 
 
-def _of_text(pairs: dict[str, Pairs], test: Pairs, path: Path) -> InteractionData:
+def _of_text(pairs: dict[str, Pairs], test: Pairs, path: Path, on_repeated: OnRepeated) -> InteractionData:
     """Data whose numbers of users and items are those that occur."""
     every = [*pairs.values(), test]
     num_users = 1 + max((int(users.max()) for users, _, _ in every if len(users)), default=-1)
@@ -138,14 +159,19 @@ def _of_text(pairs: dict[str, Pairs], test: Pairs, path: Path) -> InteractionDat
     if len(twice):
         raise DataError(f"{path}: user {twice[0]} has several test items, where one was expected")
     held_out[users] = items
-    return _joined(path.parent, pairs, held_out, num_users, num_items)
+    return _joined(path.parent, pairs, held_out, num_users, num_items, on_repeated)
 
 
 def _joined(
-    directory: Path, pairs: dict[str, Pairs], test: Sequence[int | None] | np.ndarray, num_users: int, num_items: int
+    directory: Path,
+    pairs: dict[str, Pairs],
+    test: Sequence[int | None] | np.ndarray,
+    num_users: int,
+    num_items: int,
+    on_repeated: OnRepeated,
 ) -> InteractionData:
     try:
-        return from_behaviors(pairs, test, num_users=num_users, num_items=num_items)
+        return from_behaviors(pairs, test, num_users=num_users, num_items=num_items, on_repeated=on_repeated)
     except DataError as error:
         raise DataError(f"{directory}: {error}") from error
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from hashlib import file_digest, sha256
 from pathlib import Path
+from typing import Any
 
 from perilune.errors import DataError
 from perilune.files import write_atomic
@@ -264,11 +265,13 @@ def _categories(log: EventLog, data: InteractionData) -> dict[str, str]:
 
 
 def _read_files(source: FilesSource) -> InteractionData:
-    directory, test = Path(source.directory), {} if source.test is None else {"test": source.test}
+    directory = Path(source.directory)
+    options: dict[str, Any] = {"on_repeated": source.on_repeated}
+    test = options if source.test is None else {**options, "test": source.test}
     if source.kind == "npz":
         return read_npz(directory, source.behaviors, with_times=source.with_times, **test)
     if source.kind == "pickles":
-        return read_pickles(directory, source.behaviors, with_times=source.with_times)
+        return read_pickles(directory, source.behaviors, with_times=source.with_times, **options)
     if source.kind == "pair_lists":
         return read_pair_lists(directory, source.behaviors, one_based=source.one_based, **test)
     read: Callable[..., InteractionData] = read_item_lists if source.kind == "item_lists" else read_json

@@ -49,6 +49,8 @@ class FilesSource:
     """Whether stored numbers are times; npz and pickles alone have them."""
     one_based: bool = False
     """Whether numbers start at 1; for pair_lists."""
+    on_repeated: Literal["error", "drop"] = "error"
+    """What to do with a held-out purchase that the target has too: refuse it, or drop it from the target."""
 
     def __post_init__(self) -> None:
         require_at_least(1, behaviors=len(self.behaviors))
