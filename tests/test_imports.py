@@ -34,6 +34,11 @@ OPTIONAL = (
     "uvicorn",
     "faiss",
     "polars",
+    "textual",
+    "opentelemetry",
+    "orjson",
+    "aiohttp",
+    "ray",
 )
 
 BANNED = re.compile(
@@ -87,6 +92,11 @@ def test_importing_the_package_is_quick_and_brings_no_torch():
     assert float(done.stdout) < 0.1
 
 
+def test_a_swarm_brings_no_torch():
+    done = run_python("import sys, perilune.agents\nassert 'torch' not in sys.modules")
+    assert done.returncode == 0, done.stderr
+
+
 def test_help_is_quick_and_brings_no_torch():
     done = run_python(
         "import sys, time\nsys.argv = ['perilune', '--help']\nfrom perilune.cli import main\n"
@@ -138,6 +148,7 @@ def test_no_banned_word():
     called = [
         f"{relative(path)}:{node.lineno}: {node.func.id}("
         for path in FILES
+        if relative(path) != "perilune/agents/tools/sandbox/child.py"  # the one place that runs a model's code
         for node in ast.walk(TREES[path])
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec")
     ]
@@ -194,12 +205,15 @@ def _body_lines(node):
 
 @pytest.mark.parametrize("path", RECIPES, ids=relative)
 def test_every_recipe_loads_and_its_resolved_form_is_the_same_recipe(path, tmp_path):
-    from perilune.run import dump_recipe, load
+    from perilune.run import dump_recipe, load, load_swarm
 
-    recipe = load(path).recipe
+    def read(file):
+        return load_swarm(file) if path.name == "swarm.toml" else load(file).recipe
+
+    recipe = read(path)
     resolved = tmp_path / "resolved.toml"
     resolved.write_text(dump_recipe(recipe), encoding="utf-8")
-    assert load(resolved).recipe == recipe
+    assert read(resolved) == recipe
 
 
 def test_the_recipes_presets_survive_being_written_out():

@@ -25,6 +25,8 @@ from perilune.run.recommending import (
 from perilune.run.routing import RecallView, RoutingView, draw_routing, measure_recall
 from perilune.run.schema import FieldDoc, explain
 from perilune.run.stages import STAGES
+from perilune.run.swarm_config import SwarmRecipe
+from perilune.run.swarming import load_swarm, open_swarm, recorded_recipe
 from perilune.run.sweep import plan_sweep, run_sweep
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "RunDirectory",
     "RunSummary",
     "StageContext",
+    "SwarmRecipe",
     "TrainedRecommender",
     "build_recipe",
     "check_stages",
@@ -57,14 +60,17 @@ __all__ = [
     "load_model",
     "load_recipe",
     "load_recommender",
+    "load_swarm",
     "measure_recall",
     "open_chat",
+    "open_swarm",
     "plan_sweep",
     "prepare_interactions",
     "preset_names",
     "presets",
     "read_recipe",
     "recommend",
+    "recorded_recipe",
     "report_evaluation",
     "run_pipeline",
     "run_recipe",

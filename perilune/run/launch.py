@@ -59,6 +59,8 @@ def load(path: Path, overrides: Sequence[str] = (), *, edit: Callable[[Tree], Tr
     tree = merge(read_tree(path), parse_overrides(overrides))
     if edit is not None:
         tree = edit(tree)
+    if "endpoint" in tree:
+        raise RecipeError(f"{path} is a swarm's recipe: perilune swarm run TASK --config {path}")
     family = family_of(tree)
     loaded = load_tree(tree, family.kind, family.presets(), source=str(path))
     check_stages(loaded.recipe, family.stages)

@@ -1,0 +1,85 @@
+"""The JSON body of `/v1/chat/completions`, from a request and back, and how many tokens a text may be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from perilune.agents.messages import ChatRequest, Message, Sampling, Usage, text_of
+
+_BYTES_PER_TOKEN = 4
+_NUMBERS = ("temperature", "top_p", "max_tokens", "seed")
+_OWN_KEYS = frozenset((*_NUMBERS, "model", "messages", "tools", "tool_choice", "stop", "stream", "stream_options"))
+
+
+def to_body(request: ChatRequest, *, messages: Iterable[Message] | None = None) -> dict[str, Any]:
+    """Return what is sent, without the keys that ask for a stream.
+
+    Args:
+        request: what is asked.
+        messages: stand in for the request's own, where a dialect wrote them anew.
+    """
+    sampling = request.sampling
+    body: dict[str, Any] = {
+        "model": request.model,
+        "messages": [message.to_dict() for message in (request.messages if messages is None else messages)],
+    }
+    if request.tools:
+        body["tools"] = list(request.tools)
+    if request.tool_choice is not None:
+        body["tool_choice"] = request.tool_choice
+    numbers = (sampling.temperature, sampling.top_p, sampling.max_tokens, sampling.seed)
+    body.update((key, value) for key, value in zip(_NUMBERS, numbers, strict=True) if value is not None)
+    if sampling.stop:
+        body["stop"] = list(sampling.stop)
+    if sampling.extra_body:
+        body.update(sampling.extra_body)
+    return body
+
+
+def from_body(body: Mapping[str, Any]) -> ChatRequest:
+    """Return the request that a body was made from; agent and turn are not in it.
+
+    Raises:
+        KeyError: `model`, `messages` or a part of a message is missing.
+    """
+    stop = body.get("stop") or ()
+    sampling = Sampling(
+        temperature=body.get("temperature"),
+        top_p=body.get("top_p"),
+        max_tokens=body.get("max_tokens"),
+        seed=body.get("seed"),
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        extra_body={key: value for key, value in body.items() if key not in _OWN_KEYS} or None,
+    )
+    return ChatRequest(
+        model=body["model"],
+        messages=tuple(Message.from_dict(message) for message in body["messages"]),
+        tools=tuple(body.get("tools") or ()),
+        tool_choice=body.get("tool_choice"),
+        sampling=sampling,
+        stream=bool(body.get("stream")),
+    )
+
+
+def estimate_tokens(text: str) -> int:
+    """Return about how many tokens a text is: a quarter of its UTF-8 bytes, rounded up.
+
+    Near enough for English, code and Chinese alike; a vocabulary would be exact and is not always at hand.
+    """
+    size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+    return -(-size // _BYTES_PER_TOKEN)
+
+
+def estimate_usage(request: ChatRequest, answer: Sequence[Message]) -> Usage:
+    """Return what a call took where the server does not say."""
+    prompt = estimate_tokens(text_of(request.messages))
+    if request.tools:
+        prompt += estimate_tokens(json.dumps(list(request.tools), separators=(",", ":")))
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=estimate_tokens(text_of(answer)),
+        reasoning_tokens=sum(estimate_tokens(message.reasoning or "") for message in answer),
+        is_estimated=True,
+    )

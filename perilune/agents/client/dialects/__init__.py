@@ -1,0 +1,1 @@
+"""How models write tool calls, where their server does not do it for them."""

@@ -1,0 +1,60 @@
+"""What becomes of a history that grows too long. An assistant's message and the results of its calls stay together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from perilune.agents.messages import Message
+
+HIDDEN = "[result hidden to save space; call the tool again if it is needed]"
+CHARS_PER_TOKEN = 3.5
+"""Where no server has counted yet; on the safe side for English and JSON."""
+
+
+def estimate_tokens(chars: int) -> int:
+    """Return about how many tokens a text of so many characters has."""
+    return int(chars / CHARS_PER_TOKEN) + 1
+
+
+def hide_tool_results(messages: Sequence[Message]) -> list[Message]:
+    """Hide-Tool-Result: results before the last round give way to a placeholder; thoughts and texts stay.
+
+    Source: Kimi K2.5 (2602.02276), appendix E.6.
+    """
+    last = max((place for place, m in enumerate(messages) if m.role == "assistant" and m.tool_calls), default=0)
+    return [
+        replace(message, content=HIDDEN, images=()) if message.role == "tool" and place < last else message
+        for place, message in enumerate(messages)
+    ]
+
+
+def discard_all(messages: Sequence[Message], times: int) -> list[Message]:
+    """Discard-all: nothing is left but the system prompt and the task, and a note that this is another attempt.
+
+    Source: Kimi K2.5 (2602.02276), appendix E.6.
+    """
+    kept = _beginning(messages)
+    note = f"[The history grew too long and was discarded; this is attempt {times + 1}. Begin again from the task.]"
+    if len(kept) > 1 and kept[-1].role == "user":
+        task = kept[-1].content.split("\n\n[The history grew too long", 1)[0]
+        kept[-1] = replace(kept[-1], content=f"{task}\n\n{note}")
+    return [*kept, *_unread(messages)]
+
+
+def summarised(messages: Sequence[Message], summary: str) -> list[Message]:
+    """Return the beginning, and in place of all that followed what the model itself noted of it."""
+    note = f"[Notes of the work so far, which was dropped to save space]\n{summary}"
+    return [*_beginning(messages), Message(role="user", content=note), *_unread(messages)]
+
+
+def _unread(messages: Sequence[Message]) -> list[Message]:
+    """What people said since the last answer: no turn has read it yet."""
+    last = max((place for place, m in enumerate(messages) if m.role == "assistant"), default=len(messages))
+    return [message for message in messages[last:] if message.role == "user"]
+
+
+def _beginning(messages: Sequence[Message]) -> list[Message]:
+    """The messages before the first answer."""
+    first = next((place for place, m in enumerate(messages) if m.role == "assistant"), len(messages))
+    return list(messages[:first])

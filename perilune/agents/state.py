@@ -1,0 +1,465 @@
+"""What a run's events add up to. A live run and a resumed one have the same state, as both only ever apply events."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from perilune.agents.context import discard_all, hide_tool_results, summarised
+from perilune.agents.journal import Event
+from perilune.agents.messages import Message, ToolCall, Usage
+from perilune.agents.tools.validation import read_json
+
+Status = Literal[
+    "completed",
+    "max_steps",
+    "max_tool_calls",
+    "max_critical_steps",
+    "budget",
+    "timeout",
+    "cancelled",
+    "error",
+    "context_overflow",
+    "stuck",
+]
+"""How an agent ended."""
+
+ROOT = "root"
+
+
+@dataclass(slots=True)
+class CallState:
+    """A call of an agent's last turn."""
+
+    key: str
+    """Unique in the run: agent, turn and place."""
+    index: int
+    call: ToolCall
+    effect: str | None = None
+    """Of the tool, once it was started."""
+    started: int = 0
+    """Number of the event `tool_started`; 0 before."""
+    finished: int = 0
+    result: Message | None = None
+
+
+@dataclass(slots=True)
+class AgentState:
+    """A conversation, and where it stands."""
+
+    id: str
+    parent: str | None
+    profile: str
+    depth: int
+    spawned: int
+    """Number of the event."""
+    messages: list[Message]
+    call: str | None = None
+    """The parent's call that it answers."""
+    turns: int = 0
+    """Finished turns, which are its steps."""
+    tool_calls: int = 0
+    admitted_calls: int = 0
+    """Calls of the last turn that may run; those after them are refused."""
+    run_calls: int = 0
+    """Calls of all turns that could run."""
+    was_cut: bool = False
+    """Whether the last answer ended at its limit of tokens."""
+    cancel_reason: str | None = None
+    """Why it was told to end, if it was."""
+    usage: Usage = field(default_factory=Usage)
+    cost_usd: float | None = 0.0
+    """None where a call had no known price."""
+    calls: dict[str, CallState] = field(default_factory=dict)
+    """Calls of the last turn, until each has its result."""
+    open_turn: int = 0
+    """Number of the event of a turn that began and did not end; 0 without."""
+    attempts: int = 0
+    """Attempts at the open turn that failed."""
+    last: int = 0
+    """Number of its last event, the cause of its next."""
+    children: list[str] = field(default_factory=list)
+    groups: dict[int, list[str]] = field(default_factory=dict)
+    """By turn, the sub-agents that it started."""
+    steers: list[str] = field(default_factory=list)
+    """What people said while results were awaited."""
+    repeated: tuple[str, int] = ("", 0)
+    """The last call, and how often it came one after another."""
+    last_words: Status | None = None
+    """The limit that it met; its next turn is its last."""
+    was_asked_for_more: bool = False
+    is_running: bool = False
+    """Whether it has a place among those that run."""
+    compactions: int = 0
+    context_tokens: int = 0
+    """Tokens of the last request and its answer, as the server counted them."""
+    context_chars: int = 0
+    """Characters that have come since."""
+    status: Status | None = None
+    result: str = ""
+    error: str | None = None
+
+    @property
+    def answer(self) -> str:
+        """The last text that it wrote."""
+        return next((m.content for m in reversed(self.messages) if m.role == "assistant" and m.content), "")
+
+
+@dataclass(slots=True)
+class RunState:
+    """A run."""
+
+    run_id: str
+    task: str = ""
+    model: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    setup: Mapping[str, Any] = field(default_factory=dict)
+    """What the run was last driven with: tools, rules and recipe, beside model and config."""
+    agents: dict[str, AgentState] = field(default_factory=dict)
+    profiles: dict[str, str] = field(default_factory=dict)
+    """System prompts by name."""
+    consents: list[Mapping[str, Any]] = field(default_factory=list)
+    """Requests for consent and their resolutions, in order."""
+    questions: dict[str, str] = field(default_factory=dict)
+    """Questions to people by call, until they are answered."""
+    answers: dict[str, str] = field(default_factory=dict)
+    """What people answered, by call."""
+    warnings: set[tuple[str, str]] = field(default_factory=set)
+    """Owners and quantities of budgets of which a warning was given."""
+    llm_calls: int = 0
+    """Attempts at answers."""
+    elapsed_s: float = 0.0
+    """Seconds that the run was driven, over all its starts."""
+    status: str | None = None
+    answer: str = ""
+    error: str | None = None
+    seq: int = 0
+    _started_at: float = 0.0
+    _elapsed_before: float = 0.0
+
+    @classmethod
+    def fold(cls, run_id: str, events: Iterable[Event]) -> RunState:
+        """Return what events add up to."""
+        state = cls(run_id)
+        for event in events:
+            state.apply(event)
+        return state
+
+    @property
+    def approvals(self) -> dict[str, Mapping[str, Any]]:
+        """Requests for consent that nobody has answered, by id."""
+        answered = {entry["id"] for entry in self.consents if "name" not in entry}
+        return {e["id"]: e for e in self.consents if "name" in e and e["id"] not in answered}
+
+    @property
+    def root(self) -> AgentState:
+        """The agent that has the task."""
+        return self.agents[ROOT]
+
+    @property
+    def subagents(self) -> int:
+        """How many were started."""
+        return len(self.agents) - (ROOT in self.agents)
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens of all agents."""
+        return sum((agent.usage for agent in self.agents.values()), Usage())
+
+    @property
+    def cost_usd(self) -> float | None:
+        """Of all agents; None where some call had no known price."""
+        costs = [agent.cost_usd for agent in self.agents.values()]
+        known = [cost for cost in costs if cost is not None]
+        return sum(known) if len(known) == len(costs) else None
+
+    @property
+    def tool_calls(self) -> int:
+        """Of all agents."""
+        return sum(agent.tool_calls for agent in self.agents.values())
+
+    def critical_steps(self, agent_id: str = ROOT) -> int:
+        """Sum over stages of an agent's step and the steps of the slowest sub-agent that it started there.
+
+        Source: Kimi K2.5 (2602.02276), section 3.
+        """
+        agents = self.agents
+        return critical_steps(agent_id, lambda name: agents[name].turns, lambda name: agents[name].groups.values())
+
+    def apply(self, event: Event) -> None:
+        """Take an event in; those of unknown types change nothing."""
+        self.seq = event.seq
+        if event.type in ("run_started", "run_resumed"):
+            self._elapsed_before, self._started_at = self.elapsed_s, event.at
+        self.elapsed_s = self._elapsed_before + event.at - self._started_at
+        if event.type in _OF_RUN:
+            _OF_RUN[event.type](self, event.payload)
+            return
+        if event.type == "agent_spawned":
+            self._spawn(event)
+            return
+        agent = self.agents.get(event.agent)
+        if agent is None:
+            return
+        agent.last = event.seq
+        if event.type in _OF_AGENT:
+            _OF_AGENT[event.type](agent, event)
+        if event.type in ("turn_retry", "turn_finished", "turn_summarised", "turn_failed", "turn_lost"):
+            self.llm_calls += 1
+
+    def _spawn(self, event: Event) -> None:
+        payload = event.payload
+        agent = AgentState(
+            id=event.agent,
+            parent=payload["parent"],
+            profile=payload["profile"],
+            depth=payload["depth"],
+            spawned=event.seq,
+            messages=[Message.from_dict(message) for message in payload["messages"]],
+            call=payload.get("call"),
+            last=event.seq,
+        )
+        agent.context_chars = sum(len(message.content) for message in agent.messages)
+        self.agents[event.agent] = agent
+        if agent.parent is not None:
+            parent = self.agents[agent.parent]
+            parent.children.append(agent.id)
+            parent.groups.setdefault(parent.turns - 1, []).append(agent.id)
+
+
+def critical_steps(agent_id: str, steps: Callable[[str], int], groups: Callable[[str], Iterable[Sequence[str]]]) -> int:
+    """Return an agent's steps, and of each group that it started those of the slowest member, by the same rule.
+
+    Args:
+        agent_id: the agent.
+        steps: an agent's own.
+        groups: the sub-agents of each of an agent's turns that started any.
+
+    Source: Kimi K2.5 (2602.02276), section 3.
+    """
+    slowest = (max(critical_steps(child, steps, groups) for child in group) for group in groups(agent_id))
+    return steps(agent_id) + sum(slowest)
+
+
+def result_text(payload: Mapping[str, Any]) -> str:
+    """Return what a model reads of an event `tool_finished`: the tool's text, and what it is told beside it."""
+    note = payload.get("note")
+    return f"{payload['text']}\n\n{note}" if note else payload["text"]
+
+
+def call_key(agent_id: str, turn: int, index: int) -> str:
+    """Return the name of a call: unique in a run, and the same again when the run is resumed."""
+    return f"{agent_id}:{turn}:{index}"
+
+
+def _run_started(state: RunState, payload: Mapping[str, Any]) -> None:
+    state.task, state.model, state.config = payload["task"], payload["model"], payload["config"]
+    state.setup = payload
+
+
+def _run_resumed(state: RunState, payload: Mapping[str, Any]) -> None:
+    state.model = payload.get("model", state.model)
+    if "rules" in payload:
+        if payload["rules"] != state.setup.get("rules"):
+            state.consents = []  # they name rules by their places
+        state.setup = payload
+    for agent in state.agents.values():
+        agent.is_running = False
+
+
+def _run_finished(state: RunState, payload: Mapping[str, Any]) -> None:
+    state.status, state.answer, state.error = payload["status"], payload["answer"], payload.get("error")
+
+
+def _profile_created(state: RunState, payload: Mapping[str, Any]) -> None:
+    state.profiles[payload["name"]] = payload["system_prompt"]
+
+
+def _budget_warning(state: RunState, payload: Mapping[str, Any]) -> None:
+    state.warnings.add((payload["owner"], payload["quantity"]))
+
+
+def _consent(state: RunState, payload: Mapping[str, Any]) -> None:
+    state.consents.append(payload)
+
+
+def _question_asked(state: RunState, payload: Mapping[str, Any]) -> None:
+    state.questions[payload["id"]] = payload["text"]
+
+
+def _question_answered(state: RunState, payload: Mapping[str, Any]) -> None:
+    state.questions.pop(payload["id"], None)
+    state.answers[payload["id"]] = payload["text"]
+
+
+_OF_RUN = {
+    "run_started": _run_started,
+    "run_resumed": _run_resumed,
+    "run_finished": _run_finished,
+    "profile_created": _profile_created,
+    "budget_warning": _budget_warning,
+    "approval_requested": _consent,
+    "approval_resolved": _consent,
+    "question_asked": _question_asked,
+    "question_answered": _question_answered,
+}
+
+
+def _agent_started(agent: AgentState, event: Event) -> None:
+    del event
+    agent.is_running = True
+
+
+def _turn_started(agent: AgentState, event: Event) -> None:
+    agent.open_turn, agent.attempts = event.seq, 0
+
+
+def _turn_retry(agent: AgentState, event: Event) -> None:
+    agent.attempts += 1
+    _pay(agent, event)
+
+
+def _turn_over(agent: AgentState, event: Event) -> None:
+    agent.open_turn = 0
+    _pay(agent, event)
+
+
+def _turn_failed(agent: AgentState, event: Event) -> None:
+    _turn_over(agent, event)
+    _deliver(agent)
+
+
+def _pay(agent: AgentState, event: Event) -> None:
+    """Count what an attempt took, whether it was answered or not."""
+    usage = event.payload.get("usage")
+    if usage is not None:
+        cost = event.payload["cost_usd"]
+        agent.usage += Usage(**usage)
+        agent.cost_usd = None if cost is None or agent.cost_usd is None else agent.cost_usd + cost
+
+
+def _turn_summarised(agent: AgentState, event: Event) -> None:
+    _turn_over(agent, event)
+    agent.turns += 1
+
+
+def _turn_finished(agent: AgentState, event: Event) -> None:
+    message = Message.from_dict(event.payload["message"])
+    for index, call in enumerate(message.tool_calls):
+        key = call_key(agent.id, agent.turns, index)
+        agent.calls[key] = CallState(key, index, call)
+    _turn_summarised(agent, event)
+    agent.tool_calls += len(message.tool_calls)
+    agent.admitted_calls = event.payload.get("admitted_calls", len(message.tool_calls))
+    agent.run_calls += agent.admitted_calls
+    agent.was_cut = event.payload["finish_reason"] == "length"
+    usage = event.payload["usage"]
+    agent.context_tokens, agent.context_chars = usage["prompt_tokens"] + usage["completion_tokens"], 0
+    agent.messages.append(message)
+    if not message.tool_calls:
+        _deliver(agent)
+    for call in message.tool_calls:
+        same = _canonical(call)
+        agent.repeated = (same, agent.repeated[1] + 1 if same == agent.repeated[0] else 1)
+
+
+def _tool_started(agent: AgentState, event: Event) -> None:
+    call = agent.calls.get(event.payload["call"])
+    if call is not None:
+        call.started, call.effect = event.seq, event.payload["effect"]
+
+
+def _tool_finished(agent: AgentState, event: Event) -> None:
+    call = agent.calls.get(event.payload["call"])
+    if call is None or call.result is not None:
+        return
+    text = result_text(event.payload)
+    images = tuple(event.payload.get("images") or ())
+    call.finished = event.seq
+    call.result = Message(role="tool", content=text, tool_call_id=call.call.id, images=images)
+    if all(other.result is not None for other in agent.calls.values()):
+        for other in agent.calls.values():
+            assert other.result is not None
+            _say(agent, other.result)
+        agent.calls = {}
+        _deliver(agent)
+
+
+def _steered(agent: AgentState, event: Event) -> None:
+    agent.steers.append(event.payload["text"])
+    if not agent.calls and not agent.open_turn:
+        _deliver(agent)
+
+
+def _deliver(agent: AgentState) -> None:
+    """Let the next turn read what people said meanwhile."""
+    for steer in agent.steers:
+        _say(agent, Message(role="user", content=steer))
+    agent.steers = []
+
+
+def _cancel_requested(agent: AgentState, event: Event) -> None:
+    agent.cancel_reason = event.payload["reason"]
+
+
+def _last_words(agent: AgentState, event: Event) -> None:
+    agent.last_words = event.payload["status"]
+    _say(agent, Message(role="user", content=event.payload["text"]))
+
+
+def _asked_for_more(agent: AgentState, event: Event) -> None:
+    agent.was_asked_for_more = True
+    _say(agent, Message(role="user", content=event.payload["text"]))
+
+
+def _context_compacted(agent: AgentState, event: Event) -> None:
+    match event.payload["policy"]:
+        case "hide_tool_results":
+            agent.messages = hide_tool_results(agent.messages)
+        case "discard_all":
+            agent.messages = discard_all(agent.messages, agent.compactions + 1)
+        case "summarise":
+            agent.messages = summarised(agent.messages, event.payload["summary"])
+    agent.compactions += 1
+    agent.context_tokens = 0
+    agent.context_chars = sum(len(message.content) for message in agent.messages)
+
+
+def _agent_finished(agent: AgentState, event: Event) -> None:
+    payload = event.payload
+    agent.status, agent.result, agent.error = payload["status"], payload["result"], payload.get("error")
+    agent.is_running, agent.calls, agent.open_turn = False, {}, 0
+
+
+_OF_AGENT = {
+    "agent_started": _agent_started,
+    "turn_started": _turn_started,
+    "turn_retry": _turn_retry,
+    "turn_finished": _turn_finished,
+    "turn_summarised": _turn_summarised,
+    "turn_failed": _turn_failed,
+    "turn_lost": _turn_failed,
+    "tool_started": _tool_started,
+    "tool_finished": _tool_finished,
+    "steered": _steered,
+    "cancel_requested": _cancel_requested,
+    "last_words": _last_words,
+    "asked_for_more": _asked_for_more,
+    "context_compacted": _context_compacted,
+    "agent_finished": _agent_finished,
+}
+
+
+def _say(agent: AgentState, message: Message) -> None:
+    agent.messages.append(message)
+    agent.context_chars += len(message.content)
+
+
+def _canonical(call: ToolCall) -> str:
+    try:
+        arguments = json.dumps(read_json(call.arguments), sort_keys=True)
+    except ValueError:
+        arguments = call.arguments
+    return f"{call.name} {arguments}"

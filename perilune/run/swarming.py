@@ -1,0 +1,208 @@
+"""A swarm from its recipe: begun, resumed, replayed, forked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from perilune.agents import (
+    Endpoint,
+    Limiter,
+    LimiterConfig,
+    Price,
+    Rule,
+    Swarm,
+    Tool,
+    known_price,
+    load_events,
+)
+from perilune.agents.client import ChatClient, HttpClient, KimiK2, OpenAiSdkClient, RetryPolicy
+from perilune.agents.tools.addresses import NetworkRules
+from perilune.agents.tools.artifacts import artifact_tool
+from perilune.agents.tools.fetch import fetch_tools
+from perilune.agents.tools.files import file_tools
+from perilune.agents.tools.human import ask_human_tool
+from perilune.agents.tools.mcp import McpServer, McpTools
+from perilune.agents.tools.python import python_tool
+from perilune.agents.tools.search import Corpus, search_tools
+from perilune.agents.tracing import Tracing
+from perilune.errors import DataError, RecipeError
+from perilune.run.recipe import load_tree, recipe_tree
+from perilune.run.swarm_config import EndpointConfig, SwarmRecipe, ToolsConfig
+from perilune.run.tree import Tree, merge, parse_overrides, read_tree
+
+
+def load_swarm(
+    path: Path | None,
+    overrides: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
+    recorded: Mapping[str, Any] | None = None,
+) -> SwarmRecipe:
+    """Read and check a swarm's recipe: what was recorded, over it the file, the options, and last the overrides.
+
+    Args:
+        path: a TOML file; None: there is none.
+        overrides: `a.b.c=value` texts.
+        options: what the command line's options say.
+        recorded: the recipe of a run that is to go on, see `recorded_recipe`.
+
+    Raises:
+        RecipeError: anything is wrong; one line per fault.
+    """
+    tree: Tree = {} if path is None else read_tree(path)
+    tree = merge(merge(tree, dict(options or {})), parse_overrides(overrides))
+    tree = merge(_still_true(recorded or {}, tree), tree)
+    # An endpoint that is empty, rather than missing, has each of its keys named.
+    return load_tree({"endpoint": {}, **tree}, SwarmRecipe, source=str(path or "the command line")).recipe
+
+
+def recorded_recipe(journal: Path, run_id: str | None = None) -> Tree:
+    """Return the recipe that a run was last driven with; empty if it was not begun from one.
+
+    Raises:
+        JournalError: the journal cannot be read, or has no such run.
+    """
+    found: Tree = {}
+    for event in load_events(journal, run_id):
+        if event.type in ("run_started", "run_resumed"):
+            found = event.payload.get("recipe") or {}
+    return found
+
+
+def _still_true(recorded: Mapping[str, Any], tree: Tree) -> Tree:
+    """What was recorded, without what holds for that endpoint alone: another address must not be sent its key."""
+    found, point = dict(recorded), dict(recorded.get("endpoint", {}))
+    new = tree.get("endpoint")
+    if not isinstance(new, Mapping) or not point:
+        return found
+    if new.get("base_url", point["base_url"]) != point["base_url"]:
+        point = {"model": point["model"]}
+    if new.get("model", point["model"]) != point["model"]:
+        point.pop("price", None)
+    return {**found, "endpoint": point}
+
+
+@asynccontextmanager
+async def open_swarm(
+    recipe: SwarmRecipe, *, is_interactive: bool = False, trace: Callable[[str], Tracing] | None = None
+) -> AsyncIterator[Swarm]:
+    """Give a swarm whose client and servers are closed at the end.
+
+    Args:
+        recipe: of the swarm.
+        is_interactive: whether somebody is there to be asked.
+        trace: gives what traces a run, see `Swarm`.
+
+    Raises:
+        RecipeError: the variable of the key is not set, or a budget in money has no price.
+        DataError: a directory does not exist.
+    """
+    limiter, price = _limiter(recipe.endpoint), _price(recipe)
+    client = _client(recipe.endpoint, limiter)
+    try:
+        async with _tools(recipe.tools) as tools:
+            yield Swarm(
+                endpoint=Endpoint(
+                    client=client,
+                    model=recipe.endpoint.model,
+                    limiter=limiter,
+                    retry=RetryPolicy(attempts=recipe.endpoint.attempts),
+                    price=price,
+                ),
+                config=recipe.swarm,
+                tools=tools,
+                rules=[Rule(mode=rule.mode, tool=rule.tool, arguments=rule.arguments) for rule in recipe.rules],
+                is_interactive=is_interactive,
+                synchronous=recipe.durability,
+                trace=trace,
+                recipe=_to_record(recipe),
+            )
+    finally:
+        await client.close()
+
+
+def _to_record(recipe: SwarmRecipe) -> Tree:
+    """A recipe as the journal keeps it: it must mean the same from another working directory."""
+    tree = recipe_tree(recipe)
+    for key in ("files", "corpus"):
+        if key in tree["tools"]:
+            tree["tools"][key] = str(Path(tree["tools"][key]).absolute())
+    return tree
+
+
+def _limiter(point: EndpointConfig) -> Limiter:
+    return Limiter(
+        LimiterConfig(
+            start=point.concurrency,
+            most=point.max_concurrency,
+            requests_per_minute=point.requests_per_minute,
+            tokens_per_minute=point.tokens_per_minute,
+        )
+    )
+
+
+def _price(recipe: SwarmRecipe) -> Price | None:
+    model, given = recipe.endpoint.model, recipe.endpoint.price
+    if given is not None:
+        return Price(prompt=given.prompt, completion=given.completion, cached=given.cached)
+    price = known_price(model)
+    if price is None and recipe.swarm.budget.usd is not None and not recipe.swarm.allow_unknown_cost:
+        raise RecipeError(
+            f"swarm.budget.usd is {recipe.swarm.budget.usd:g}, but the price of {model} is not known; give it in US "
+            "dollars of a million tokens (--set endpoint.price.prompt=1 --set endpoint.price.completion=3), or do "
+            "without (--set swarm.allow_unknown_cost=true)"
+        )
+    return price
+
+
+def _client(config: EndpointConfig, limiter: Limiter) -> ChatClient:
+    key = None
+    if config.api_key_env is not None:
+        key = os.environ.get(config.api_key_env)
+        if not key:
+            raise RecipeError(f"endpoint.api_key_env: the environment variable {config.api_key_env} is not set")
+    kind = HttpClient if config.transport == "aiohttp" else OpenAiSdkClient
+    dialect = KimiK2() if config.dialect == "kimi_k2" else None
+    return kind(config.base_url, key, stream=config.stream, dialect=dialect, on_limits=limiter.learn)
+
+
+@asynccontextmanager
+async def _tools(config: ToolsConfig) -> AsyncIterator[list[Tool]]:
+    found: list[Tool] = [artifact_tool()]
+    if config.files is not None:
+        found += file_tools(_directory("files", config.files), is_read_only=config.read_only)
+    corpus = None if config.corpus is None else Corpus.from_folder(_directory("corpus", config.corpus))
+    if corpus is not None:
+        found += search_tools(corpus)
+    if config.fetch:
+        found += fetch_tools(NetworkRules(allow_hosts=config.allow_hosts or None))
+    if config.python != "none":
+        found.append(python_tool(config.python))
+    if config.ask_human:
+        found.append(ask_human_tool())
+    servers = [_server(name, config) for name in config.mcp]
+    mcp = await McpTools.connect(servers) if servers else None
+    try:
+        yield found if mcp is None else [*found, *mcp.tools]
+    finally:
+        if mcp is not None:
+            await mcp.close()
+        if corpus is not None:
+            corpus.close()
+
+
+def _server(name: str, config: ToolsConfig) -> McpServer:
+    wanted = config.mcp[name]
+    return McpServer(
+        name=name, command=wanted.command, url=wanted.url, tools=wanted.tools, effects=wanted.effects or {}
+    )
+
+
+def _directory(key: str, name: str) -> Path:
+    path = Path(name)
+    if not path.is_dir():
+        raise DataError(f"tools.{key}: {name} is not a directory")
+    return path

@@ -1,0 +1,150 @@
+"""A swarm from its recipe: layers, what is recorded, and what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+
+from perilune.agents import ChatRequest, Message, Swarm
+from perilune.agents.swarm import SwarmRun
+from perilune.errors import DataError, RecipeError
+from perilune.run import load_swarm, open_swarm, recorded_recipe
+
+URL = "http://127.0.0.1:9/v1"
+POINT = {"endpoint": {"base_url": URL, "model": "m"}}
+
+
+def opened(recipe, use=lambda swarm: None):
+    async def act() -> object:
+        async with open_swarm(recipe) as swarm:
+            found = use(swarm)
+            return await found if asyncio.iscoroutine(found) else found
+
+    return asyncio.run(act())
+
+
+def test_overrides_stand_over_options_over_the_file_over_what_was_recorded(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text("[swarm]\nmax_agents_running = 2\nmax_depth = 2\nmax_profiles = 2\n")
+    recorded = {**POINT, "swarm": dict.fromkeys(("max_agents_running", "max_depth", "max_profiles", "result_chars"), 1)}
+    options = {"swarm": {"max_depth": 3, "max_profiles": 3}}
+    found = load_swarm(path, ["swarm.max_profiles=4"], options, recorded).swarm
+    assert (found.result_chars, found.max_agents_running, found.max_depth, found.max_profiles) == (1, 2, 3, 4)
+
+
+def test_every_key_that_is_missing_is_named() -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_swarm(None)
+    assert [line.split(": ", 1)[1] for line in str(caught.value).splitlines()] == [
+        "endpoint.base_url is missing; it is required",
+        "endpoint.model is missing; it is required",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "wanted"),
+    [
+        ("endpoint.max_concurrency=4", "max_concurrency must be >= concurrency"),
+        ("endpoint.concurrency=0", "concurrency must be >= 1"),
+        ("endpoint.price={prompt = -1.0, completion = 1.0}", "prompt must be >= 0"),
+        ("endpoint.transport=carrier", "endpoint.transport must be one of aiohttp, openai"),
+        ("tools.mcp.a={}", "url must be given without command"),
+        ("swarm.max_agents_running=400", "max_agents_running must be <= max_agents_total"),
+        ('rules=[{mode = "perhaps"}]', "mode must be one of auto, ask, deny"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_key(override: str, wanted: str) -> None:
+    with pytest.raises(RecipeError, match=wanted):
+        load_swarm(None, [override], POINT)
+
+
+def test_another_address_is_not_sent_the_recorded_key() -> None:
+    own = {**POINT["endpoint"], "api_key_env": "KEY", "dialect": "kimi_k2", "price": {"prompt": 1.0, "completion": 2.0}}
+    recorded = {"endpoint": own, "swarm": {"max_depth": 2}}
+    same = load_swarm(None, (), {"endpoint": {"base_url": URL}}, recorded)
+    assert (same.endpoint.api_key_env, same.endpoint.dialect, same.swarm.max_depth) == ("KEY", "kimi_k2", 2)
+    other = load_swarm(None, (), {"endpoint": {"base_url": "http://other/v1"}}, recorded)
+    assert (other.endpoint.api_key_env, other.endpoint.model, other.endpoint.price) == (None, "m", None)
+    assert other.swarm.max_depth == 2
+    cheaper = load_swarm(None, (), {"endpoint": {"model": "n"}}, recorded)
+    assert (cheaper.endpoint.api_key_env, cheaper.endpoint.price) == ("KEY", None)
+
+
+def test_a_recorded_recipe_means_the_same_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "files").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SOME_KEY", "sk-secret-of-the-test")
+    recipe = load_swarm(None, ["tools.files=files", "endpoint.api_key_env=SOME_KEY"], POINT)
+
+    async def begin(swarm: Swarm) -> SwarmRun:
+        run = await swarm.start("Go.", tmp_path / "a.db")
+        await run.stop()
+        return run
+
+    opened(recipe, begin)
+    found = recorded_recipe(tmp_path / "a.db")
+    assert found["tools"]["files"] == str(tmp_path / "files")
+    assert found["endpoint"]["api_key_env"] == "SOME_KEY"
+    assert b"sk-secret-of-the-test" not in (tmp_path / "a.db").read_bytes()
+    again = load_swarm(None, (), None, found)
+    assert again == load_swarm(None, [f"tools.files={tmp_path / 'files'}", "endpoint.api_key_env=SOME_KEY"], POINT)
+
+
+def test_a_swarm_has_the_tools_rules_and_limits_of_its_recipe(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("hello")
+    rules = 'rules=[{mode = "ask", tool = "write_*"}]'
+    wanted = [f"tools.files={tmp_path}", "tools.ask_human=true", f"tools.corpus={tmp_path}", rules]
+    wanted += ["endpoint.concurrency=3", "endpoint.price={prompt = 1.0, completion = 2.0}", "durability=full"]
+    swarm = opened(load_swarm(None, wanted, POINT), lambda swarm: swarm)
+    names = {tool.name for tool in swarm.tools}
+    assert {"read_artifact", "read_file", "write_file", "ask_human", "search"} <= names
+    assert [(rule.mode, rule.tool) for rule in swarm.rules] == [("ask", "write_*")]
+    assert (swarm.endpoint.limiter.window, swarm.synchronous) == (3, "full")
+    assert (swarm.endpoint.price.prompt, swarm.endpoint.price.completion) == (1.0, 2.0)
+
+
+def test_what_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NOT_SET", raising=False)
+    with pytest.raises(RecipeError, match=r"endpoint\.api_key_env: the environment variable NOT_SET is not set"):
+        opened(load_swarm(None, ["endpoint.api_key_env=NOT_SET"], POINT))
+    with pytest.raises(DataError, match=r"tools\.files: nowhere/at/all is not a directory"):
+        opened(load_swarm(None, ["tools.files=nowhere/at/all"], POINT))
+
+
+def test_a_budget_of_money_without_a_price_says_how_to_give_one() -> None:
+    budget = ["swarm.budget.usd=1.0", "endpoint.model=nobody/knows"]
+    with pytest.raises(RecipeError, match=r"--set endpoint\.price\.prompt=.*--set swarm\.allow_unknown_cost=true"):
+        opened(load_swarm(None, budget, {"endpoint": {"base_url": URL}}))
+    opened(load_swarm(None, [*budget, "swarm.allow_unknown_cost=true"], {"endpoint": {"base_url": URL}}))
+
+
+def test_limits_that_the_server_states_reach_the_limiter() -> None:
+    async def act() -> tuple[float, int]:
+        async def answer(request: web.Request) -> web.Response:
+            body = {"choices": [{"message": {"role": "assistant", "content": "hi"}, "finish_reason": "stop"}]}
+            return web.json_response(body, headers={"x-ratelimit-limit-requests": "1"})
+
+        app = web.Application()
+        app.router.add_post("/v1/chat/completions", answer)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        try:
+            url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+            recipe = load_swarm(None, ["endpoint.model=m"], {"endpoint": {"base_url": url}})
+            async with open_swarm(recipe) as swarm:
+                limiter = swarm.endpoint.limiter
+                await swarm.endpoint.client.chat(ChatRequest(model="m", messages=(Message(role="user", content="hi"),)))
+                async with limiter.admit("a"):
+                    pass
+                late = asyncio.create_task(limiter.admit("a").__aenter__())
+                await asyncio.sleep(0)
+                late.cancel()
+                return limiter.in_flight, limiter.peak
+        finally:
+            await runner.cleanup()
+
+    assert asyncio.run(act()) == (0, 1)
