@@ -24,7 +24,7 @@ def import_ray() -> ModuleType:
         PeriluneError: Ray is not installed.
     """
     try:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise PeriluneError(
             "sub-agents as Ray tasks need the optional package ray; install it with: pip install 'perilune[scale]'"

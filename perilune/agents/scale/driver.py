@@ -124,7 +124,7 @@ class RayAgents:
 
     async def _outcome(self, ended: asyncio.Future[None], link: Link) -> tuple[Status, str] | None:
         """What a task that is over came to, if not to what it has told."""
-        from ray.exceptions import RayTaskError
+        from ray.exceptions import RayTaskError  # pyright: ignore[reportMissingImports]
 
         try:
             await reached(ended)

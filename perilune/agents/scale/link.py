@@ -205,7 +205,7 @@ async def reached(answer: Awaitable[Any]) -> Any:
         Lost: there is nobody to give it.
         RayTaskError: what was asked failed by itself.
     """
-    from ray.exceptions import RayError, RayTaskError
+    from ray.exceptions import RayError, RayTaskError  # pyright: ignore[reportMissingImports]
 
     try:
         return await answer
