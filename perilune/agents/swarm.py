@@ -21,7 +21,7 @@ from perilune.agents.journal import Event, Journal, JournalError, find_run, load
 from perilune.agents.journal.store import Synchronous
 from perilune.agents.limiter import Limiter
 from perilune.agents.loop import drive
-from perilune.agents.messages import Usage
+from perilune.agents.result import RunResult
 from perilune.agents.runtime import Runtime, run_budget
 from perilune.agents.scale import RayAgents, RemoteAgents
 from perilune.agents.state import ROOT, AgentState, RunState
@@ -44,29 +44,6 @@ Answer with the result alone, in the form that the task asks for."""
 _SUBAGENT_LINE = (
     "- sub-agents: create_subagent registers one, assign_task gives one a task; sub-agents have the other tools too.\n"
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunResult:
-    """How a run ended."""
-
-    run_id: str
-    status: str
-    """Of the orchestrator; stopped: it can be resumed; log_error: the journal could not be written any more."""
-    answer: str
-    error: str | None
-    usage: Usage
-    cost_usd: float | None
-    """None where some call had no known price."""
-    steps: int
-    """Turns of all agents."""
-    critical_steps: int
-    tool_calls: int
-    subagents: int
-    wall_s: float
-    """Seconds that the run was driven, over all its starts."""
-    leaked: tuple[str, ...] = ()
-    """What did not end in time after it was cancelled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
