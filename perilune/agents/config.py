@@ -3,9 +3,10 @@
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 from perilune.agents.messages import Sampling
+from perilune.checks import require, require_at_least, require_choice
 
 ContextPolicy = Literal["none", "hide_tool_results", "discard_all", "summarise"]
 GroupKind = Literal["all", "quorum", "deadline"]
@@ -24,9 +25,9 @@ class ContextConfig:
     """Share of `max_tokens` from which the policy acts, in (0, 1]."""
 
     def __post_init__(self) -> None:
-        _choice("policy", self.policy, ContextPolicy)
-        _at_least(1, max_tokens=self.max_tokens)
-        _require(0 < self.threshold <= 1, "threshold", "in (0, 1]", self.threshold)
+        require_choice("policy", self.policy, ContextPolicy)
+        require_at_least(1, max_tokens=self.max_tokens)
+        require(0 < self.threshold <= 1, "threshold", "in (0, 1]", self.threshold)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +45,8 @@ class AgentLimits:
 
     def __post_init__(self) -> None:
         for name, value in {"max_steps": self.max_steps, "max_tool_calls": self.max_tool_calls}.items():
-            _require(value is None or value >= 1, name, ">= 1", value)
-        _require(self.timeout_s is None or 0 < self.timeout_s < math.inf, "timeout_s", "> 0", self.timeout_s)
+            require(value is None or value >= 1, name, ">= 1", value)
+        require(self.timeout_s is None or 0 < self.timeout_s < math.inf, "timeout_s", "> 0", self.timeout_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +69,7 @@ class BudgetConfig:
     def __post_init__(self) -> None:
         for name in ("usd", "tokens_in", "tokens_out", "llm_calls", "tool_calls", "wall_s"):
             value = getattr(self, name)
-            _require(value is None or 0 < value < math.inf, name, "> 0", value)
+            require(value is None or 0 < value < math.inf, name, "> 0", value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,9 +84,9 @@ class GroupConfig:
     """Seconds from the group's start."""
 
     def __post_init__(self) -> None:
-        _choice("kind", self.kind, GroupKind)
-        _at_least(1, quorum=self.quorum)
-        _require(0 < self.deadline_s < math.inf, "deadline_s", "> 0", self.deadline_s)
+        require_choice("kind", self.kind, GroupKind)
+        require_at_least(1, quorum=self.quorum)
+        require(0 < self.deadline_s < math.inf, "deadline_s", "> 0", self.deadline_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,9 +120,9 @@ class LimiterConfig:
         if not 0 < self.shrink < 1:
             raise ValueError(f"shrink must be in (0, 1), got {self.shrink}")
         for name in ("shrink_interval_s", "recovery_s"):
-            _require(0 <= getattr(self, name) < math.inf, name, "finite and >= 0", getattr(self, name))
+            require(0 <= getattr(self, name) < math.inf, name, "finite and >= 0", getattr(self, name))
         interval = self.recovery_interval_s
-        _require(0 < interval < math.inf, "recovery_interval_s", "finite and > 0", interval)
+        require(0 < interval < math.inf, "recovery_interval_s", "finite and > 0", interval)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,18 +167,18 @@ class SwarmConfig:
     """Whether a budget in money is accepted for a model without a known price; its calls then cost nothing."""
 
     def __post_init__(self) -> None:
-        _at_least(1, max_agents_total=self.max_agents_total, max_agents_running=self.max_agents_running)
-        _at_least(0, max_depth=self.max_depth, min_summary_chars=self.min_summary_chars)
-        _at_least(1, max_profiles=self.max_profiles, max_calls_per_turn=self.max_calls_per_turn)
-        _at_least(1, result_chars=self.result_chars)
-        _require(0 <= self.grace_s < math.inf, "grace_s", "finite and >= 0", self.grace_s)
+        require_at_least(1, max_agents_total=self.max_agents_total, max_agents_running=self.max_agents_running)
+        require_at_least(0, max_depth=self.max_depth, min_summary_chars=self.min_summary_chars)
+        require_at_least(1, max_profiles=self.max_profiles, max_calls_per_turn=self.max_calls_per_turn)
+        require_at_least(1, result_chars=self.result_chars)
+        require(0 <= self.grace_s < math.inf, "grace_s", "finite and >= 0", self.grace_s)
         most = self.max_agents_total
-        _require(self.max_agents_running <= most, "max_agents_running", f"<= max_agents_total ({most})",
+        require(self.max_agents_running <= most, "max_agents_running", f"<= max_agents_total ({most})",
                  self.max_agents_running)  # fmt: skip
         for pattern in self.redact:
             _regular(pattern)
         critical = self.max_critical_steps
-        _require(critical is None or critical >= 1, "max_critical_steps", ">= 1", critical)
+        require(critical is None or critical >= 1, "max_critical_steps", ">= 1", critical)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,10 +208,10 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         for name, value in {"median_s": self.median_s, "speed": self.speed}.items():
-            _require(0 < value < math.inf, name, "> 0", value)
-        _at_least(1, concurrency=self.concurrency, rows_per_agent=self.rows_per_agent)
-        _at_least(1, calls_per_turn=self.calls_per_turn)
-        _require(8 <= self.rows <= 64, "rows", "in [8, 64]", self.rows)
+            require(0 < value < math.inf, name, "> 0", value)
+        require_at_least(1, concurrency=self.concurrency, rows_per_agent=self.rows_per_agent)
+        require_at_least(1, calls_per_turn=self.calls_per_turn)
+        require(8 <= self.rows <= 64, "rows", "in [8, 64]", self.rows)
 
 
 def _regular(pattern: str) -> None:
@@ -218,18 +219,4 @@ def _regular(pattern: str) -> None:
         found = re.compile(pattern)
     except re.error as error:
         raise ValueError(f"redact: {pattern!r} is no regular expression: {error}") from error
-    _require(found.search("") is None, "a pattern of redact", "one that does not match an empty text", repr(pattern))
-
-
-def _require(is_met: bool, name: str, wanted: str, value: object) -> None:
-    if not is_met:
-        raise ValueError(f"{name} must be {wanted}, got {value}")
-
-
-def _at_least(least: int, **values: int) -> None:
-    for name, value in values.items():
-        _require(value >= least, name, f">= {least}", value)
-
-
-def _choice(name: str, value: str, allowed: object) -> None:
-    _require(value in get_args(allowed), name, f"one of {', '.join(get_args(allowed))}", repr(value))
+    require(found.search("") is None, "a pattern of redact", "one that does not match an empty text", repr(pattern))

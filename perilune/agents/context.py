@@ -8,13 +8,6 @@ from dataclasses import replace
 from perilune.agents.messages import Message
 
 HIDDEN = "[result hidden to save space; call the tool again if it is needed]"
-CHARS_PER_TOKEN = 3.5
-"""Where no server has counted yet; on the safe side for English and JSON."""
-
-
-def estimate_tokens(chars: int) -> int:
-    """Return about how many tokens a text of so many characters has."""
-    return int(chars / CHARS_PER_TOKEN) + 1
 
 
 def hide_tool_results(messages: Sequence[Message]) -> list[Message]:

@@ -18,7 +18,6 @@ from perilune.agents.client.base import EndpointError
 from perilune.agents.client.replay import Divergence
 from perilune.agents.client.retry import ask
 from perilune.agents.config import ContextPolicy
-from perilune.agents.context import estimate_tokens
 from perilune.agents.journal import JournalError
 from perilune.agents.limiter import Place
 from perilune.agents.messages import ChatRequest, Message, Reply, Usage, with_unique_ids
@@ -158,7 +157,7 @@ class _Turns:
         return context.policy != "none" and self._context_tokens() > context.threshold * context.max_tokens
 
     def _context_tokens(self) -> int:
-        return self._agent.context_tokens + estimate_tokens(self._agent.context_chars)
+        return self._agent.context_tokens + self._agent.added_tokens
 
     def _policy_of_overflow(self) -> ContextPolicy:
         """What makes room at once: a summary would have to be asked for with the history that does not fit."""

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from perilune.agents.context import discard_all, hide_tool_results, summarised
 from perilune.agents.journal import Event
-from perilune.agents.messages import Message, ToolCall, Usage
+from perilune.agents.messages import Message, ToolCall, Usage, estimate_tokens, text_of
 from perilune.agents.tools.validation import read_json
 
 Status = Literal[
@@ -95,8 +95,8 @@ class AgentState:
     compactions: int = 0
     context_tokens: int = 0
     """Tokens of the last request and its answer, as the server counted them."""
-    context_chars: int = 0
-    """Characters that have come since."""
+    added_tokens: int = 0
+    """An estimate of those that have come since."""
     status: Status | None = None
     result: str = ""
     error: str | None = None
@@ -221,7 +221,7 @@ class RunState:
             call=payload.get("call"),
             last=event.seq,
         )
-        agent.context_chars = sum(len(message.content) for message in agent.messages)
+        agent.added_tokens = estimate_tokens(text_of(agent.messages))
         self.agents[event.agent] = agent
         if agent.parent is not None:
             parent = self.agents[agent.parent]
@@ -356,7 +356,7 @@ def _turn_finished(agent: AgentState, event: Event) -> None:
     agent.run_calls += agent.admitted_calls
     agent.was_cut = event.payload["finish_reason"] == "length"
     usage = event.payload["usage"]
-    agent.context_tokens, agent.context_chars = usage["prompt_tokens"] + usage["completion_tokens"], 0
+    agent.context_tokens, agent.added_tokens = usage["prompt_tokens"] + usage["completion_tokens"], 0
     agent.messages.append(message)
     if not message.tool_calls:
         _deliver(agent)
@@ -424,7 +424,7 @@ def _context_compacted(agent: AgentState, event: Event) -> None:
             agent.messages = summarised(agent.messages, event.payload["summary"])
     agent.compactions += 1
     agent.context_tokens = 0
-    agent.context_chars = sum(len(message.content) for message in agent.messages)
+    agent.added_tokens = estimate_tokens(text_of(agent.messages))
 
 
 def _agent_finished(agent: AgentState, event: Event) -> None:
@@ -454,7 +454,7 @@ _OF_AGENT = {
 
 def _say(agent: AgentState, message: Message) -> None:
     agent.messages.append(message)
-    agent.context_chars += len(message.content)
+    agent.added_tokens += estimate_tokens(message.content)
 
 
 def _canonical(call: ToolCall) -> str:

@@ -2,8 +2,9 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
+from perilune.checks import require, require_at_least, require_choice, require_positive
 from perilune.ops.multigraph import Norm
 
 Encoder = Literal["lightgcn", "lrgccf", "gcn", "ngcf"]
@@ -53,18 +54,18 @@ class CIGFConfig:
     there, as in the protocol "clean"."""
 
     def __post_init__(self) -> None:
-        _at_least(1, dim=self.dim, layers=self.layers, heads=self.heads, n_experts=self.n_experts)
-        _choice("norm", self.norm, Norm)
-        _choice("encoder", self.encoder, Encoder)
-        _choice("order", self.order, Order)
-        _choice("attention", self.attention, Attention)
-        _choice("decoder", self.decoder, DecoderName)
-        _require(0 <= self.leaky_slope <= 1, "leaky_slope", "in [0, 1]", self.leaky_slope)
-        _positive(logit_scale=self.logit_scale)
+        require_at_least(1, dim=self.dim, layers=self.layers, heads=self.heads, n_experts=self.n_experts)
+        require_choice("norm", self.norm, Norm)
+        require_choice("encoder", self.encoder, Encoder)
+        require_choice("order", self.order, Order)
+        require_choice("attention", self.attention, Attention)
+        require_choice("decoder", self.decoder, DecoderName)
+        require(0 <= self.leaky_slope <= 1, "leaky_slope", "in [0, 1]", self.leaky_slope)
+        require_positive(logit_scale=self.logit_scale)
         has_experts = self.decoder in ("mmoe", "ple") or self.n_experts == 3
-        _require(has_experts, "n_experts", f"absent for decoder {self.decoder}", self.n_experts)
+        require(has_experts, "n_experts", f"absent for decoder {self.decoder}", self.n_experts)
         plain = self.cross_behavior or (self.order == "official" and self.encoder == "lightgcn" and self.heads == 1)
-        _require(plain, "cross_behavior", "true with order, encoder or heads changed", self.cross_behavior)
+        require(plain, "cross_behavior", "true with order, encoder or heads changed", self.cross_behavior)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,9 +86,9 @@ class FactorConfig:
     """Factor of scores."""
 
     def __post_init__(self) -> None:
-        _at_least(1, dim=self.dim, layers=self.layers)
-        _choice("norm", self.norm, Norm)
-        _positive(logit_scale=self.logit_scale)
+        require_at_least(1, dim=self.dim, layers=self.layers)
+        require_choice("norm", self.norm, Norm)
+        require_positive(logit_scale=self.logit_scale)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,9 +107,9 @@ class MBGCNConfig:
     """Factor of scores."""
 
     def __post_init__(self) -> None:
-        _at_least(1, dim=self.dim, layers=self.layers)
-        _require(0 <= self.item_share <= 1, "item_share", "in [0, 1]", self.item_share)
-        _positive(logit_scale=self.logit_scale)
+        require_at_least(1, dim=self.dim, layers=self.layers)
+        require(0 <= self.item_share <= 1, "item_share", "in [0, 1]", self.item_share)
+        require_positive(logit_scale=self.logit_scale)
 
 
 RecommenderConfig = CIGFConfig | FactorConfig | MBGCNConfig
@@ -126,8 +127,8 @@ class SubgraphConfig:
     """Most users, and most items, that a round adds."""
 
     def __post_init__(self) -> None:
-        _at_least(1, chunk_users=self.chunk_users)
-        _at_least(0, rounds=self.rounds, nodes_per_round=self.nodes_per_round)
+        require_at_least(1, chunk_users=self.chunk_users)
+        require_at_least(0, rounds=self.rounds, nodes_per_round=self.nodes_per_round)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,36 +171,17 @@ class FitConfig:
     """Where to compute; auto: a GPU if there is one."""
 
     def __post_init__(self) -> None:
-        _at_least(1, epochs=self.epochs, users_per_epoch=self.users_per_epoch, batch_users=self.batch_users)
-        _at_least(1, samples_per_user=self.samples_per_user, log_interval=self.log_interval)
-        _at_least(0, eval_interval=self.eval_interval, validation_users=self.validation_users)
-        _require(self.decay_steps is None or self.decay_steps >= 1, "decay_steps", ">= 1", self.decay_steps)
-        _require(self.patience is None or self.patience >= 1, "patience", ">= 1", self.patience)
-        _require(
+        require_at_least(1, epochs=self.epochs, users_per_epoch=self.users_per_epoch, batch_users=self.batch_users)
+        require_at_least(1, samples_per_user=self.samples_per_user, log_interval=self.log_interval)
+        require_at_least(0, eval_interval=self.eval_interval, validation_users=self.validation_users)
+        require(self.decay_steps is None or self.decay_steps >= 1, "decay_steps", ">= 1", self.decay_steps)
+        require(self.patience is None or self.patience >= 1, "patience", ">= 1", self.patience)
+        require(
             self.patience is None or self.eval_interval > 0, "patience", "absent without eval_interval", self.patience
         )
-        _require(0 < self.lr_decay <= 1, "lr_decay", "in (0, 1]", self.lr_decay)
-        _positive(lr=self.lr)
+        require(0 < self.lr_decay <= 1, "lr_decay", "in (0, 1]", self.lr_decay)
+        require_positive(lr=self.lr)
         for name, value in {"l2": self.l2, "checkpoint_interval_s": self.checkpoint_interval_s}.items():
-            _require(0 <= value < math.inf, name, "finite and >= 0", value)
+            require(0 <= value < math.inf, name, "finite and >= 0", value)
         for name, value in (self.behavior_weights or {}).items():
-            _require(0 <= value < math.inf, f"behavior_weights.{name}", "finite and >= 0", value)
-
-
-def _require(is_met: bool, name: str, wanted: str, value: object) -> None:
-    if not is_met:
-        raise ValueError(f"{name} must be {wanted}, got {value}")
-
-
-def _at_least(least: int, **values: int) -> None:
-    for name, value in values.items():
-        _require(value >= least, name, f">= {least}", value)
-
-
-def _positive(**values: float) -> None:
-    for name, value in values.items():
-        _require(0 < value < math.inf, name, "finite and > 0", value)
-
-
-def _choice(name: str, value: str, allowed: object) -> None:
-    _require(value in get_args(allowed), name, f"one of {', '.join(get_args(allowed))}", repr(value))
+            require(0 <= value < math.inf, f"behavior_weights.{name}", "finite and >= 0", value)

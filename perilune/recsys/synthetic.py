@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from perilune.checks import require
 from perilune.errors import DataError
 from perilune.recsys.data import NONE, InteractionData, Interactions
 from perilune.recsys.logs import EventLog
@@ -68,18 +69,18 @@ class FunnelConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_users", "num_items", "factors"):
-            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("taste", "popularity", "activity", "conversion"):
             value = getattr(self, name)
-            _require(0 <= value < math.inf, name, "at least 0", value)
-        _require(0 < self.views < self.num_items / 2, "views", "above 0 and below half of num_items", self.views)
-        _require(0 < self.days < math.inf, "days", "above 0", self.days)
+            require(0 <= value < math.inf, name, "at least 0", value)
+        require(0 < self.views < self.num_items / 2, "views", "above 0 and below half of num_items", self.views)
+        require(0 < self.days < math.inf, "days", "above 0", self.days)
         for name in ("carts", "purchases"):
-            _require(0 < getattr(self, name) < 1, name, "in (0, 1)", getattr(self, name))
+            require(0 < getattr(self, name) < 1, name, "in (0, 1)", getattr(self, name))
         for name in ("noise", "unlogged", "non_buyers", "cold_users"):
-            _require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
+            require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
         shares = self.non_buyers + self.cold_users
-        _require(shares <= 1, "non_buyers + cold_users", "at most 1", shares)
+        require(shares <= 1, "non_buyers + cold_users", "at most 1", shares)
 
 
 def funnel(config: FunnelConfig) -> InteractionData:
@@ -299,8 +300,3 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
 
 def _generator(seed: int, use: str) -> np.random.Generator:
     return np.random.default_rng(derive_seed(seed, "recsys", "synthetic", use))
-
-
-def _require(is_right: bool, name: str, rule: str, value: object) -> None:
-    if not is_right:
-        raise ValueError(f"{name} must be {rule}, got {value!r}")

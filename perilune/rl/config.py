@@ -6,12 +6,8 @@ No postponed annotations here: recipe validation reads them.
 from dataclasses import dataclass, field
 from typing import Literal
 
+from perilune.checks import require
 from perilune.engine import RepetitionRule
-
-
-def _require(is_right: bool, name: str, rule: str, value: object) -> None:
-    if not is_right:
-        raise ValueError(f"{name} must be {rule}, got {value}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,11 +30,11 @@ class RolloutConfig:
     """Subtracted from the reward of a response that was stopped for repetition, whose own reward becomes 0."""
 
     def __post_init__(self) -> None:
-        _require(self.group_size >= 2, "group_size", ">= 2 (a baseline needs a group)", self.group_size)
-        _require(self.prompts_per_iteration >= 1, "prompts_per_iteration", ">= 1", self.prompts_per_iteration)
-        _require(0 < self.temperature < float("inf"), "temperature", "finite and > 0", self.temperature)
-        _require(self.max_response_tokens >= 1, "max_response_tokens", ">= 1", self.max_response_tokens)
-        _require(self.repetition_penalty >= 0, "repetition_penalty", ">= 0", self.repetition_penalty)
+        require(self.group_size >= 2, "group_size", ">= 2 (a baseline needs a group)", self.group_size)
+        require(self.prompts_per_iteration >= 1, "prompts_per_iteration", ">= 1", self.prompts_per_iteration)
+        require(0 < self.temperature < float("inf"), "temperature", "finite and > 0", self.temperature)
+        require(self.max_response_tokens >= 1, "max_response_tokens", ">= 1", self.max_response_tokens)
+        require(self.repetition_penalty >= 0, "repetition_penalty", ">= 0", self.repetition_penalty)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +54,8 @@ class ObjectiveConfig:
     """Sequence log-ratios are clamped to this in metrics; the loss uses them as they are."""
 
     def __post_init__(self) -> None:
-        _require(0 < self.tau < float("inf"), "tau", "finite and > 0", self.tau)
-        _require(self.max_abs_logratio > 0, "max_abs_logratio", "> 0", self.max_abs_logratio)
+        require(0 < self.tau < float("inf"), "tau", "finite and > 0", self.tau)
+        require(self.max_abs_logratio > 0, "max_abs_logratio", "> 0", self.max_abs_logratio)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,10 +88,10 @@ class UpdateConfig:
             ("micro_batch_tokens", self.micro_batch_tokens),
             ("max_bad_steps", self.max_bad_steps),
         ):
-            _require(value >= 1, name, ">= 1", value)
-        _require(self.grad_clip > 0, "grad_clip", "> 0", self.grad_clip)
-        _require(self.iter_warmup_steps >= 0, "iter_warmup_steps", ">= 0", self.iter_warmup_steps)
-        _require(0 <= self.final_lr_ratio <= 1, "final_lr_ratio", "in [0, 1]", self.final_lr_ratio)
+            require(value >= 1, name, ">= 1", value)
+        require(self.grad_clip > 0, "grad_clip", "> 0", self.grad_clip)
+        require(self.iter_warmup_steps >= 0, "iter_warmup_steps", ">= 0", self.iter_warmup_steps)
+        require(0 <= self.final_lr_ratio <= 1, "final_lr_ratio", "in [0, 1]", self.final_lr_ratio)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,8 +105,8 @@ class LengthConfig:
     """Share of the run after which the length reward is on; 0 for the whole run."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.weight < 2, "length weight", "in [0, 2)", self.weight)
-        _require(0 <= self.start <= 1, "length start", "in [0, 1]", self.start)
+        require(0 <= self.weight < 2, "length weight", "in [0, 2)", self.weight)
+        require(0 <= self.start <= 1, "length start", "in [0, 1]", self.start)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,13 +129,13 @@ class SamplingConfig:
     """Share of the run after which prompts that curation never saw solved are drawn; 1 for never."""
 
     def __post_init__(self) -> None:
-        _require(len(set(self.strategy)) == len(self.strategy), "strategy", "without repetition", self.strategy)
-        _require(0 <= self.warmup <= 1, "warmup", "in [0, 1]", self.warmup)
-        _require(0 < self.hard_below <= 1, "hard_below", "in (0, 1]", self.hard_below)
-        _require(0 <= self.floor < float("inf"), "floor", "finite and >= 0", self.floor)
-        _require(0 < self.decay <= 1, "decay", "in (0, 1]", self.decay)
-        _require(self.prior_visits > 0, "prior_visits", "> 0", self.prior_visits)
-        _require(0 <= self.hard_zero_from <= 1, "hard_zero_from", "in [0, 1]", self.hard_zero_from)
+        require(len(set(self.strategy)) == len(self.strategy), "strategy", "without repetition", self.strategy)
+        require(0 <= self.warmup <= 1, "warmup", "in [0, 1]", self.warmup)
+        require(0 < self.hard_below <= 1, "hard_below", "in (0, 1]", self.hard_below)
+        require(0 <= self.floor < float("inf"), "floor", "finite and >= 0", self.floor)
+        require(0 < self.decay <= 1, "decay", "in (0, 1]", self.decay)
+        require(self.prior_visits > 0, "prior_visits", "> 0", self.prior_visits)
+        require(0 <= self.hard_zero_from <= 1, "hard_zero_from", "in [0, 1]", self.hard_zero_from)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,19 +170,19 @@ class RLConfig:
     """Iterations between checkpoints; the last iteration is always saved."""
 
     def __post_init__(self) -> None:
-        _require(self.iterations >= 1, "iterations", ">= 1", self.iterations)
-        _require(self.budget_s is None or self.budget_s > 0, "budget_s", "> 0 or absent", self.budget_s)
-        _require(
+        require(self.iterations >= 1, "iterations", ">= 1", self.iterations)
+        require(self.budget_s is None or self.budget_s > 0, "budget_s", "> 0 or absent", self.budget_s)
+        require(
             1 <= self.min_iterations <= self.iterations, "min_iterations", "in [1, iterations]", self.min_iterations
         )
-        _require(
+        require(
             0 <= self.max_verifier_error_rate <= 1,
             "max_verifier_error_rate",
             "in [0, 1]",
             self.max_verifier_error_rate,
         )
-        _require(self.eval_interval >= 0, "eval_interval", ">= 0", self.eval_interval)
-        _require(self.checkpoint_interval >= 1, "checkpoint_interval", ">= 1", self.checkpoint_interval)
+        require(self.eval_interval >= 0, "eval_interval", ">= 0", self.eval_interval)
+        require(self.checkpoint_interval >= 1, "checkpoint_interval", ">= 1", self.checkpoint_interval)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,10 +211,10 @@ class CurationConfig:
     """Decides the samples."""
 
     def __post_init__(self) -> None:
-        _require(self.passes >= 1, "passes", ">= 1", self.passes)
-        _require(0 < self.temperature < float("inf"), "temperature", "finite and > 0", self.temperature)
-        _require(self.max_response_tokens >= 1, "max_response_tokens", ">= 1", self.max_response_tokens)
-        _require(self.drop_at_or_above > 0, "drop_at_or_above", "> 0 (above 1 keeps all)", self.drop_at_or_above)
-        _require(self.guess_n >= 0, "guess_n", ">= 0", self.guess_n)
-        _require(self.guess_tokens >= 1, "guess_tokens", ">= 1", self.guess_tokens)
-        _require(self.file_problems >= 1, "file_problems", ">= 1", self.file_problems)
+        require(self.passes >= 1, "passes", ">= 1", self.passes)
+        require(0 < self.temperature < float("inf"), "temperature", "finite and > 0", self.temperature)
+        require(self.max_response_tokens >= 1, "max_response_tokens", ">= 1", self.max_response_tokens)
+        require(self.drop_at_or_above > 0, "drop_at_or_above", "> 0 (above 1 keeps all)", self.drop_at_or_above)
+        require(self.guess_n >= 0, "guess_n", ">= 0", self.guess_n)
+        require(self.guess_tokens >= 1, "guess_tokens", ">= 1", self.guess_tokens)
+        require(self.file_problems >= 1, "file_problems", ">= 1", self.file_problems)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from perilune.errors import RecipeError
@@ -12,8 +12,6 @@ from perilune.recsys.config import Attention, DecoderName, Encoder
 Ablation = Literal[
     "parts", "decoders", "encoders", "layers", "dims", "behaviors", "attention", "order", "gates", "norms"
 ]
-
-Changes = Mapping[str, Any]
 
 
 def variants_of(ablation: Ablation, behaviors: Sequence[str]) -> dict[str, dict[str, Any]]:

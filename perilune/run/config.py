@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from perilune.checks import require, require_at_least
 from perilune.data import MIN_VOCAB_SIZE, CorpusConfig, EmbeddedCorpusConfig, SyntheticConfig
 from perilune.models import PRESETS, ModelConfig
 from perilune.optim import OptimizerConfig
@@ -23,18 +24,6 @@ STRICT = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
 """How pydantic reads the dataclasses below and all those inside them."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-
-
-def require(is_right: bool, name: str, rule: str, value: object) -> None:
-    """Refuse a value of a recipe, in the words of all of its errors."""
-    if not is_right:
-        raise ValueError(f"{name} must be {rule}, got {value!r}")
-
-
-def require_at_least(lowest: int, **values: int) -> None:
-    """Refuse numbers below a least one."""
-    for name, value in values.items():
-        require(value >= lowest, name, f">= {lowest}", value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

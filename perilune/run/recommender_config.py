@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from perilune.checks import require, require_at_least
 from perilune.recsys import (
     CIGFConfig,
     FactorConfig,
@@ -20,7 +21,7 @@ from perilune.recsys import (
     RatingColumns,
     Ties,
 )
-from perilune.run.config import STRICT, SweepConfig, require, require_at_least, require_name
+from perilune.run.config import STRICT, SweepConfig, require_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

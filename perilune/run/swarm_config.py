@@ -8,7 +8,8 @@ from typing import Literal
 
 from perilune.agents.config import SwarmConfig
 from perilune.agents.tools.base import Effect
-from perilune.run.config import STRICT, require, require_at_least
+from perilune.checks import require, require_at_least
+from perilune.run.config import STRICT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,19 +8,15 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal, get_args
 
+from perilune.checks import require
 from perilune.nn import AttentionMode
 from perilune.optim import OptimizerConfig, ScheduleConfig
 
 PrecisionName = Literal["float32", "bfloat16", "auto"]
 
 
-def _require(is_right: bool, name: str, rule: str, value: object) -> None:
-    if not is_right:
-        raise ValueError(f"{name} must be {rule}, got {value!r}")
-
-
 def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    _require(value in choices, name, f"one of {', '.join(choices)}", value)
+    require(value in choices, name, f"one of {', '.join(choices)}", value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +30,7 @@ class AttentionPhase:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        _require(0 < self.until <= 1, "until", "in (0, 1]", self.until)
+        require(0 < self.until <= 1, "until", "in (0, 1]", self.until)
         _require_choice("mode", self.mode, get_args(AttentionMode))
 
 
@@ -87,25 +83,25 @@ class TrainConfig:
             ("checkpoint_interval", self.checkpoint_interval),
             ("max_bad_steps", self.max_bad_steps),
         ):
-            _require(value is None or value >= 1, name, ">= 1", value)
+            require(value is None or value >= 1, name, ">= 1", value)
         for name, value in (
             ("budget_s", self.budget_s),
             ("eval_interval_s", self.eval_interval_s),
         ):
-            _require(value is None or 0 < value < math.inf, name, "finite and > 0", value)
-        _require(0 <= self.min_steps <= self.steps, "min_steps", f"in [0, steps={self.steps}]", self.min_steps)
-        _require(self.min_steps == 0 or self.budget_s is not None, "min_steps", "0 without budget_s", self.min_steps)
+            require(value is None or 0 < value < math.inf, name, "finite and > 0", value)
+        require(0 <= self.min_steps <= self.steps, "min_steps", f"in [0, steps={self.steps}]", self.min_steps)
+        require(self.min_steps == 0 or self.budget_s is not None, "min_steps", "0 without budget_s", self.min_steps)
         for name, value in (
             ("grad_clip", self.grad_clip),
             ("checkpoint_interval_s", self.checkpoint_interval_s),
             ("router_bias_rate", self.router_bias_rate),
         ):
-            _require(0 <= value < math.inf, name, "finite and >= 0", value)
+            require(0 <= value < math.inf, name, "finite and >= 0", value)
         _require_choice("precision", self.precision, get_args(PrecisionName))
         _require_choice("on_save_error", self.on_save_error, ("stop", "continue"))
         ends = [phase.until for phase in self.attn_schedule]
         is_rising = all(low < high for low, high in pairwise(ends))
-        _require(not ends or (is_rising and ends[-1] == 1), "attn_schedule", "phases whose until rises to 1.0", ends)
+        require(not ends or (is_rising and ends[-1] == 1), "attn_schedule", "phases whose until rises to 1.0", ends)
 
     def attention_mode(self, progress: float) -> AttentionMode | None:
         """What MoBA layers read at a share of the stage; None without a schedule."""

@@ -143,3 +143,51 @@ def run_swarm(
         return result
 
     return asyncio.run(act())
+
+
+def restless(request: ChatRequest) -> Message:
+    """Calls for as long as it may; every call another."""
+    if not request.tools:
+        return says("so far, so good")
+    return calls(call("look_up", place=f"place {len(request.messages)}"))
+
+
+def team(size: int, work: Any) -> Any:
+    """An orchestrator that starts `size` sub-agents at once and tells their reports; `work` answers for them."""
+
+    def policy(request: ChatRequest) -> Any:
+        if request.agent_id != "root":
+            return work(request)
+        match len(request.messages):
+            case 2:
+                return calls(call("create_subagent", name="w", system_prompt="work"))
+            case 4:
+                return calls(*(call("assign_task", f"t{n}", agent="w", prompt=f"part {n}") for n in range(size)))
+            case _:
+                return says(json.dumps([json.loads(text) for text in results(request)]))
+
+    return policy
+
+
+def reports(answer: str) -> list[dict[str, Any]]:
+    return json.loads(answer)
+
+
+@tool(effect="pure", timeout_s=60)
+async def wait(seconds: float) -> str:
+    """Wait.
+
+    Args:
+        seconds: how long.
+    """
+    await asyncio.sleep(seconds)
+    return "waited"
+
+
+def waiting(seconds: float) -> Any:
+    def work(request: ChatRequest) -> Message:
+        if len(request.messages) > 2:
+            return says("done")
+        return calls(call("wait", seconds=seconds if request.agent_id.endswith("/1") else 0.0))
+
+    return work

@@ -6,9 +6,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from perilune.agents.messages import ChatRequest, Message, Sampling, Usage, text_of
+from perilune.agents.messages import ChatRequest, Message, Sampling, Usage, estimate_tokens, text_of
 
-_BYTES_PER_TOKEN = 4
 _NUMBERS = ("temperature", "top_p", "max_tokens", "seed")
 _OWN_KEYS = frozenset((*_NUMBERS, "model", "messages", "tools", "tool_choice", "stop", "stream", "stream_options"))
 
@@ -61,15 +60,6 @@ def from_body(body: Mapping[str, Any]) -> ChatRequest:
         sampling=sampling,
         stream=bool(body.get("stream")),
     )
-
-
-def estimate_tokens(text: str) -> int:
-    """Return about how many tokens a text is: a quarter of its UTF-8 bytes, rounded up.
-
-    Near enough for English, code and Chinese alike; a vocabulary would be exact and is not always at hand.
-    """
-    size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
-    return -(-size // _BYTES_PER_TOKEN)
 
 
 def estimate_usage(request: ChatRequest, answer: Sequence[Message]) -> Usage:

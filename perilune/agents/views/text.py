@@ -265,7 +265,7 @@ def _plain(*cells: str) -> list[Text]:
 
 def demo_table(found: DemoResult) -> Table:
     """Both arms of a demonstration, with what each used beside what it gained."""
-    table = Table(title=Text(found.question[:200]), caption=f"speed-up {found.speedup:.1f}x, measured")
+    table = Table(title=Text(found.question.splitlines()[0]), caption=f"speed-up {found.speedup:.1f}x, measured")
     for heading in ("", "single agent", "swarm"):
         table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
     arms = (found.single, found.swarm)

@@ -8,9 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perilune.agents.client.base import EndpointError
-from perilune.agents.client.body import estimate_tokens
 from perilune.agents.client.stream import AnswerReader
-from perilune.agents.messages import Message
+from perilune.agents.messages import Message, estimate_tokens
 from tests.agents.client.helpers import call_delta, delta, outcome, request, sse
 
 USAGE = {

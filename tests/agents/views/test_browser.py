@@ -7,6 +7,7 @@ import json
 import subprocess
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,20 @@ def test_agents_are_reached_by_keys_alone(url: str, look: Any) -> None:
     look(visit)
 
 
-def test_three_hundred_agents_are_drawn_in_a_moment(runs: Path, tmp_path: Path, look: Any) -> None:
+def test_a_long_task_does_not_push_the_page_out_of_the_window(tmp_path: Path, look: Any) -> None:
+    events = swarm_events()
+    started = replace(events[0], payload={**events[0].payload, "task": "a task of many words " * 100})
+    export_html(write_journal(tmp_path / "long.db", [started, *events[1:]]), None, tmp_path / "long.html")
+
+    async def visit(tab: Tab) -> None:
+        await tab.open((tmp_path / "long.html").as_uri())
+        await tab.until(LOADED)
+        assert await tab.value("document.documentElement.scrollWidth <= window.innerWidth")
+
+    look(visit)
+
+
+def test_of_three_hundred_agents_only_those_in_sight_are_drawn(runs: Path, tmp_path: Path, look: Any) -> None:
     out = tmp_path / "large.html"
     shape = Shape(groups=(100, 100, 100), slots=100)
     export_html(write_journal(tmp_path / "large.db", swarm_events(shape)), None, out)
@@ -170,13 +184,6 @@ def test_three_hundred_agents_are_drawn_in_a_moment(runs: Path, tmp_path: Path, 
         await tab.until(LOADED)
         assert await tab.value("view.run.agents.size") == 301
         assert await tab.value("document.querySelectorAll('.row').length") < 60
-        clock = (
-            "(() => { const began = performance.now(); view.rows.zoom(0.9); view.rows.show(view.run, true);"
-            " return performance.now() - began; })()"
-        )
-        times = [await tab.value(clock) for _ in range(5)]
-        print(f"300 agents, {await tab.value('view.events.length')} events: {sorted(times)[2]:.1f} ms a redraw")
-        assert sorted(times)[2] < 100
 
     look(visit)
 
