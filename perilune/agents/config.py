@@ -219,4 +219,4 @@ def _regular(pattern: str) -> None:
         found = re.compile(pattern)
     except re.error as error:
         raise ValueError(f"redact: {pattern!r} is no regular expression: {error}") from error
-    require(found.search("") is None, "a pattern of redact", "one that does not match an empty text", repr(pattern))
+    require(found.search("") is None, "a pattern of redact", "one that does not match an empty text", pattern)

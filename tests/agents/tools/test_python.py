@@ -58,9 +58,20 @@ def do(backend, *codes, limits=LIMITS, **arguments):
     return run(whole())
 
 
+OTHERS: set[int] = set()
+"""Processes that other tests left to this one, such as multiprocessing's own."""
+
+
+@pytest.fixture(autouse=True)
+def _note_others():
+    OTHERS.clear()
+    OTHERS.update(child.pid for child in psutil.Process().children(recursive=True))
+
+
 def children():
-    """Processes that this one started and that still live, other than monty's workers on their way out."""
-    return [child for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
+    """Processes that this test started and that still live, other than monty's workers on their way out."""
+    found = psutil.Process().children(recursive=True)
+    return [child for child in found if child.pid not in OTHERS and child.status() != psutil.STATUS_ZOMBIE]
 
 
 def gone(count=0, within_s=5.0):
