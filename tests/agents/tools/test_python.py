@@ -304,11 +304,11 @@ def test_what_was_begun_ends_with_the_timeout():
     "code",
     [
         "import os; os.setuid(0)",
-        "import os; os.chroot('/work')",
+        "import os; os.chroot('/agent-work')",
         "import ctypes; l = ctypes.CDLL(None)\nassert l.unshare(0x10000000) == 0",  # a namespace of users
-        "import ctypes; l = ctypes.CDLL(None)\nassert l.mount(b'none', b'/work', b'tmpfs', 0, None) == 0",
+        "import ctypes; l = ctypes.CDLL(None)\nassert l.mount(b'none', b'/agent-work', b'tmpfs', 0, None) == 0",
         "import ctypes; l = ctypes.CDLL(None)\nassert l.umount2(b'/usr', 2) == 0",
-        "import os; os.mknod('/work/sda', 0o600 | 0o060000, os.makedev(8, 0))",
+        "import os; os.mknod('/agent-work/sda', 0o600 | 0o060000, os.makedev(8, 0))",
         "import os; os.kill(1, 0) or os.kill(1, 9)",
         "import socket; socket.sethostname('x')",
         "import resource; resource.setrlimit(resource.RLIMIT_NPROC, (10000, 10000))",
@@ -332,7 +332,7 @@ def test_files_are_limited_and_private():
         "open('a').read()",
     )
     assert "OSError" in big.text
-    assert listing.text == "=> ('/work', ['a'])"
+    assert listing.text == "=> ('/agent-work', ['a'])"
     assert kept.text == "=> 'x'"
     assert do("process", "import os; os.listdir('.')")[0].text == "=> []"
 

@@ -32,7 +32,7 @@ _SYS_MOUNT_SETATTR = 442
 _AT_RECURSIVE = 0x8000
 _PR_SET_NO_NEW_PRIVS, _PR_CAPBSET_DROP, _PR_SET_DUMPABLE = 38, 24, 4
 _NOBODY = 65534
-_WORK = "/work"
+_WORK = "/agent-work"  # a name that no folder of a Python installation begins with; process.py has it too
 _MAX_VALUE_CHARS = 16_000
 
 

@@ -324,7 +324,7 @@ def _command(settings: dict[str, Any]) -> list[str]:
 
 
 def _environment(folder: str, is_confined: bool) -> dict[str, str]:
-    home = "/work" if is_confined else folder
+    home = "/agent-work" if is_confined else folder
     return {**_ENVIRONMENT, "HOME": home, "TMPDIR": home}
 
 
