@@ -142,7 +142,7 @@ def test_grouped_products_take_idle_experts_and_no_tokens():
 def test_grouped_products_say_what_they_do_not_take():
     routing = route(torch.zeros(2, 3), torch.zeros(3), top_k=1)
     x = randn(2, 16, dtype=torch.float32)
-    with pytest.raises(BackendError, match="'grouped' takes bfloat16, got torch.float32; use 'torch'"):
+    with pytest.raises(BackendError, match=r"'grouped' takes bfloat16, got torch\.float32; use 'torch'"):
         moe_experts(x, routing, *make_experts(3, 16, 8, torch.float32), backend="grouped")
     with pytest.raises(BackendError, match="needs widths that 8 divides, got d=16 and f=3"):
         moe_experts(x.bfloat16(), routing, *make_experts(3, 16, 3, torch.bfloat16), backend="grouped")
