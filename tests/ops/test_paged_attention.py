@@ -1,10 +1,15 @@
 """Attention over pages equals attention over the same keys in rows."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from perilune.errors import BackendError
 from perilune.ops import PagePlan, decode_attention, paged_decode_attention
 
 
@@ -51,7 +56,7 @@ def test_every_path_equals_the_dense_rows(data):
 @pytest.mark.parametrize("planned", [False, True])
 def test_what_other_pages_hold_does_not_matter(planned):
     args = make([[3, 5], [6, 2]], [5, 8], 4, 4, 2, 6, 3)
-    q, keys, values, tables, lengths = args
+    _q, keys, values, tables, lengths = args
     plan = PagePlan.build(tables, lengths, 4) if planned else None
     expected = paged_decode_attention(*args, plan=plan)
     keys[[0, 1, 4, 7]] = torch.nan
@@ -103,3 +108,50 @@ def bad(change):
 def test_bad_arguments_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         paged_decode_attention(**bad(change))
+
+
+INTERPRETED = """
+import torch
+from perilune.ops import paged_decode_attention
+from tests.ops.test_paged_attention import make
+cases = [  # rows with many splits, with one, with none; values inside keys, beside them, narrower, wider
+    ([[7, 0, 4, 2, 9, 1, 3, 8]] * 2, [300, 0], 40, 4, 1, 24, None),
+    ([[0, 1], [3, 3]], [13, 20], 10, 6, 2, 16, 16),
+    ([[5, 1, 2]], [193], 65, 3, 3, 20, 12),
+    ([[5, 1, 2]], [7], 5, 2, 1, 6, 40),
+    ([[0]], [0], 5, 2, 1, 6, 40),
+]
+for by_head in (True, False):
+    for case in cases:
+        q, keys, values, tables, lengths = make(*case, by_head=by_head)
+        want = paged_decode_attention(q, keys, values, tables, lengths, scale=0.7, backend="reference")
+        for dtype, limit in ((torch.float32, 1e-6), (torch.float16, 3e-3)):
+            low = keys.to(dtype)
+            pools = (low, low[..., : values.shape[-1]] if case[6] is None else values.to(dtype))
+            found = paged_decode_attention(q.to(dtype), *pools, tables, lengths, scale=0.7, backend="triton")
+            torch.testing.assert_close(found.double(), want, rtol=0, atol=limit)
+print("equal")
+"""
+
+
+def test_the_kernel_equals_the_reference_in_its_interpreter():
+    pytest.importorskip("triton", reason="triton is not installed")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", INTERPRETED],
+        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout == "equal\n", done.stderr[-2000:]
+
+
+def test_calls_that_the_kernel_cannot_serve_say_why(monkeypatch):
+    args = make([[0, 1]], [3], 4, 4, 2, 6, 3)
+    with pytest.raises(BackendError, match="paged_decode_attention: backend 'triton' needs tensors on a GPU, got cpu"):
+        paged_decode_attention(*args, backend="triton")
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(BackendError, match="takes float32, bfloat16 and float16"):
+        paged_decode_attention(*args, backend="triton")
+    q, keys, values = (x.float() for x in args[:3])
+    apart = keys.transpose(2, 3).contiguous().transpose(2, 3)
+    with pytest.raises(BackendError, match="needs the channels of keys side by side; use 'torch'"):
+        paged_decode_attention(q, apart, values, *args[3:], backend="triton")

@@ -13,7 +13,7 @@ from perilune.ops.attention.flash import flash_obstacle, varlen_attention_flash
 from perilune.ops.attention.paged import PagePlan, paged_decode_attention_reference, paged_decode_attention_torch
 from perilune.ops.attention.reference import decode_attention_reference, varlen_attention_reference
 from perilune.ops.attention.torch import varlen_attention_torch
-from perilune.ops.backends import HALF_TYPES, note_slower
+from perilune.ops.backends import HALF_TYPES, note_slower, triton_is_default, triton_obstacle
 from perilune.ops.layout import SequenceLayout, as_layout
 from perilune.ops.precision import follow_autocast
 
@@ -21,6 +21,7 @@ __all__ = ["PagePlan", "decode_attention", "paged_decode_attention", "varlen_att
 
 Backend = Literal["auto", "reference", "torch"]
 VarlenBackend = Literal["auto", "reference", "torch", "flash"]
+PagedBackend = Literal["auto", "reference", "torch", "triton"]
 
 
 def varlen_attention(
@@ -139,7 +140,7 @@ def paged_decode_attention(
     *,
     scale: float | None = None,
     plan: PagePlan | None = None,
-    backend: Backend = "auto",
+    backend: PagedBackend = "auto",
 ) -> Tensor:
     """`decode_attention` over keys that lie in pages of B tokens, which rows may share.
 
@@ -155,14 +156,17 @@ def paged_decode_attention(
         scale: factor of the logits; None means Dk ** -0.5.
         plan: `PagePlan.build(tables, lengths, B)`, to be shared by the layers of a step: on a CPU it saves copying
             pages, and the order in which a row's pages are added up is then that of memory. A GPU does not read it.
-        backend: "reference" is a slow loop; "torch" and "auto" are batched.
+        backend: "reference" is a slow loop; "torch" is batched; "triton" reads pages where they are, on a GPU; "auto"
+            is "triton" there and "torch" elsewhere.
 
     Returns:
-        o `[N, H, Dv]` in q's dtype. Logits and softmax are float32 at least.
+        o `[N, H, Dv]` in q's dtype. Logits and softmax are float32 at least; "triton" rounds probabilities to q's dtype
+        before they meet the values.
 
     Raises:
         ValueError: shapes or dtypes do not fit, a table or a length is out of range (not checked on a GPU or with a
             plan), or an unknown backend.
+        BackendError: "triton" cannot serve the call.
 
     Source: PagedAttention (2309.06180), section 4.1; absorbed decoding: DeepSeek-V2 (2405.04434), section 2.1.
     """
@@ -170,13 +174,33 @@ def paged_decode_attention(
     if plan is None:
         _check_tables(tables, lengths, keys.shape[:2])
     factor = q.shape[-1] ** -0.5 if scale is None else scale
+    if backend == "auto":
+        backend = (
+            "triton"
+            if triton_is_default("paged_decode_attention", q, keys, obstacle=_strided(keys, values))
+            else "torch"
+        )
     match backend:
-        case "auto" | "torch":
+        case "triton":
+            obstacle = triton_obstacle(q, keys) or _strided(keys, values)
+            if obstacle is not None:
+                raise BackendError(f"paged_decode_attention: backend 'triton' {obstacle}; use 'torch'")
+            from perilune.ops.attention.paged_triton import paged_decode_attention_triton
+
+            return paged_decode_attention_triton(q, keys, values, tables, lengths, factor)
+        case "torch":
             return paged_decode_attention_torch(q, keys, values, tables, lengths, factor, plan)
         case "reference":
             return paged_decode_attention_reference(q, keys, values, tables, lengths, factor)
         case _:
-            raise ValueError(f"paged_decode_attention: backend must be 'auto', 'reference' or 'torch', got {backend!r}")
+            known = "'auto', 'reference', 'torch' or 'triton'"
+            raise ValueError(f"paged_decode_attention: backend must be {known}, got {backend!r}")
+
+
+def _strided(keys: Tensor, values: Tensor) -> str | None:
+    """Say that channels are not side by side, as the end of "backend 'triton' ..."; None if they are."""
+    apart = [name for name, x in (("keys", keys), ("values", values)) if x.stride(-1) != 1 and x.shape[-1] > 1]
+    return f"needs the channels of {' and '.join(apart)} side by side" if apart else None
 
 
 def _check_paged(q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor) -> None:

@@ -28,7 +28,7 @@ _SHORTEST = 128
 _MOST_SPLITS = 512
 
 
-def paged_decode_triton(
+def paged_decode_attention_triton(
     q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor, scale: float
 ) -> Tensor:
     """Same contract as `perilune.ops.paged_decode_attention`, on checked arguments.
