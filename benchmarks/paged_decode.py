@@ -49,7 +49,8 @@ def make(shape: tuple[int, int, int, int | None], rows: int, length: int) -> tup
 
 class _Call:
     def __init__(self, *tensors: Tensor, backend: Literal["auto", "torch"] = "auto") -> None:
-        self.tensors, self.backend = tensors, backend
+        self.tensors = tensors
+        self.backend: Literal["auto", "torch"] = backend
 
     def __call__(self) -> Tensor:
         return paged_decode_attention(*self.tensors, backend=self.backend)
