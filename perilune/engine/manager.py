@@ -61,7 +61,9 @@ class CacheManager:
             keeps_prefixes: whether beginnings of texts stay in the cache to be used again.
         """
         self.budget = budget
-        self.pages = Pool(budget.num_pages or 0)
+        self.pages = Pool(1 + (budget.num_pages or 0))
+        # Page 0 holds zeros for ever: tables are filled up with it, and what is behind a row's tokens has to be finite.
+        self.pages.take()
         self.slots = Pool(budget.num_slots or 0)
         self.prefixes = PrefixCache(self.pages, self.slots if budget.has_states else None, budget.block_size)
         self.copies = Copies()
@@ -71,23 +73,35 @@ class CacheManager:
     @property
     def is_clean(self) -> bool:
         """Whether nothing is held but by the prefix cache."""
-        return self.pages.used == self.prefixes.num_pages and self.slots.used == self.prefixes.num_slots
+        return self.used_pages == self.prefixes.num_pages and self.slots.used == self.prefixes.num_slots
 
-    def open(self, tokens: Sequence[int], multiple: int = 1) -> tuple[Holding, int] | None:
+    @property
+    def used_pages(self) -> int:
+        """Pages held by sequences or the prefix cache."""
+        return self.pages.used - 1
+
+    @property
+    def total_pages(self) -> int:
+        """Pages there are."""
+        return self.pages.capacity - 1
+
+    def open(self, tokens: Sequence[int], limit: int, multiple: int = 1, spare: int = 0) -> tuple[Holding, int] | None:
         """Hold room for a text that is to be prefilled.
 
         Args:
             tokens: the text.
-            multiple: a known beginning is used up to a multiple of this.
+            limit: a known beginning is used up to so many tokens, of which it must be fewer than all.
+            multiple: and up to a multiple of this.
+            spare: pages that have to be left for running rows.
 
         Returns:
-            What it holds, and how many of its tokens, fewer than all, are in the cache already. None if there is no
-            room; then nothing is held.
+            What it holds, and how many of its tokens are in the cache already. None if there is no room; then nothing
+            is held.
         """
-        match = self.prefixes.match(tokens, len(tokens) - 1, multiple) if self._keeps_prefixes else NO_MATCH
+        match = self.prefixes.match(tokens, min(limit, len(tokens) - 1), multiple) if self._keeps_prefixes else NO_MATCH
         holding = Holding([self.pages.share(page) for page in match.pages])
         source = None if match.slot is None else self.slots.share(match.slot)
-        has_room = self._take_slot(holding) and self.extend(holding, match.length, len(tokens))
+        has_room = self._take_slot(holding) and self.extend(holding, match.length, len(tokens), spare)
         if source is not None:
             self.slots.release(source)
         if not has_room:
@@ -100,13 +114,14 @@ class CacheManager:
                 self.copies.slots.append((match.slot, holding.slot))
         return holding, match.length
 
-    def extend(self, holding: Holding, start: int, end: int) -> bool:
+    def extend(self, holding: Holding, start: int, end: int, spare: int = 0) -> bool:
         """Make tokens `start` to `end` of a sequence writable.
 
         Args:
             holding: with the pages of all tokens before `start`.
             start: the first token to be written; a page it shares with others is copied.
             end: behind the last.
+            spare: pages that have to be left.
 
         Returns:
             False if there are not enough pages; then nothing has changed.
@@ -114,7 +129,7 @@ class CacheManager:
         size = self.budget.block_size
         is_shared = start % size != 0 and self.pages.owners(holding.pages[start // size]) > 1
         missing = max(0, -(-end // size) - len(holding.pages))
-        taken = self._take_pages(missing + is_shared)
+        taken = self._take_pages(missing + is_shared, spare)
         if taken is None:
             return False
         if is_shared:
@@ -189,10 +204,10 @@ class CacheManager:
         holding.slot = self.slots.take()
         return True
 
-    def _take_pages(self, count: int) -> list[int] | None:
+    def _take_pages(self, count: int, spare: int) -> list[int] | None:
         """Hold `count` pages, evicting beginnings that nobody uses; None if there are too few."""
         # an upper bound, so that the prefix cache is not emptied for what cannot be had
-        if self.budget.num_pages is not None and count > self.pages.free + self.prefixes.num_pages:
+        if self.budget.num_pages is not None and count + spare > self.pages.free + self.prefixes.num_pages:
             return None
         while self.pages.free < count and self.prefixes.evict_page():
             pass

@@ -70,6 +70,11 @@ class PrefixCache:
         return len(self._nodes)
 
     @property
+    def num_shared(self) -> int:
+        """Pages that others hold as well."""
+        return sum(self._pages.owners(node.page) > 1 for node in self._nodes.values())
+
+    @property
     def num_slots(self) -> int:
         """States it holds."""
         return len(self._kept)

@@ -46,14 +46,20 @@ class Machine(RuleBasedStateMachine):
             assert self.manager.pages.owners(page) == 1 or t % BLOCK == 0, "a shared page is written"
             self.memory[page, t % BLOCK] = tuple(text[: t + 1])
 
-    @rule(text=st.sampled_from(TEXTS), length=st.integers(1, 20), multiple=st.sampled_from([1, 1, BLOCK, 2 * BLOCK]))
-    def open(self, text, length, multiple):
-        opened = self.manager.open(text[:length], multiple)
+    @rule(
+        text=st.sampled_from(TEXTS),
+        length=st.integers(1, 20),
+        limit=st.integers(0, 30),
+        multiple=st.sampled_from([1, 1, BLOCK, 2 * BLOCK]),
+    )
+    def open(self, text, length, limit, multiple):
+        opened = self.manager.open(text[:length], limit, multiple)
         if opened is None:
             return
         holding, known = opened
         self.flush()
         assert known < length
+        assert known <= limit
         assert known % multiple == 0
         self.check(holding, text, known)
         if self.has_states:
@@ -126,7 +132,7 @@ class Machine(RuleBasedStateMachine):
             self.manager.close(holding)
         assert self.manager.is_clean
         self.manager.prefixes.clear()
-        assert self.manager.pages.used == self.manager.slots.used == 0
+        assert self.manager.used_pages == self.manager.slots.used == 0
 
 
 class WithoutStates(Machine):
@@ -148,10 +154,10 @@ TestGrowing.settings = FEW
 
 def test_a_known_beginning_is_shared_and_the_rest_is_not():
     m = manager(has_states=False)
-    first, known = m.open([1] * 8)
+    first, known = m.open([1] * 8, 99)
     assert known == 0
     m.remember([1] * 8, first, 8)
-    second, known = m.open([1] * 8 + [2])
+    second, known = m.open([1] * 8 + [2], 99)
     assert known == 6
     assert second.pages[:2] == first.pages[:2]
     assert second.pages[2] != first.pages[2]
@@ -159,18 +165,18 @@ def test_a_known_beginning_is_shared_and_the_rest_is_not():
 
 def test_without_a_state_pages_alone_are_no_hit():
     m = manager()
-    first, _ = m.open([1] * 8)
+    first, _ = m.open([1] * 8, 99)
     m.prefixes.insert([1] * 8, first.pages, 6)
-    assert m.open([1] * 9)[1] == 0
+    assert m.open([1] * 9, 99)[1] == 0
     assert m.remember([1] * 8, first, 6) is not None
-    assert m.open([1] * 9)[1] == 6
+    assert m.open([1] * 9, 99)[1] == 6
 
 
 def test_a_beginning_that_ends_inside_a_page_is_copied_before_it_is_written():
     m = manager()
-    first, _ = m.open([1] * 8)
+    first, _ = m.open([1] * 8, 99)
     assert m.remember([1] * 8, first, 8) is not None
-    second, known = m.open([1] * 8 + [2])
+    second, known = m.open([1] * 8 + [2], 99)
     assert known == 8
     assert m.take_copies().pages == [(first.pages[2], second.pages[2])]
     assert m.extend(first, 8, 9)  # the first sequence too: others may still want what it had
@@ -179,29 +185,29 @@ def test_a_beginning_that_ends_inside_a_page_is_copied_before_it_is_written():
 
 def test_the_longest_unused_goes_first_and_nothing_in_use():
     m = manager(num_pages=4, has_states=False)
-    old, _ = m.open([1] * 3)
+    old, _ = m.open([1] * 3, 99)
     m.remember([1] * 3, old, 3)
     m.close(old)
-    used, _ = m.open([2] * 3)
+    used, _ = m.open([2] * 3, 99)
     m.remember([2] * 3, used, 3)
-    assert m.open([3] * 9) is not None
-    assert m.open([1] * 4) is None
+    assert m.open([3] * 9, 99) is not None
+    assert m.open([1] * 4, 99) is None
     assert m.prefixes.match([2] * 4, 3).length == 3
     assert m.prefixes.match([1] * 4, 3).length == 0
 
 
 def test_what_cannot_be_had_empties_nothing():
     m = manager(num_pages=4, has_states=False)
-    old, _ = m.open([1] * 3)
+    old, _ = m.open([1] * 3, 99)
     m.remember([1] * 3, old, 3)
     m.close(old)
-    assert m.open([2] * 40) is None
+    assert m.open([2] * 40, 99) is None
     assert m.prefixes.match([1] * 4, 3).length == 3
 
 
 def test_pages_that_are_not_finite_are_scrubbed_when_the_last_owner_leaves():
     m = manager(keeps_prefixes=False)
-    first, _ = m.open([1] * 4)
+    first, _ = m.open([1] * 4, 99)
     second = m.fork(first)
     pages = list(first.pages)
     m.close(first, scrub=True)

@@ -56,7 +56,7 @@ def test_every_path_equals_the_dense_rows(data):
 @pytest.mark.parametrize("planned", [False, True])
 def test_what_other_pages_hold_does_not_matter(planned):
     args = make([[3, 5], [6, 2]], [5, 8], 4, 4, 2, 6, 3)
-    _q, keys, values, tables, lengths = args
+    _, keys, values, tables, lengths = args
     plan = PagePlan.build(tables, lengths, 4) if planned else None
     expected = paged_decode_attention(*args, plan=plan)
     keys[[0, 1, 4, 7]] = torch.nan
