@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from perilune.engine.graphs import CAPTURABLE, StepGraphs
 from perilune.engine.intake import Intake
 from perilune.engine.manager import CacheManager
 from perilune.engine.memory import CacheMemory
@@ -39,6 +40,9 @@ class EngineCore:
         self._buffers = OutputBuffers(self._device)
         self._tickets: dict[int, Ticket] = {}
         self._num_added = 0
+        is_capturable = self._device.type == "cuda" and set(model.config.layers) <= CAPTURABLE
+        self.graphs = StepGraphs(model, memory, options, self._device) if options.graphs and is_capturable else None
+        """Steps of rows, captured; None where they are not."""
         self.num_preemptions = 0
         """Rows and prompts that had to make room."""
         self.num_tokens = 0
@@ -80,6 +84,8 @@ class EngineCore:
         """Forget what is kept of texts; requests in the engine go on with what they have computed."""
         self.manager.prefixes.clear()
         self.intake.epoch += 1
+        if self.graphs is not None:
+            self.graphs.weights_updated()
 
     def step(self) -> list[StepOutput]:
         """Decode one token of every running row, prefill a piece of what waits, and start what is ready."""
@@ -95,7 +101,11 @@ class EngineCore:
             return []
         if self._options.deterministic:
             return self._finish(self._decode_alone(running.rows))
-        hidden = self._forward(running.rows.last_tokens, slice(0, len(running)))
+        if self.graphs is None:
+            hidden = self._forward(running.rows.last_tokens, slice(0, len(running)))
+        else:
+            hidden = self.graphs.hidden(running)
+            running.advance(slice(0, len(running)))
         self._sample(running.rows, hidden)
         return self._finish(list(range(len(running))))
 

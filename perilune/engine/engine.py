@@ -57,6 +57,7 @@ class Engine:
         prefix_cache: bool = True,
         snapshot_interval: int = 1024,
         deterministic: bool = False,
+        cuda_graphs: bool = True,
     ) -> None:
         """Keep `model` (its weights are read at each call, so training it in place needs no copying).
 
@@ -73,6 +74,7 @@ class Engine:
             prefix_cache: keep what is computed of texts for others that begin alike, while nobody needs its memory.
             snapshot_interval: recurrent layers can resume a text where it was cut or ended, and every so many tokens.
             deterministic: every request is computed as if it were alone, to the bit; costs what batches gain.
+            cuda_graphs: on a GPU, capture decode steps; not of models with MoBA layers, nor with `deterministic`.
 
         Raises:
             EngineError: a limit is out of range, or `cache_bytes` is too little.
@@ -106,6 +108,7 @@ class Engine:
             prefix_cache=prefix_cache,
             snapshot_interval=snapshot_interval,
             deterministic=deterministic,
+            graphs=cuda_graphs,
         )
         budget, self.options = divide_budget(memory, options, cache_bytes)
         manager = CacheManager(budget, keeps_prefixes=prefix_cache)

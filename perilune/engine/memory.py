@@ -43,6 +43,13 @@ class CacheMemory:
         self._states = [None if layer.states is None else _LayerStates(layer.states) for layer in self._layers]
         self._device = device
         self._num_pages = self._num_slots = self._num_rows = 0
+        self.version = 0
+        """Changes whenever tensors of pages or rows have moved."""
+
+    @property
+    def scratch_page(self) -> int:
+        """A page that belongs to nobody, for rows that are not there."""
+        return self._num_pages
 
     @property
     def has_states(self) -> bool:
@@ -61,20 +68,23 @@ class CacheMemory:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are allocated."""
+        """Bytes that are allocated, without the page that belongs to nobody."""
         return self._num_pages * self.page_bytes + (self._num_slots + self._num_rows) * self.state_bytes
 
     def reserve(self, *, pages: int, slots: int, rows: int) -> None:
         """Have at least so many of each."""
         if pages > self._num_pages:
             for layer in self._layers:
-                layer.resize(pages)
+                layer.resize(pages + 1)
+                layer.scrub(self.index([self._num_pages]))  # was nobody's, and may hold anything
             self._num_pages = pages
+            self.version += 1
         for states in self._kept_states():
             if slots > self._num_slots:
                 states.slots = {name: _grown(state, slots) for name, state in states.slots.items()}
             if rows > self._num_rows:
                 states.rows = {name: _grown(state, rows) for name, state in states.rows.items()}
+        self.version += rows > self._num_rows
         self._num_slots, self._num_rows = max(slots, self._num_slots), max(rows, self._num_rows)
 
     def apply(self, copies: Copies) -> None:

@@ -17,6 +17,7 @@ class EngineOptions:
     prefix_cache: bool
     snapshot_interval: int
     deterministic: bool
+    graphs: bool
 
     @property
     def chunk(self) -> int:

@@ -25,6 +25,7 @@ class RunningRows:
         self._lengths = np.zeros(0, dtype=np.int64)
         self._tables = np.zeros((0, 1), dtype=np.int32)
         self._is_shared = np.zeros(0, dtype=np.bool_)
+        self._changed: set[int] = set()
         self._layout = SequenceLayout.from_lengths([], device)
 
     def __len__(self) -> int:
@@ -63,6 +64,7 @@ class RunningRows:
         self.samples = [self.samples[place] for place in places]
         self._lengths, self._tables = self._lengths[places], self._tables[places]
         self._is_shared = self._is_shared[places]
+        self._changed = {row for row in self._changed if row < kept} | set(holes)
         return movers, holes
 
     def needing_pages(self) -> list[int]:
@@ -77,11 +79,31 @@ class RunningRows:
             wider[:, : self._tables.shape[1]] = self._tables
             self._tables = wider
         self._tables[row, : len(pages)] = pages
+        self._changed.add(row)
 
     def own(self, row: int) -> None:
         """The row's next token has a page of its own."""
         self.refresh(row)
         self._is_shared[row] = False
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """`[n]` int64, tokens that the cache holds of each row."""
+        return self._lengths
+
+    @property
+    def table_width(self) -> int:
+        """Pages that the longest row needs for one token more."""
+        return -(-(int(self._lengths.max()) + 1) // self._block_size)
+
+    def take_changed(self) -> tuple[list[int], Tensor]:
+        """Rows whose pages are others than the last call said, and their tables `[k, M]` int32 on the host."""
+        changed, self._changed = sorted(self._changed), set()
+        return changed, torch.from_numpy(self._tables[changed, : self.table_width])
+
+    def forget_sent(self) -> None:
+        """Have `take_changed` name every row."""
+        self._changed = set(range(len(self)))
 
     def page_rows(self, rows: slice, *, is_planned: bool) -> PageRows:
         """Describe a step of some rows."""

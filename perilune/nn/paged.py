@@ -56,7 +56,7 @@ class PageRows:
     @cached_property
     def after(self) -> Tensor:
         """`[N]` int64, tokens held after the forward."""
-        return self.before + torch.tensor(self.layout.lengths, dtype=torch.int64, device=self.before.device)
+        return self.before + self.layout.cu_seqlens.diff().to(torch.int64)
 
     @cached_property
     def host_after(self) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -55,13 +56,20 @@ class Rotary:
 
         The angle is formed in float64: at position 10^6 float32 is off by 0.06 radians.
         """
-        frequencies = torch.tensor(self.frequencies, dtype=torch.float64, device=positions.device)
+        frequencies = _on_device(self.frequencies, positions.device)
         angles = (positions.to(torch.float64)[:, None] * frequencies)[:, None]
         return torch.polar(torch.full_like(angles, self.amplitude), angles).to(dtype.to_complex())
 
     def turn(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotate `x` `[T, H, D]` by `positions` `[T]`; the result has its dtype."""
         return rotate(x, self.turns(positions, torch.promote_types(x.dtype, torch.float32)))
+
+
+@cache
+def _on_device(frequencies: tuple[float, ...], device: torch.device) -> Tensor:
+    """Sent once: a captured step cannot wait for the host, nor need any other."""
+    with torch.inference_mode(False):
+        return torch.tensor(frequencies, dtype=torch.float64, device=device)
 
 
 def rotate(x: Tensor, turns: Tensor) -> Tensor:
