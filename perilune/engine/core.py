@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perilune.engine.graphs import CAPTURABLE, StepGraphs
+from perilune.engine.graphs import StepGraphs
 from perilune.engine.intake import Intake
 from perilune.engine.manager import CacheManager
 from perilune.engine.memory import CacheMemory
@@ -40,8 +40,7 @@ class EngineCore:
         self._buffers = OutputBuffers(self._device)
         self._tickets: dict[int, Ticket] = {}
         self._num_added = 0
-        is_capturable = self._device.type == "cuda" and set(model.config.layers) <= CAPTURABLE
-        self.graphs = StepGraphs(model, memory, options, self._device) if options.graphs and is_capturable else None
+        self.graphs = StepGraphs(model, memory, options, self._device) if options.graphs else None
         """Steps of rows, captured; None where they are not."""
         self.num_preemptions = 0
         """Rows and prompts that had to make room."""

@@ -11,6 +11,7 @@ import torch
 
 from perilune.engine.budget import divide_budget, fitting_block_size
 from perilune.engine.core import EngineCore
+from perilune.engine.graphs import is_capturable
 from perilune.engine.manager import CacheManager
 from perilune.engine.memory import CacheMemory
 from perilune.engine.options import EngineOptions
@@ -74,7 +75,8 @@ class Engine:
             prefix_cache: keep what is computed of texts for others that begin alike, while nobody needs its memory.
             snapshot_interval: recurrent layers can resume a text where it was cut or ended, and every so many tokens.
             deterministic: every request is computed as if it were alone, to the bit; costs what batches gain.
-            cuda_graphs: on a GPU, capture decode steps; not of models with MoBA layers, nor with `deterministic`.
+            cuda_graphs: on a GPU, capture decode steps; not of models with MoBA layers or with experts that are not
+                bfloat16, nor with `deterministic`.
 
         Raises:
             EngineError: a limit is out of range, or `cache_bytes` is too little.
@@ -108,7 +110,7 @@ class Engine:
             prefix_cache=prefix_cache,
             snapshot_interval=snapshot_interval,
             deterministic=deterministic,
-            graphs=cuda_graphs,
+            graphs=cuda_graphs and model.output_weight.is_cuda and is_capturable(model, precision),
         )
         budget, self.options = divide_budget(memory, options, cache_bytes)
         manager = CacheManager(budget, keeps_prefixes=prefix_cache)

@@ -17,14 +17,29 @@ from perilune.engine.options import EngineOptions
 from perilune.engine.running import RunningRows
 from perilune.nn import PageRows
 from perilune.ops.layout import SequenceLayout
+from perilune.ops.moe import grouped_obstacle
 
 if TYPE_CHECKING:
     from perilune.models import Decoder
 
-CAPTURABLE = frozenset({"kda", "mla", "gqa"})
+_CAPTURABLE = frozenset({"kda", "mla", "gqa"})
 """Mixers whose steps ask the device for nothing."""
 _STEP = 8
 """From this many rows on, graphs are for multiples of it; below, for powers of two."""
+
+
+def is_capturable(model: Decoder, precision: torch.dtype) -> bool:
+    """Whether the steps of a model on a GPU ask it for nothing: then they can be captured.
+
+    Args:
+        model: the model.
+        precision: `torch.bfloat16` if it runs under autocast.
+    """
+    if not set(model.config.layers) <= _CAPTURABLE:
+        return False
+    weights = [layer.w_down for layer in model.moe_layers()]
+    is_low = precision == torch.bfloat16
+    return all(grouped_obstacle(precision if is_low else weight.dtype, weight) is None for weight in weights)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ class EngineOptions:
     snapshot_interval: int
     deterministic: bool
     graphs: bool
+    """Whether steps of rows are captured."""
 
     @property
     def chunk(self) -> int:

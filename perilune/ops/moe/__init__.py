@@ -15,7 +15,7 @@ from perilune.ops.moe.routing import Routing, route_torch
 from perilune.ops.moe.torch import moe_experts_torch
 from perilune.ops.precision import follow_autocast
 
-__all__ = ["Routing", "balance_bias_update", "moe_experts", "route", "routed_scaling_factor"]
+__all__ = ["Routing", "balance_bias_update", "grouped_obstacle", "moe_experts", "route", "routed_scaling_factor"]
 
 Backend = Literal["auto", "reference", "torch"]
 ExpertsBackend = Literal["auto", "reference", "torch", "grouped"]
@@ -103,12 +103,12 @@ def moe_experts(
     arguments = (x, routing.weights, routing.indices, routing.load, w_gate_up, w_down)
     match backend:
         case "auto":
-            obstacle = grouped_obstacle(x, w_down)
+            obstacle = grouped_obstacle(x.dtype, w_down)
             if x.is_cuda and obstacle is not None:
                 note_slower("moe_experts", "torch", f"'grouped' {obstacle}")
             return (moe_experts_grouped if x.is_cuda and obstacle is None else moe_experts_torch)(*arguments)
         case "grouped":
-            obstacle = grouped_obstacle(x, w_down)
+            obstacle = grouped_obstacle(x.dtype, w_down)
             if obstacle is not None:
                 raise BackendError(f"moe_experts: backend 'grouped' {obstacle}; use 'torch'")
             return moe_experts_grouped(*arguments)

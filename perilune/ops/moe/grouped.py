@@ -17,13 +17,13 @@ _ALIGNMENT = 8
 """Elements of 16 bytes, which rows must be a multiple of."""
 
 
-def grouped_obstacle(x: Tensor, w_down: Tensor) -> str | None:
+def grouped_obstacle(dtype: torch.dtype, w_down: Tensor) -> str | None:
     """Say why the grouped products cannot take a call, as the end of "backend 'grouped' ..."; None if they can."""
     if not hasattr(F, "grouped_mm"):
         return "needs torch 2.10"
-    if x.dtype != torch.bfloat16:
-        return f"takes bfloat16, got {x.dtype}"
-    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
+    if dtype != torch.bfloat16:
+        return f"takes bfloat16, got {dtype}"
+    if w_down.is_cuda and torch.cuda.get_device_capability(w_down.device) < (8, 0):
         return "needs compute capability 8.0"
     if w_down.shape[1] % _ALIGNMENT or w_down.shape[2] % _ALIGNMENT:
         return f"needs widths that {_ALIGNMENT} divides, got d={w_down.shape[1]} and f={w_down.shape[2]}"
