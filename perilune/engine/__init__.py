@@ -12,18 +12,23 @@ from perilune.engine.requests import (
     SamplingParams,
     StreamedToken,
 )
+from perilune.engine.service import Chunk, EngineService, ResponseStream, ServiceStats
 from perilune.engine.tickets import StepOutput
 
 __all__ = [
+    "Chunk",
     "Completion",
     "Engine",
+    "EngineService",
     "EngineStats",
     "FinishReason",
     "ProgressCallback",
     "RepetitionRule",
     "Request",
+    "ResponseStream",
     "SampledToken",
     "SamplingParams",
+    "ServiceStats",
     "StepOutput",
     "StreamedToken",
     "find_repetition",

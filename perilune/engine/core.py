@@ -136,7 +136,9 @@ class EngineCore:
         self.running.rows = reduce(Rows.append, parts)
         return sampled
 
-    def _sample(self, rows: Rows, hidden: Tensor) -> None:
+    def _sample(self, rows: Rows, hidden: Tensor, resumed: int = 0) -> None:
+        """Draw a token for each of `rows`; one that joins has `resumed` already."""
+        self._buffers.reserve(1 + max(self.running.most_sampled(), resumed))
         sample_rows(rows, F.linear(hidden, self._model.output_weight), self._buffers, self._factory)
         self.num_tokens += len(rows)
 
@@ -210,7 +212,7 @@ class EngineCore:
 
     def _new_rows(self, fill: Fill, count: int) -> tuple[Rows, list[Sample]]:
         request = fill.ticket.request
-        slots = self._buffers.take(count, self._factory.limit(request))
+        slots = self._buffers.take(count)
         work = Work(request=request, first_sample=fill.waiting[0], num_samples=count)
         rows = self._factory.build([work], slots)
         samples = [
@@ -231,7 +233,8 @@ class EngineCore:
 
     def _sample_each(self, rows: Rows, fill: Fill) -> None:
         if fill.hidden is not None:
-            self._sample(rows, fill.hidden.expand(len(rows), -1))
+            resumed = len(fill.tokens) - fill.prompt_length
+            self._sample(rows, fill.hidden.expand(len(rows), -1), resumed)
 
     def _finish(self, sampled: Sequence[int]) -> list[StepOutput]:
         """Report what `sampled` rows have got, and let those that have ended leave."""

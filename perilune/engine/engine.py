@@ -157,7 +157,8 @@ class Engine:
 
     def cancel(self, key: int) -> None:
         """Drop a request, wherever it is, and give back all that it holds; one that has ended is none."""
-        self._core.cancel(key)
+        with torch.inference_mode():  # as all of the cache was made
+            self._core.cancel(key)
 
     def weights_updated(self) -> None:
         """Forget what is kept of texts after the weights were changed in place.
@@ -253,7 +254,7 @@ class Engine:
         return key
 
     def _drop(self, key: int) -> None:
-        self._core.cancel(key)
+        self.cancel(key)
         self._inbox.pop(key, None)
 
     def _take(self, key: int) -> list[StepOutput]:

@@ -18,6 +18,8 @@ from perilune.engine.repetition import find_repetition
 from perilune.engine.requests import FinishReason, Request, SampledToken
 from perilune.engine.sampling import counter_uniforms, sample_keys, sample_tokens
 
+_FIRST_CAPACITY = 64
+
 RUNNING, EOS, LENGTH, CONTEXT, REPEAT, ERROR = range(6)
 REASONS: dict[int, FinishReason] = {EOS: "eos", LENGTH: "length", CONTEXT: "context", REPEAT: "repeat", ERROR: "error"}
 
@@ -157,16 +159,20 @@ class OutputBuffers:
         self.tokens = torch.zeros(0, 1, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(0, 1, dtype=torch.float32, device=device)
 
-    def take(self, count: int, capacity: int) -> list[int]:
-        """Take `count` slots of at least `capacity` tokens."""
+    def take(self, count: int) -> list[int]:
+        """Take `count` slots."""
         missing = count - self._slots.free
         if missing > 0:
             self._slots.grow(max(self._slots.capacity + missing, self._slots.capacity * 2))
-        if self._slots.capacity > self.tokens.shape[0] or capacity > self._capacity:
-            if capacity > self._capacity:
-                self._capacity = max(capacity, 2 * self._capacity)
-            self.tokens, self.logprobs = (self._grown(old) for old in (self.tokens, self.logprobs))
         return [self._slots.take() for _ in range(count)]
+
+    def reserve(self, length: int) -> None:
+        """Have room for `length` tokens in every slot; the limits of requests may be far beyond what they need."""
+        if self._slots.capacity <= self.tokens.shape[0] and length <= self._capacity:
+            return
+        if length > self._capacity:
+            self._capacity = max(length, 2 * self._capacity, _FIRST_CAPACITY)
+        self.tokens, self.logprobs = (self._grown(old) for old in (self.tokens, self.logprobs))
 
     def release(self, slots: Sequence[int]) -> None:
         """Give slots back; when none is left, their memory too."""

@@ -24,6 +24,7 @@ class RunningRows:
         self.rows: Rows | None = None
         self._lengths = np.zeros(0, dtype=np.int64)
         self._tables = np.zeros((0, 1), dtype=np.int32)
+        self._prompts = np.zeros(0, dtype=np.int64)
         self._is_shared = np.zeros(0, dtype=np.bool_)
         self._changed: set[int] = set()
         self._layout = SequenceLayout.from_lengths([], device)
@@ -35,11 +36,17 @@ class RunningRows:
         """Tokens that the cache holds of a row."""
         return int(self._lengths[row])
 
+    def most_sampled(self) -> int:
+        """Most tokens that a row may have sampled."""
+        return int((self._lengths - self._prompts).max()) + 1 if len(self) else 0
+
     def append(self, samples: Sequence[Sample], rows: Rows, lengths: Sequence[int]) -> None:
         """Add rows whose caches hold `lengths` tokens; pages of those may be shared with others."""
         self.samples += samples
         self.rows = rows if self.rows is None else self.rows.append(rows)
         self._lengths = np.concatenate([self._lengths, np.asarray(lengths, dtype=np.int64)])
+        prompts = [len(sample.ticket.request.prompt_ids) for sample in samples]
+        self._prompts = np.concatenate([self._prompts, np.asarray(prompts, dtype=np.int64)])
         self._is_shared = np.concatenate([self._is_shared, np.ones(len(samples), dtype=np.bool_)])
         new = np.zeros((len(samples), self._tables.shape[1]), dtype=np.int32)
         self._tables = np.concatenate([self._tables, new])
@@ -63,7 +70,7 @@ class RunningRows:
         self.rows = self.rows.select(torch.tensor(places, dtype=torch.int64, device=self._device)) if kept else None
         self.samples = [self.samples[place] for place in places]
         self._lengths, self._tables = self._lengths[places], self._tables[places]
-        self._is_shared = self._is_shared[places]
+        self._prompts, self._is_shared = self._prompts[places], self._is_shared[places]
         self._changed = {row for row in self._changed if row < kept} | set(holes)
         return movers, holes
 
