@@ -32,6 +32,7 @@ OPTIONAL = (
     "fastapi",
     "starlette",
     "uvicorn",
+    "prometheus_client",
     "faiss",
     "polars",
     "textual",

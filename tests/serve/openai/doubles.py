@@ -1,0 +1,139 @@
+"""An engine that says what it is told to, and a model with a byte-level tokenizer in front of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from perilune.engine import Request
+from perilune.errors import DataError
+from perilune.serve.openai.service import EngineBusyError, ServedModel
+from perilune.serve.openai.tokens import MARKERS
+
+SPECIALS = {name: 256 + i for i, name in enumerate(("<|im_end|>", "<|im_user|>", *MARKERS))}
+END = SPECIALS["<|im_end|>"]
+
+
+class ByteTokenizer:
+    """A token a byte, and special ones."""
+
+    vocab_size = 256 + len(SPECIALS)
+    special_ids: Mapping[str, int] = SPECIALS
+    stop_ids = (END,)
+
+    def encode(self, text: str, *, parse_specials: bool = False) -> list[int]:
+        if not parse_specials:
+            return list(text.encode())
+        found: list[int] = []
+        while text:
+            name = next((name for name in SPECIALS if text.startswith(name)), None)
+            found += [SPECIALS[name]] if name else list(text[0].encode())
+            text = text[len(name or "_") :]
+        return found
+
+    def decode_bytes(self, tokens: Iterable[int], *, skip_specials: bool = False) -> bytes:
+        names = {} if skip_specials else {token: name for name, token in SPECIALS.items()}
+        return b"".join(bytes([one]) if one < 256 else names.get(one, "").encode() for one in tokens)
+
+
+TOKENIZER = ByteTokenizer()
+
+
+def encode_chat(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
+) -> list[int]:
+    """A conversation as JSON-like lines; a variable `think` begins the answer with a thought."""
+    if messages[-1]["role"] == "assistant":
+        raise DataError("the last message must not be the assistant's")
+    text = "".join(f"{one['role']}:{one.get('content') or ''}\n" for one in messages)
+    names = "".join(f"tool:{tool['function']['name']}\n" for tool in tools)
+    thought = [SPECIALS["<think>"]] if variables.get("think") else []
+    return TOKENIZER.encode(names + text) + thought
+
+
+@dataclass(frozen=True)
+class FakeToken:
+    token_id: int
+    logprob: float = -0.5
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class FakeChunk:
+    sample: int
+    tokens: tuple[FakeToken, ...]
+    finish_reason: str | None
+
+
+@dataclass
+class FakeStats:
+    running: int = 0
+    waiting: int = 0
+    pages_used: int = 0
+    pages_total: int = 64
+    preemptions: int = 0
+
+
+def say(text: str) -> Callable[[Request], str]:
+    return lambda request: text
+
+
+@dataclass
+class FakeService:
+    """Streams `answer(request)`, then the end token; at most `most` requests at a time."""
+
+    answer: Callable[[Request], str | BaseException] = field(default_factory=lambda: say("Hello, wörld!"))
+    size: int = 1
+    """Tokens of a chunk."""
+    pause_s: float = 0.0
+    most: int = 1000
+    cached: int = 0
+    seen: list[Request] = field(default_factory=list)
+    open: set[FakeStream] = field(default_factory=set)
+
+    def submit(self, request: Request) -> FakeStream:
+        if len(self.open) >= self.most:
+            raise EngineBusyError(f"{self.most} requests wait; come back")
+        self.seen.append(request)
+        stream = FakeStream(self, request)
+        self.open.add(stream)
+        return stream
+
+    def stats(self) -> FakeStats:
+        return FakeStats(running=len(self.open), pages_used=len(self.open))
+
+
+@dataclass(eq=False)
+class FakeStream:
+    service: FakeService
+    request: Request
+
+    @property
+    def cached_tokens(self) -> int:
+        return self.service.cached
+
+    def cancel(self) -> None:
+        self.service.open.discard(self)
+
+    async def __aiter__(self) -> AsyncIterator[FakeChunk]:
+        answer = self.service.answer(self.request)
+        if isinstance(answer, BaseException):
+            raise answer
+        params, size = self.request.params, self.service.size
+        tokens = [*TOKENIZER.encode(answer, parse_specials=True), END][: params.max_new_tokens]
+        reason = "eos" if tokens[-1] == END else "length"
+        for start in range(0, len(tokens), size):
+            for sample in range(self.request.num_samples):
+                await asyncio.sleep(self.service.pause_s)
+                part = tuple(FakeToken(token, top=((token, -0.5), (0, -2.0))) for token in tokens[start : start + size])
+                yield FakeChunk(sample, part, reason if start + size >= len(tokens) else None)
+        self.service.open.discard(self)
+
+
+def served_by(service: Any, **changes: Any) -> ServedModel:
+    settings: dict[str, Any] = {
+        "name": "fake", "service": service, "tokenizer": TOKENIZER, "encode_chat": encode_chat, "context_limit": 2000,
+    }  # fmt: skip
+    return ServedModel(**{**settings, **changes})
