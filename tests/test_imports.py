@@ -40,6 +40,8 @@ OPTIONAL = (
     "orjson",
     "aiohttp",
     "ray",
+    "tiktoken",
+    "gguf",
 )
 
 BANNED = re.compile(

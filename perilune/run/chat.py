@@ -44,7 +44,7 @@ class ChatSession:
             max_new_tokens=self._max_tokens,
             temperature=self._temperature,
             seed=derive_seed(self._seed, "chat", len(turns)),
-            stop_ids=(self._tokenizer.end_id, self._tokenizer.eos_id),
+            stop_ids=self._tokenizer.stop_ids,
         )
         request = Request(prompt_ids=encode_prompt(self._tokenizer, turns), params=params, id="chat")
         pieces = []
