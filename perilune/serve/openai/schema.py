@@ -62,7 +62,8 @@ _STRINGS: dict[str, JsonValue] = {
     "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]
 }
 Content = Annotated[str | None, BeforeValidator(_joined), Field(json_schema_extra=_PARTS)]
-Stops = Annotated[list[str] | None, BeforeValidator(_listed), Field(max_length=MAX_STOPS, json_schema_extra=_STRINGS)]
+Texts = Annotated[list[str], Field(max_length=MAX_STOPS)]
+Stops = Annotated[Texts | None, BeforeValidator(_listed), Field(json_schema_extra=_STRINGS)]
 
 
 class FunctionCall(_Body):
