@@ -21,6 +21,13 @@ from torch import Tensor
 
 from perilune.errors import CheckpointError
 from perilune.files import fsync_directory
+from perilune.tensorfile import (
+    FileRecord,
+    read_tensors,
+    tensor_file_bytes,
+    write_bytes_durably,
+    write_tensors,
+)
 from perilune.train.manifest import (
     MANIFEST_NAME,
     MAX_JSON_BYTES,
@@ -29,13 +36,6 @@ from perilune.train.manifest import (
     check_directory,
     read_json,
     read_manifest,
-)
-from perilune.train.tensorfile import (
-    FileRecord,
-    read_tensors,
-    tensor_file_bytes,
-    write_bytes_durably,
-    write_tensors,
 )
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from perilune.errors import CheckpointError
-from perilune.train.strict_json import parse_json
-from perilune.train.tensorfile import FileRecord, check_file, regular_file_bytes
+from perilune.strict_json import parse_json
+from perilune.tensorfile import FileRecord, check_file, regular_file_bytes
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from perilune import tensorfile
 from perilune.errors import CheckpointError
-from perilune.train import CheckpointStore, manifest, tensorfile
-from perilune.train.strict_json import parse_json
+from perilune.strict_json import parse_json
+from perilune.train import CheckpointStore, manifest
 from tests.train.doubles import some_tensors
 
 

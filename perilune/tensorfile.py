@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from perilune.errors import CheckpointError
-from perilune.train.strict_json import parse_json
+from perilune.strict_json import parse_json
 
 MAX_HEADER_BYTES = 16 * 1024 * 1024
 """Room for about a hundred thousand tensors; a larger header is refused before it is parsed."""
