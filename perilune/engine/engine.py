@@ -44,6 +44,7 @@ class Engine:
         max_tokens_prefill: int = 8192,
         context_limit: int | None = None,
         precision: torch.dtype = torch.float32,
+        vocab_size: int | None = None,
     ) -> None:
         """Keep `model` (its weights are read at each call, so training it in place needs no copying).
 
@@ -53,6 +54,8 @@ class Engine:
             max_tokens_prefill: most prompt tokens that one forward takes; a longer prompt goes in pieces.
             context_limit: most tokens of prompt plus response; None for no limit.
             precision: `torch.bfloat16` runs the model under autocast; sampling and log-probabilities stay float32.
+            vocab_size: the tokenizer's size where the model's vocabulary is padded beyond it: ids from here on are no
+                tokens, are never drawn, and take no probability. None for the model's own size.
 
         Raises:
             EngineError: a limit is out of range.
@@ -65,11 +68,16 @@ class Engine:
             raise EngineError(f"context_limit must be >= 2 (a prompt and a response token), got {context_limit}")
         if precision not in (torch.float32, torch.bfloat16):
             raise EngineError(f"precision must be torch.float32 or torch.bfloat16, got {precision}")
+        if vocab_size is not None and not 1 <= vocab_size <= model.output_weight.shape[0]:
+            raise EngineError(
+                f"vocab_size must be in [1, {model.output_weight.shape[0]}], the model's size, got {vocab_size}"
+            )
         self.model = model
         self._max_batch = max_batch
         self._max_tokens_prefill = max_tokens_prefill
         self._context_limit = context_limit
         self._precision = precision
+        self._vocab_size = vocab_size
 
     def generate(self, requests: Sequence[Request], progress: ProgressCallback | None = None) -> list[Completion]:
         """Sample every response of every request.
@@ -113,27 +121,32 @@ class Engine:
                 left = session.step()
                 newest = None if session.is_done else session.newest()
             if newest is not None:
-                yield StreamedToken(token_id=newest[0], logprob=newest[1], finish_reason=None)
+                yield newest
                 position += 1
                 continue
             completion = left[0][1]
             if completion.finish_reason == "error":
-                raise EngineError(f"the model gave non-finite logits after {position} tokens")
+                raise EngineError(
+                    f"no token could be drawn after {position} tokens: the model's logits are not finite, or the "
+                    "request's options together allow none"
+                )
             yield StreamedToken(
                 token_id=completion.token_ids[-1],
                 logprob=completion.logprobs[-1],
+                top=completion.top_logprobs[-1] if completion.top_logprobs else (),
                 finish_reason=completion.finish_reason,
             )
 
     def _session(self, requests: Sequence[Request]) -> DecodeSession:
         for request in requests:
-            check_request(request, self.model.output_weight.shape[0], self._context_limit)
+            check_request(request, self._vocab_size or self.model.output_weight.shape[0], self._context_limit)
         return DecodeSession(
             self.model,
             requests,
             max_batch=self._max_batch,
             max_tokens_prefill=self._max_tokens_prefill,
             context_limit=self._context_limit,
+            vocab_size=self._vocab_size,
         )
 
     @contextmanager

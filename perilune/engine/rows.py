@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from perilune.engine.config import RepetitionRule
+from perilune.engine.distribution import TokenDistribution, Truncation
 from perilune.engine.repetition import find_repetition
-from perilune.engine.requests import FinishReason, Request
-from perilune.engine.sampling import counter_uniforms, sample_keys, sample_tokens
+from perilune.engine.requests import FinishReason, Request, TopLogprobs
+from perilune.engine.sampling import counter_uniforms, sample_keys
+from perilune.engine.shaping import LogitShaper
 
 RUNNING, EOS, LENGTH, CONTEXT, REPEAT, ERROR = range(6)
 REASONS: dict[int, FinishReason] = {EOS: "eos", LENGTH: "length", CONTEXT: "context", REPEAT: "repeat", ERROR: "error"}
@@ -51,6 +53,10 @@ class Rows:
     """float32."""
     top_k: Tensor
     """int64."""
+    min_p: Tensor
+    """float32."""
+    num_top: Tensor
+    """int64, how many of the most likely tokens are reported."""
     stops: Tensor
     """int64 `[N, S]`, padded with -1."""
     rules: Tensor
@@ -63,7 +69,7 @@ class Rows:
     def _tensors(self) -> tuple[Tensor, ...]:
         return (
             self.slots, self.keys, self.positions, self.limits, self.limit_reasons, self.temperatures,
-            self.top_p, self.top_k, self.stops, self.rules, self.last_tokens, self.reasons,
+            self.top_p, self.top_k, self.min_p, self.num_top, self.stops, self.rules, self.last_tokens, self.reasons,
         )  # fmt: skip
 
     def select(self, index: Tensor) -> Rows:
@@ -81,15 +87,27 @@ class Rows:
 class RowFactory:
     """Builds rows for admitted work; knows the widths and rules common to one session."""
 
-    def __init__(self, requests: Sequence[Request], context_limit: int | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        context_limit: int | None,
+        device: torch.device,
+        vocab_size: int | None = None,
+    ) -> None:
         self._context_limit = context_limit
         self._device = device
-        self._num_stops = max([1, *(len(request.params.stop_ids) for request in requests)])
+        self._num_stops = max([1, *(len(request.params.end_ids) for request in requests)])
         rules = dict.fromkeys(request.params.repetition for request in requests if request.params.repetition)
         self.rules: tuple[RepetitionRule, ...] = tuple(rules)
         """Distinct repetition rules; `Rows.rules` indexes them."""
-        self.truncates = any(request.params.top_p < 1 or request.params.top_k > 0 for request in requests)
-        """Whether any request uses top-p or top-k."""
+        self.truncates = any(request.params.is_truncating for request in requests)
+        """Whether any request uses top-p, top-k or min-p."""
+        self.reports_top = any(request.params.top_logprobs for request in requests)
+        """Whether any request wants the most likely tokens."""
+        self.shaper = LogitShaper(device)
+        """Options that change the logits, of the rows that have some."""
+        self.vocab_size = vocab_size
+        """Ids from here on are padding of the model's vocabulary: no token has them. None: there is none."""
 
     def limit(self, request: Request) -> int:
         """Most tokens that may be sampled for `request`."""
@@ -103,9 +121,11 @@ class RowFactory:
         params = [request.params for request, _ in members]
         limits = [self.limit(request) for request, _ in members]
         reasons = [LENGTH if limit == p.max_new_tokens else CONTEXT for limit, p in zip(limits, params, strict=True)]
-        stops = [[*p.stop_ids, *[-1] * (self._num_stops - len(p.stop_ids))] for p in params]
+        stops = [[*p.end_ids, *[-1] * (self._num_stops - len(p.end_ids))] for p in params]
         seeds = self._ints([p.seed & (2**63 - 1) for p in params])
         zeros = torch.zeros_like(seeds)
+        for slot, (request, _) in zip(slots, members, strict=True):
+            self.shaper.enter(slot, request)
         return Rows(
             slots=self._ints(slots),
             keys=sample_keys(seeds, self._ints([sample for _, sample in members])),
@@ -115,6 +135,8 @@ class RowFactory:
             temperatures=self._floats([p.temperature for p in params]),
             top_p=self._floats([p.top_p for p in params]),
             top_k=self._ints([p.top_k for p in params]),
+            min_p=self._floats([p.min_p for p in params]),
+            num_top=self._ints([p.top_logprobs for p in params]),
             stops=self._ints(stops),
             rules=self._ints([self.rules.index(p.repetition) if p.repetition else -1 for p in params]),
             last_tokens=zeros,
@@ -135,6 +157,8 @@ class OutputBuffers:
         self._capacity = capacity
         self.tokens = torch.zeros(num_slots, capacity + 1, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(num_slots, capacity + 1, dtype=torch.float32, device=device)
+        self.top: dict[int, list[TopLogprobs]] = {}
+        """Most likely tokens of each position, by slot; only of the rows that want them."""
 
     def write(self, rows: Rows, tokens: Tensor, logprobs: Tensor, mask: Tensor) -> None:
         """Store one token for the rows where `mask` `[N]` is true."""
@@ -150,13 +174,16 @@ def sample_rows(rows: Rows, logits: Tensor, buffers: OutputBuffers, factory: Row
         rows: updated in place.
         logits: `[N, V]`.
         buffers: where the tokens go.
-        factory: gives the repetition rules and whether any row truncates.
+        factory: gives the repetition rules, the options that change logits, and which options any row has at all.
     """
-    uniforms = counter_uniforms(rows.keys, rows.positions)
-    truncation = (rows.top_p, rows.top_k) if factory.truncates else None
-    tokens, logprobs = sample_tokens(logits, rows.temperatures, uniforms, truncation)
+    logits = logits[:, : factory.vocab_size]
+    distribution = TokenDistribution(logits, rows.temperatures)
+    tokens, is_possible = _draw(rows, logits, distribution, buffers, factory)
+    logprobs = distribution.logprobs(tokens)
     is_running = rows.reasons == RUNNING
-    is_valid = is_running & logprobs.isfinite()
+    is_valid = is_running & is_possible & logprobs.isfinite()
+    if factory.reports_top:
+        _store_top(rows, distribution, is_valid, buffers)
     buffers.write(rows, tokens, logprobs, is_valid)
     rows.last_tokens = torch.where(is_valid, tokens, rows.last_tokens)
     rows.positions = rows.positions + is_valid
@@ -166,6 +193,46 @@ def sample_rows(rows: Rows, logits: Tensor, buffers: OutputBuffers, factory: Row
     reasons = torch.where((tokens[:, None] == rows.stops).any(dim=1), EOS, reasons)
     reasons = torch.where(is_valid, reasons, ERROR)
     rows.reasons = torch.where(is_running, reasons, rows.reasons)
+    if factory.shaper:
+        is_going = rows.reasons == RUNNING
+        factory.shaper.leave(rows.slots[~is_going].tolist())
+        factory.shaper.accept(rows.slots[is_going].tolist(), tokens[is_going].tolist())
+
+
+def _draw(
+    rows: Rows, logits: Tensor, distribution: TokenDistribution, buffers: OutputBuffers, factory: RowFactory
+) -> tuple[Tensor, Tensor]:
+    """Draw tokens `[N]`; rows whose options change the logits draw from the changed ones.
+
+    Returns:
+        The tokens, and `[N]` bool: rows that had a token to draw.
+    """
+    uniforms = counter_uniforms(rows.keys, rows.positions)
+    truncation = Truncation(rows.top_p, rows.top_k, rows.min_p) if factory.truncates else None
+    tokens, is_possible = distribution.draw(uniforms, truncation), distribution.is_possible()
+    shaped = factory.shaper.shape(rows.slots, rows.positions, logits, buffers.tokens)
+    if shaped is not None:
+        index = shaped.index
+        changed = TokenDistribution(shaped.logits, rows.temperatures[index])
+        tokens[index] = changed.draw(uniforms[index], None if truncation is None else truncation.select(index))
+        is_possible[index] &= changed.is_possible()
+    return tokens, is_possible
+
+
+def _store_top(rows: Rows, distribution: TokenDistribution, is_valid: Tensor, buffers: OutputBuffers) -> None:
+    """Keep the most likely tokens of the rows that want them."""
+    index = (is_valid & (rows.num_top > 0)).nonzero()[:, 0]
+    if index.numel() == 0:
+        return
+    counts = rows.num_top[index].tolist()
+    ids, logprobs = distribution.top(index, max(counts))
+    for slot, count, position, row_ids, row_logprobs in zip(
+        rows.slots[index].tolist(), counts, rows.positions[index].tolist(), ids.tolist(), logprobs.tolist(), strict=True
+    ):
+        kept = buffers.top.setdefault(slot, [])
+        # A slot that was used before still holds what its last row left.
+        del kept[position:]
+        kept.append(tuple(zip(row_ids[:count], row_logprobs[:count], strict=True)))
 
 
 def _repeats(rows: Rows, buffers: OutputBuffers, rules: Sequence[RepetitionRule]) -> Tensor:

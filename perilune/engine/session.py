@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perilune.engine.requests import Completion, Request
+from perilune.engine.requests import Completion, Request, StreamedToken
 from perilune.engine.rows import REASONS, RUNNING, OutputBuffers, RowFactory, Rows, Work, sample_rows
 from perilune.ops.layout import SequenceLayout
 
@@ -36,12 +36,13 @@ class DecodeSession:
         max_batch: int,
         max_tokens_prefill: int,
         context_limit: int | None,
+        vocab_size: int | None = None,
     ) -> None:
         self._model = model
         self._device = model.output_weight.device
         self._max_batch = max_batch
         self._max_tokens_prefill = max_tokens_prefill
-        self._factory = RowFactory(requests, context_limit, self._device)
+        self._factory = RowFactory(requests, context_limit, self._device, vocab_size)
         self._waiting: deque[Work] = deque(_split_work(requests, max_batch))
         capacity = max((self._factory.limit(request) for request in requests), default=1)
         num_rows = min(max_batch, sum(request.num_samples for request in requests))
@@ -67,12 +68,18 @@ class DecodeSession:
             self._decode()
         return self._retire()
 
-    def newest(self) -> tuple[int, float]:
-        """Token and log-probability that the only row of a one-row session sampled last."""
+    def newest(self) -> StreamedToken:
+        """What the only row of a one-row session sampled last."""
         if self._rows is None or int(self._rows.positions[0]) == 0:
             raise IndexError("the session has sampled nothing")
         slot, column = self._rows.slots[0], self._rows.positions[0] - 1
-        return int(self._buffers.tokens[slot, column]), float(self._buffers.logprobs[slot, column])
+        top = self._buffers.top.get(int(slot))
+        return StreamedToken(
+            token_id=int(self._buffers.tokens[slot, column]),
+            logprob=float(self._buffers.logprobs[slot, column]),
+            top=top[-1] if top else (),
+            finish_reason=None,
+        )
 
     def _admit(self) -> bool:
         works = self._next_works()
@@ -169,6 +176,7 @@ class DecodeSession:
                 token_ids=tuple(tokens[row][:length]),
                 logprobs=tuple(logprobs[row][:length]),
                 finish_reason=REASONS[reasons[row]],
+                top_logprobs=tuple(self._buffers.top.pop(slot, ())),
             )
             finished.append((work.index, completion))
         self._free_slots.extend(slots)
