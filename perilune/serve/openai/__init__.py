@@ -8,12 +8,13 @@ app          all of it as one application
 """
 
 from perilune.serve.openai.app import ServerSettings, openai_app
+from perilune.serve.openai.grammars import Grammars
 from perilune.serve.openai.keys import check_keys, read_keys
-from perilune.serve.openai.service import ChatEncoder, GenerationService, ServedModel
+from perilune.serve.openai.service import GenerationService, ServedModel
 
 __all__ = [
-    "ChatEncoder",
     "GenerationService",
+    "Grammars",
     "ServedModel",
     "ServerSettings",
     "check_keys",

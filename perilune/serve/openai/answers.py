@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from perilune.serve.openai.reading import AnswerPiece, AnswerReader, CallPiece
+from perilune.serve.openai.reading import AnswerPiece, AnswerReader
 from perilune.serve.openai.tokens import TokenBytes, TokenRecord
+from perilune.tool_calls import CallDelta, Delta
 
 Json = dict[str, Any]
 
@@ -147,9 +148,11 @@ def message_json(pieces: Sequence[AnswerPiece]) -> Json:
     """Return the message that the pieces of an answer add up to."""
     content, reasoning, calls = "", None, []
     for piece in pieces:
-        if isinstance(piece, CallPiece):
-            function = {"name": piece.name, "arguments": piece.arguments}
-            calls.append({"id": piece.id, "type": "function", "function": function})
+        if isinstance(piece, CallDelta):
+            if piece.id is not None:
+                function = {"name": piece.name, "arguments": ""}
+                calls.append({"id": piece.id, "type": "function", "function": function})
+            calls[-1]["function"]["arguments"] += piece.arguments
         elif piece.kind == "reasoning":
             reasoning = (reasoning or "") + piece.text
         else:
@@ -162,15 +165,15 @@ def message_json(pieces: Sequence[AnswerPiece]) -> Json:
     return message
 
 
-def delta_jsons(piece: AnswerPiece) -> list[Json]:
-    """Return what streams say of a piece: of a call first its name, then its arguments."""
-    if not isinstance(piece, CallPiece):
-        return [{"content" if piece.kind == "content" else "reasoning_content": piece.text}]
+def delta_json(piece: AnswerPiece) -> Json:
+    """Return what streams say of a piece: of a call first its id and name, then its arguments."""
+    if isinstance(piece, Delta):
+        return {"content" if piece.kind == "content" else "reasoning_content": piece.text}
+    function = {"arguments": piece.arguments}
+    if piece.id is None:
+        return {"tool_calls": [{"index": piece.index, "function": function}]}
     head = {"index": piece.index, "id": piece.id, "type": "function"}
-    return [
-        {"tool_calls": [{**head, "function": {"name": piece.name, "arguments": ""}}]},
-        {"tool_calls": [{"index": piece.index, "function": {"arguments": piece.arguments}}]},
-    ]
+    return {"tool_calls": [{**head, "function": {"name": piece.name, **function}}]}
 
 
 def chat_logprobs(records: Sequence[TokenRecord], tokens: TokenBytes) -> Json:

@@ -10,7 +10,7 @@ from perilune.serve.openai.answers import (
     ChatCompletion,
     Json,
     chat_logprobs,
-    delta_jsons,
+    delta_json,
     errors_documented,
     message_json,
     usage_json,
@@ -101,8 +101,8 @@ async def _events(generation: Generation, body: ChatBody, frame: Mapping[str, An
         if not pieces:
             yield event(index, {}, logprobs, reader.finish_reason)
             continue
-        for delta in (delta for piece in pieces for delta in delta_jsons(piece)):
-            yield event(index, delta, logprobs)
+        for piece in pieces:
+            yield event(index, delta_json(piece), logprobs)
             logprobs = None
     if has_usage:
         usage = usage_json(generation.prompt_tokens, generation.cached_tokens, job.readers)

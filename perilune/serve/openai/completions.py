@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from perilune.serve.openai.answers import Json, TextCompletion, errors_documented, text_logprobs, usage_json
 from perilune.serve.openai.generation import Generation, submit_all
 from perilune.serve.openai.metrics import Metrics
-from perilune.serve.openai.reading import AnswerPiece, TextPiece
+from perilune.serve.openai.reading import AnswerPiece
 from perilune.serve.openai.requests import completion_jobs
 from perilune.serve.openai.schema import CompletionBody
 from perilune.serve.openai.service import ServedModel
 from perilune.serve.openai.streaming import EventStream, answer_while_there
+from perilune.tool_calls import Delta
 
 if TYPE_CHECKING:
     from fastapi import APIRouter
@@ -101,7 +102,7 @@ async def _events(
 
 
 def _text(pieces: Sequence[AnswerPiece]) -> str:
-    return "".join(piece.text for piece in pieces if isinstance(piece, TextPiece))
+    return "".join(piece.text for piece in pieces if isinstance(piece, Delta))
 
 
 def _logprobs(generation: Generation, records: Sequence[Any], body: CompletionBody) -> Json | None:

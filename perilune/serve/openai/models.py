@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel
 
 from perilune.serve.openai.answers import ErrorAnswer
-from perilune.serve.openai.requests import can_call_tools, check_model
+from perilune.serve.openai.requests import check_model
 from perilune.serve.openai.service import ServedModel
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ def models_router(served: ServedModel) -> "APIRouter":
         id=served.name,
         created=served.created,
         max_model_len=served.context_limit,
-        can_chat=served.encode_chat is not None,
-        can_call_tools=can_call_tools(served),
+        can_chat=served.template is not None,
+        can_call_tools=served.grammars.can_call_tools,
     )
 
     @router.get("/models", summary="List the models")

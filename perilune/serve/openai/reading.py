@@ -5,71 +5,33 @@ Streams and whole answers read through the same object, so that what is streamed
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
-from perilune.agents.client.dialects.kimi_k2 import resolve
-from perilune.agents.client.dialects.kimi_k2_parser import Delta, Event, KimiK2Parser, RawCall
 from perilune.errors import EngineError
 from perilune.serve.openai.service import Token
 from perilune.serve.openai.tokens import TokenReader, TokenRecord
+from perilune.tool_calls import CallDelta, Delta, KimiK2Stream
 
 FinishReason = Literal["stop", "length", "tool_calls"]
+AnswerPiece = Delta | CallDelta
 _REASONS: dict[str, FinishReason] = {"eos": "stop", "repeat": "stop", "length": "length", "context": "length"}
-
-
-@dataclass(frozen=True, slots=True)
-class TextPiece:
-    """A piece of the answer's text or of its thoughts."""
-
-    kind: Literal["content", "reasoning"]
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class CallPiece:
-    """A tool call, whole: one that is never closed is none."""
-
-    index: int
-    """Place in this message, from 0."""
-    id: str
-    """`functions.NAME:IDX`, where IDX counts the calls of the whole conversation."""
-    name: str
-    arguments: str
-
-
-AnswerPiece = TextPiece | CallPiece
 
 
 class AnswerReader:
     """Reads one answer."""
 
     def __init__(
-        self,
-        tokens: TokenReader,
-        *,
-        starts_in_think: bool = False,
-        tools: Sequence[Mapping[str, Any]] = (),
-        first_call: int = 0,
-        most_calls: int | None = None,
-        is_plain: bool = False,
-        written: str = "",
+        self, tokens: TokenReader, *, parser: KimiK2Stream | None = None, most_calls: int | None = None
     ) -> None:
         """Begin.
 
         Args:
             tokens: reads their text.
-            starts_in_think: whether the prompt ended with `<think>`.
-            tools: JSON of those that may be called.
-            first_call: calls of the conversation so far.
-            most_calls: the answer ends with so many.
-            is_plain: whether the text is nothing but text.
-            written: text at the prompt's end that belongs to the answer.
+            parser: takes thoughts and tool calls out of it; None if text is all there is.
+            most_calls: the answer ends where one more would begin.
         """
-        self._tokens = tokens
-        self._parser = None if is_plain else KimiK2Parser(starts_in_think=starts_in_think)
-        self._tools, self._first_call, self._most_calls = tools, first_call, most_calls
+        self._tokens, self._parser, self._most_calls = tokens, parser, most_calls
         self._num_calls = 0
         self._has_reasoning = False
         self._has_content = False
@@ -79,8 +41,6 @@ class AnswerReader:
         """Those before the answer's text began, if there were thoughts."""
         self.finish_reason: FinishReason | None = None
         """Set at the end."""
-        if written:
-            self._read(written)
 
     def feed(self, tokens: Sequence[Token], reason: str | None) -> list[AnswerPiece]:
         """Read tokens, and with the last ones why the engine ended; return what has become certain.
@@ -93,8 +53,9 @@ class AnswerReader:
             if self.finish_reason is not None:
                 return pieces
             self.num_tokens += 1
-            pieces += self._read(self._tokens.feed(token))
-            if self._tokens.is_stopped or self._num_calls == self._most_calls:
+            text, mark = self._tokens.feed(token)
+            pieces += self._read(text, mark)
+            if self._tokens.is_stopped or self._has_too_many:
                 pieces += self._end("stop")
             elif self._has_reasoning and not self._has_content:
                 self.reasoning_tokens = self.num_tokens
@@ -108,43 +69,39 @@ class AnswerReader:
         """Return the tokens of what has been returned, each once."""
         return self._tokens.take_records()
 
-    def _read(self, text: str) -> list[AnswerPiece]:
-        if not text:
-            return []
+    @property
+    def _has_too_many(self) -> bool:
+        return self._most_calls is not None and self._num_calls > self._most_calls
+
+    def _read(self, text: str, mark: str | None) -> list[AnswerPiece]:
         if self._parser is None:
-            return [TextPiece("content", text)]
-        return self._pieces(self._parser.feed(text))
+            return [Delta("content", text)] if text else []
+        pieces = self._parser.feed(text) if text else []
+        if mark is not None:
+            pieces = [*pieces, *self._parser.feed_marker(mark)]
+        return self._noted(pieces)
 
     def _end(self, reason: FinishReason) -> list[AnswerPiece]:
-        pieces = self._read(self._tokens.finish())
+        pieces = self._read(self._tokens.finish(), None)
+        has_calls = False
         if self._parser is not None:
-            pieces += self._pieces(self._parser.finish()[0])
-        self.finish_reason = "tool_calls" if self._num_calls else reason
+            deltas, answer = self._parser.finish()
+            pieces += self._noted(deltas)
+            counted = answer.is_complete[: self._most_calls]
+            # A call that the limit of tokens cut short is no call that anybody could run.
+            has_calls = bool(counted) and (reason != "length" or all(counted))
+        self.finish_reason = "tool_calls" if has_calls else reason
         return pieces
 
-    def _pieces(self, events: Sequence[Event]) -> list[AnswerPiece]:
+    def _noted(self, deltas: Sequence[AnswerPiece]) -> list[AnswerPiece]:
         pieces: list[AnswerPiece] = []
-        for event in events:
-            if self._num_calls == self._most_calls:
+        for delta in deltas:
+            if isinstance(delta, CallDelta):
+                self._num_calls = max(self._num_calls, delta.index + 1)
+            if self._has_too_many:
                 break
-            piece = self._text(event) if isinstance(event, Delta) else self._call(event)
-            if piece is not None:
-                pieces.append(piece)
+            is_thought = isinstance(delta, Delta) and delta.kind == "reasoning"
+            self._has_reasoning = self._has_reasoning or is_thought
+            self._has_content = self._has_content or not is_thought
+            pieces.append(delta)
         return pieces
-
-    def _text(self, delta: Delta) -> TextPiece:
-        if delta.kind == "reasoning":
-            self._has_reasoning = True
-        else:
-            self._has_content = True
-        return TextPiece(delta.kind, delta.text)
-
-    def _call(self, raw: RawCall) -> CallPiece | None:
-        """A call, or None if its id tells no tool."""
-        self._has_content = True
-        call = resolve(raw, self._tools)
-        if call.name.isdecimal() and call.name not in {tool["function"]["name"] for tool in self._tools}:
-            return None
-        index, self._num_calls = self._num_calls, self._num_calls + 1
-        name_id = f"functions.{call.name}:{self._first_call + index}"
-        return CallPiece(index, name_id, call.name, call.arguments or "{}")

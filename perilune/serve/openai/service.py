@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
+from perilune.data import ChatTemplate, TextTokenizer
 from perilune.engine import Request
 from perilune.errors import EngineError
+from perilune.serve.openai.grammars import Grammars
 
 
 class EngineBusyError(EngineError):
@@ -116,52 +118,6 @@ class GenerationService(Protocol):
         ...
 
 
-class Tokenizer(Protocol):
-    """What serving needs of a tokenizer; `perilune.data.TextTokenizer`."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Ids are below it."""
-        ...
-
-    @property
-    def special_ids(self) -> Mapping[str, int]:
-        """By name."""
-        ...
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        """Those that end an answer."""
-        ...
-
-    def encode(self, text: str, *, parse_specials: bool = False) -> list[int]:
-        """Return the tokens of a text."""
-        ...
-
-    def decode_bytes(self, tokens: Iterable[int], *, skip_specials: bool = False) -> bytes:
-        """Return the bytes of tokens."""
-        ...
-
-
-class ChatEncoder(Protocol):
-    """From a conversation to a prompt."""
-
-    def __call__(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
-    ) -> list[int]:
-        """Return the prompt up to where the assistant begins to speak.
-
-        Args:
-            messages: as in requests.
-            tools: JSON of those that may be called.
-            variables: of the template, from the request.
-
-        Raises:
-            DataError: the conversation is not one that the template knows.
-        """
-        ...
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
     """A model that answers requests."""
@@ -169,9 +125,11 @@ class ServedModel:
     name: str
     """What clients call it."""
     service: GenerationService
-    tokenizer: Tokenizer
-    encode_chat: ChatEncoder | None
+    tokenizer: TextTokenizer
+    template: ChatTemplate | None
     """None for models that only continue text."""
+    grammars: Grammars
+    """Made for `tokenizer`."""
     context_limit: int | None
     """Most tokens of prompt plus answer."""
     max_answer_tokens: int = 4096

@@ -1,4 +1,4 @@
-"""Text of an answer from its tokens, up to its end or a stop string."""
+"""Text of an answer from its tokens, up to its end or a stop string; and the special tokens that are not text."""
 
 from __future__ import annotations
 
@@ -6,34 +6,24 @@ import codecs
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from perilune.agents.client.dialects.kimi_k2_parser import (
-    ARGUMENTS,
-    CALL,
-    END_CALL,
-    END_SECTION,
-    END_THINK,
-    SECTION,
-    THINK,
-)
-from perilune.serve.openai.service import Token, Tokenizer
-
-TOOL_MARKERS = (SECTION, CALL, ARGUMENTS, END_CALL, END_SECTION)
-MARKERS = (*TOOL_MARKERS, THINK, END_THINK)
-"""What models write as single tokens where they have them."""
+from perilune.data import TextTokenizer
+from perilune.serve.openai.service import Token
+from perilune.tool_calls import MARKERS
 
 
 class TokenBytes:
     """Bytes of single tokens: special ones have none, but for those that tell thoughts and tool calls from text."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer
         specials = tokenizer.special_ids
-        self._marks = {specials[name]: name.encode() for name in MARKERS if name in specials}
+        self.marks = {specials[name]: name for name in MARKERS if name in specials}
+        """Names of those tokens, by id."""
 
     def __getitem__(self, token: int) -> bytes:
         """Return the bytes of a token."""
-        mark = self._marks.get(token)
-        return self._tokenizer.decode_bytes([token], skip_specials=True) if mark is None else mark
+        mark = self.marks.get(token)
+        return self._tokenizer.decode_bytes([token], skip_specials=True) if mark is None else mark.encode()
 
     def text(self, tokens: Iterable[int]) -> str:
         """Return text of tokens; bytes that are not UTF-8 become U+FFFD."""
@@ -52,10 +42,21 @@ class TokenRecord:
 
 
 class TokenReader:
-    """Text of an answer up to its end or a stop string, and its tokens, from bytes that may part characters."""
+    """Text of one answer, from bytes that may part characters."""
 
-    def __init__(self, tokens: TokenBytes, *, stop_ids: Sequence[int], stops: Sequence[str]) -> None:
+    def __init__(
+        self, tokens: TokenBytes, *, stop_ids: Sequence[int], stops: Sequence[str], has_marks: bool = True
+    ) -> None:
+        """Begin.
+
+        Args:
+            tokens: gives their bytes.
+            stop_ids: tokens that are no part of the text.
+            stops: texts that end it; they are no part of it, and do not reach across a special token.
+            has_marks: whether special tokens are told apart; else they are text.
+        """
         self._bytes, self._stop_ids, self._stops = tokens, frozenset(stop_ids), tuple(stops)
+        self._marks = tokens.marks if has_marks else {}
         self._longest = max((len(stop) for stop in stops), default=1)
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
@@ -64,29 +65,36 @@ class TokenReader:
         """Whether a stop string was found."""
         self._records: list[TokenRecord] = []
 
-    def feed(self, token: Token) -> str:
-        """Return text that has become certain."""
-        if token.token_id in self._stop_ids:
-            return ""
+    def feed(self, token: Token) -> tuple[str, str | None]:
+        """Return text that has become certain, and the name of the token if it is one of those that are no text."""
+        token_id = token.token_id
+        if token_id in self._stop_ids:
+            return "", None
+        mark = self._marks.get(token_id)
+        text = "" if mark is None else self.finish()
         offset = self._released + len(self._held)
-        self._records.append(TokenRecord(token.token_id, token.logprob, token.top, offset))
-        return self._take(self._decoder.decode(self._bytes[token.token_id]))
+        self._records.append(TokenRecord(token_id, token.logprob, token.top, offset))
+        if mark is None:
+            return self._take(self._decoder.decode(self._bytes[token_id])), None
+        self._released += len(mark)
+        return text, mark
 
     def finish(self) -> str:
-        """Return the rest."""
+        """Return what was held back: nothing follows that it could be a part of."""
         if self.is_stopped:
             return ""
         text = self._take(self._decoder.decode(b"", final=True))
+        self._decoder.reset()
         held, self._held = self._held, ""
         self._released += len(held)
         return text + held
 
     def take_records(self) -> list[TokenRecord]:
         """Return the tokens whose text has been returned, each once."""
-        end = self._released
-        is_over = self.is_stopped or not self._held
-        taken = [one for one in self._records if one.offset < end or (is_over and not self.is_stopped)]
-        self._records = [] if self.is_stopped else self._records[len(taken) :]
+        is_whole = not self._held and not self.is_stopped
+        count = sum(is_whole or one.offset < self._released for one in self._records)
+        taken = self._records[:count]
+        self._records = [] if self.is_stopped else self._records[count:]
         return taken
 
     def _take(self, new: str) -> str:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from perilune.data import ChatTemplate
 from perilune.engine import Request
-from perilune.errors import DataError
+from perilune.serve.openai.grammars import Grammars
 from perilune.serve.openai.service import EngineBusyError, ServedModel
-from perilune.serve.openai.tokens import MARKERS
+from perilune.tool_calls import MARKERS
 
 SPECIALS = {name: 256 + i for i, name in enumerate(("<|im_end|>", "<|im_user|>", *MARKERS))}
 END = SPECIALS["<|im_end|>"]
@@ -21,6 +22,7 @@ class ByteTokenizer:
 
     vocab_size = 256 + len(SPECIALS)
     special_ids: Mapping[str, int] = SPECIALS
+    bos_id = None
     stop_ids = (END,)
 
     def encode(self, text: str, *, parse_specials: bool = False) -> list[int]:
@@ -37,20 +39,21 @@ class ByteTokenizer:
         names = {} if skip_specials else {token: name for name, token in SPECIALS.items()}
         return b"".join(bytes([one]) if one < 256 else names.get(one, "").encode() for one in tokens)
 
+    def decode(self, tokens: Iterable[int], *, skip_specials: bool = False) -> str:
+        return self.decode_bytes(tokens, skip_specials=skip_specials).decode("utf-8", "replace")
+
 
 TOKENIZER = ByteTokenizer()
 
 
-def encode_chat(
-    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
-) -> list[int]:
-    """A conversation as JSON-like lines; a variable `think` begins the answer with a thought."""
-    if messages[-1]["role"] == "assistant":
-        raise DataError("the last message must not be the assistant's")
-    text = "".join(f"{one['role']}:{one.get('content') or ''}\n" for one in messages)
-    names = "".join(f"tool:{tool['function']['name']}\n" for tool in tools)
-    thought = [SPECIALS["<think>"]] if variables.get("think") else []
-    return TOKENIZER.encode(names + text) + thought
+# A variable `think` begins the answer with a thought.
+TEMPLATE = ChatTemplate(
+    "{%- for tool in tools or [] %}{{ 'tool:' ~ tool.function.name ~ '\\n' }}{% endfor %}"
+    "{%- for message in messages %}{{ message.role ~ ':' ~ message.content ~ '\\n' }}{% endfor %}"
+    "{%- if messages[-1].role == 'assistant' %}{{ raise_exception('the last message is the assistant') }}{% endif %}"
+    "{%- if think %}{{ '<think>' }}{% endif %}",
+    title="test",
+)
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,7 @@ class FakeStream:
 
 def served_by(service: Any, **changes: Any) -> ServedModel:
     settings: dict[str, Any] = {
-        "name": "fake", "service": service, "tokenizer": TOKENIZER, "encode_chat": encode_chat, "context_limit": 2000,
+        "name": "fake", "service": service, "tokenizer": TOKENIZER, "template": TEMPLATE,
+        "grammars": Grammars(TOKENIZER), "context_limit": 2000,
     }  # fmt: skip
     return ServedModel(**{**settings, **changes})

@@ -252,7 +252,7 @@ def test_streams_add_up_to_whole_answers(
         ({"messages": [{"role": "user", "content": [1]}]}, "messages.0.content", "part 0"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages", "surrogate"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0", "tool_call_id"),
-        ({"messages": [*HELLO, {"role": "assistant", "content": "x"}]}, "messages", "last message"),
+        ({"messages": [*HELLO, {"role": "assistant", "content": "x"}]}, "messages", "the last message"),
         ({"n": 0}, "n", "greater"),
         ({"n": "2"}, "n", "integer"),
         ({"n": True}, "n", "integer"),
@@ -292,6 +292,9 @@ def test_bad_requests(client: TestClient, fields: Any, param: str | None, messag
 def test_other_errors_have_the_same_form(client: TestClient) -> None:
     status, found = ask(client, model="gpt")
     assert (status, found["error"]["code"], found["error"]["param"]) == (404, "model_not_found", "model")
+    for keys in ({"tools": []}, {"messages": 1, "think": True}):
+        status, found = ask(client, chat_template_kwargs=keys)
+        assert (status, found["error"]["param"]) == (400, "chat_template_kwargs")
     status, found = ask(client, messages=[{"role": "user", "content": "x" * 3000}])
     assert (status, found["error"]["code"]) == (400, "context_length_exceeded")
     assert "3006 tokens" in found["error"]["message"]
