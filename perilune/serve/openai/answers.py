@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from perilune.engine import token_text
 from perilune.serve.openai.reading import AnswerPiece, AnswerReader
 from perilune.serve.openai.tokens import TokenBytes, TokenRecord
 from perilune.tool_calls import CallDelta, Delta
@@ -192,9 +193,9 @@ def chat_logprobs(records: Sequence[TokenRecord], tokens: TokenBytes) -> Json:
 def text_logprobs(records: Sequence[TokenRecord], tokens: TokenBytes) -> Json:
     """Return log-probabilities as completions have them."""
     return {
-        "tokens": [_text(tokens, one.token_id) for one in records],
+        "tokens": [token_text(tokens, one.token_id)[0] for one in records],
         "token_logprobs": [one.logprob for one in records],
-        "top_logprobs": [{_text(tokens, token): logprob for token, logprob in one.top} for one in records],
+        "top_logprobs": [{token_text(tokens, token)[0]: logprob for token, logprob in one.top} for one in records],
         "text_offset": [one.offset for one in records],
     }
 
@@ -217,9 +218,5 @@ def errors_documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def _token(tokens: TokenBytes, token_id: int, logprob: float) -> Json:
-    raw = tokens[token_id]
-    return {"token": raw.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(raw)}
-
-
-def _text(tokens: TokenBytes, token_id: int) -> str:
-    return tokens[token_id].decode("utf-8", "replace")
+    text, raw = token_text(tokens, token_id)
+    return {"token": text, "logprob": logprob, "bytes": list(raw)}

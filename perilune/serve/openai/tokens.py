@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import codecs
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from perilune.data import TextTokenizer
+from perilune.engine import TextPiece, TextStream
 from perilune.serve.openai.service import Token
 from perilune.tool_calls import MARKERS
 
@@ -25,9 +26,13 @@ class TokenBytes:
         mark = self.marks.get(token)
         return self._tokenizer.decode_bytes([token], skip_specials=True) if mark is None else mark.encode()
 
+    def decode_bytes(self, tokens: Iterable[int], /) -> bytes:
+        """Return the bytes of tokens."""
+        return b"".join(map(self.__getitem__, tokens))
+
     def text(self, tokens: Iterable[int]) -> str:
         """Return text of tokens; bytes that are not UTF-8 become U+FFFD."""
-        return b"".join(map(self.__getitem__, tokens)).decode("utf-8", "replace")
+        return self.decode_bytes(tokens).decode("utf-8", "replace")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +47,7 @@ class TokenRecord:
 
 
 class TokenReader:
-    """Text of one answer, from bytes that may part characters."""
+    """Text of one answer, and its tokens."""
 
     def __init__(
         self, tokens: TokenBytes, *, stop_ids: Sequence[int], stops: Sequence[str], has_marks: bool = True
@@ -54,66 +59,55 @@ class TokenReader:
             stop_ids: tokens that are no part of the text.
             stops: texts that end it; they are no part of it, and do not reach across a special token.
             has_marks: whether special tokens are told apart; else they are text.
+
+        Raises:
+            EngineError: a stop string is empty or too long.
         """
         self._bytes, self._stop_ids, self._stops = tokens, frozenset(stop_ids), tuple(stops)
         self._marks = tokens.marks if has_marks else {}
-        self._longest = max((len(stop) for stop in stops), default=1)
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._held = ""
-        self._released = 0
-        self.is_stopped = False
-        """Whether a stop string was found."""
+        self._stream = TextStream(tokens, stops=self._stops)
+        self._begin = 0
+        """Characters of the answer before those that the stream knows."""
+        self._size = 0
+        """Characters that were returned."""
+        self._waiting: deque[Token] = deque()
         self._records: list[TokenRecord] = []
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a stop string was found."""
+        return self._stream.stop is not None
 
     def feed(self, token: Token) -> tuple[str, str | None]:
         """Return text that has become certain, and the name of the token if it is one of those that are no text."""
-        token_id = token.token_id
-        if token_id in self._stop_ids:
+        if token.token_id in self._stop_ids:
             return "", None
-        mark = self._marks.get(token_id)
-        text = "" if mark is None else self.finish()
-        offset = self._released + len(self._held)
-        self._records.append(TokenRecord(token_id, token.logprob, token.top, offset))
+        mark = self._marks.get(token.token_id)
         if mark is None:
-            return self._take(self._decoder.decode(self._bytes[token_id])), None
-        self._released += len(mark)
+            self._waiting.append(token)
+            return self._taken(self._stream.push([token.token_id])), None
+        text = self.finish()
+        if not self.is_stopped:
+            self._records.append(_record(token, self._size))
+            self._size += len(mark)
+            self._begin, self._stream = self._size, TextStream(self._bytes, stops=self._stops)
         return text, mark
 
     def finish(self) -> str:
         """Return what was held back: nothing follows that it could be a part of."""
-        if self.is_stopped:
-            return ""
-        text = self._take(self._decoder.decode(b"", final=True))
-        self._decoder.reset()
-        held, self._held = self._held, ""
-        self._released += len(held)
-        return text + held
+        return self._taken(self._stream.finish())
 
     def take_records(self) -> list[TokenRecord]:
         """Return the tokens whose text has been returned, each once."""
-        is_whole = not self._held and not self.is_stopped
-        count = sum(is_whole or one.offset < self._released for one in self._records)
-        taken = self._records[:count]
-        self._records = [] if self.is_stopped else self._records[count:]
+        taken, self._records = self._records, []
         return taken
 
-    def _take(self, new: str) -> str:
-        if not self._stops:
-            self._released += len(new)
-            return new
-        text = self._held + new
-        found = [(place, stop) for stop in self._stops if (place := text.find(stop)) >= 0]
-        if found:
-            self.is_stopped = True
-            end = min(found)[0]
-            self._held = ""
-        else:
-            end = len(text) - self._size_of_beginning(text)
-            self._held = text[end:]
-        self._released += end
-        return text[:end]
+    def _taken(self, piece: TextPiece) -> str:
+        for offset in piece.offsets:
+            self._records.append(_record(self._waiting.popleft(), self._begin + offset))
+        self._size += len(piece.text)
+        return piece.text
 
-    def _size_of_beginning(self, text: str) -> int:
-        """Size of the longest end of `text` that a stop string begins with."""
-        sizes = range(min(len(text), self._longest - 1), 0, -1)
-        return next((size for size in sizes if any(stop.startswith(text[-size:]) for stop in self._stops)), 0)
+
+def _record(token: Token, offset: int) -> TokenRecord:
+    return TokenRecord(token.token_id, token.logprob, token.top, offset)
