@@ -8,7 +8,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from perilune import __version__
@@ -60,6 +60,8 @@ def create_app(
     read_timeout_s: float = READ_TIMEOUT_S,
     max_requests: int = MAX_REQUESTS,
     error_body: ErrorBody = plain_error,
+    lifespan: "Callable[[FastAPI], AbstractAsyncContextManager[None]] | None" = None,
+    problem: Callable[[], str | None] = lambda: None,
 ) -> "FastAPI":
     """Return an application with `/health`, the page `/docs` and the routers.
 
@@ -70,20 +72,24 @@ def create_app(
         read_timeout_s: a body that has not arrived by then is answered with 408.
         max_requests: of requests that are answered or wait; one more is answered with 429.
         error_body: how errors are written, where clients expect another form.
+        lifespan: entered before the first request is answered, left after the last.
+        problem: why the service cannot do its work, if so; `/health` then is 503.
 
     Raises:
         EngineError: FastAPI is not installed.
     """
     try:
-        from fastapi import FastAPI
+        from fastapi import FastAPI, Response
     except ImportError as error:
         raise missing_extra(error) from error
 
-    app = FastAPI(title=title, version=__version__)
+    app = FastAPI(title=title, version=__version__, lifespan=lifespan)
 
     @app.get("/health", tags=["service"], summary="Whether the service answers")
-    async def health() -> dict[str, str]:
-        return {"status": "ok", "version": __version__}
+    async def health(response: Response) -> dict[str, str]:
+        found = problem()
+        response.status_code = 200 if found is None else 503
+        return {"status": found or "ok", "version": __version__}
 
     for router in routers:
         app.include_router(router)

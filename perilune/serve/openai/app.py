@@ -1,6 +1,7 @@
 """The whole server: routes, keys, limits, numbers, and an orderly end."""
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,12 +58,21 @@ def openai_app(
         ]
     except ImportError as error:
         raise missing_extra(error) from error
+
+    @asynccontextmanager
+    async def running(app: "FastAPI") -> AsyncGenerator[None]:
+        del app
+        async with served.service:
+            yield
+
     app = create_app(
         routes,
         title=f"perilune: {served.name}",
         max_body_bytes=settings.max_body_bytes,
         max_requests=settings.max_requests,
         error_body=openai_error,
+        lifespan=running,
+        problem=lambda: served.service.stats().error,
     )
     answer_api_errors(app)
     if settings.keys:

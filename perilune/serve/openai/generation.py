@@ -96,8 +96,7 @@ def submit_all(service: GenerationService, jobs: Sequence[Job], metrics: Metrics
     """Give jobs to the engine: all of them or none.
 
     Raises:
-        ApiError: 429, too many requests wait.
-        EngineError: one cannot be served.
+        ApiError: 429, too many requests wait; 400, one cannot be served; 503, the engine has failed.
     """
     taken: list[Generation] = []
     try:
@@ -107,9 +106,11 @@ def submit_all(service: GenerationService, jobs: Sequence[Job], metrics: Metrics
     except EngineBusyError as error:
         _give_up(taken)
         raise ApiError(429, str(error), code="busy", retry_after_s=RETRY_AFTER_S) from error
-    except BaseException:
+    except EngineError as error:
         _give_up(taken)
-        raise
+        if service.stats().error is not None:
+            raise ApiError(503, str(error), code="engine_failed") from error
+        raise ApiError(400, str(error), code="invalid_request") from error
     return taken
 
 
