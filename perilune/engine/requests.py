@@ -221,6 +221,42 @@ class StreamedToken:
     """Set on the last token."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledToken:
+    """One token as it was sampled."""
+
+    token_id: int
+    """The token."""
+    logprob: float
+    """As in `Completion.logprobs`."""
+    top: TopLogprobs = ()
+    """As in `Completion.top_logprobs`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """What an engine is doing; counts are since it was made."""
+
+    running: int
+    """Rows that decode."""
+    waiting: int
+    """Prompts, and preempted responses, that have not started."""
+    pages_used: int
+    """Pages that requests hold."""
+    pages_cached: int
+    """Pages that only the prefix cache holds, and gives up when they are needed."""
+    pages_total: int
+    """Pages there are."""
+    cached_tokens: int
+    """Tokens that the prefix cache knows."""
+    preemptions: int
+    """Times that something had to make room."""
+    tokens: int
+    """Tokens sampled."""
+    cache_bytes: int
+    """Bytes that the cache's pools have."""
+
+
 def check_request(request: Request, vocab_size: int, context_limit: int | None) -> None:
     """Refuse a request that the model cannot serve.
 

@@ -6,17 +6,21 @@ A step is then a few tensor operations whatever the batch size; lists appear onl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from perilune.engine.config import RepetitionRule
 from perilune.engine.distribution import TokenDistribution, Truncation
+from perilune.engine.pages import Pool
 from perilune.engine.repetition import find_repetition
-from perilune.engine.requests import FinishReason, Request, TopLogprobs
+from perilune.engine.requests import FinishReason, Request, SampledToken, TopLogprobs
 from perilune.engine.sampling import counter_uniforms, sample_keys
 from perilune.engine.shaping import LogitShaper
+
+_FIRST_CAPACITY = 64
 
 RUNNING, EOS, LENGTH, CONTEXT, REPEAT, ERROR = range(6)
 REASONS: dict[int, FinishReason] = {EOS: "eos", LENGTH: "length", CONTEXT: "context", REPEAT: "repeat", ERROR: "error"}
@@ -29,8 +33,6 @@ class Work:
     request: Request
     first_sample: int
     num_samples: int
-    index: int
-    """Position of the request in the call, for the order of the results."""
 
 
 @dataclass(slots=True)
@@ -77,37 +79,49 @@ class Rows:
         return Rows(*(tensor[index] for tensor in self._tensors()))
 
     def append(self, other: Rows) -> Rows:
-        """These rows, then `other`'s."""
-        return Rows(*(torch.cat(pair) for pair in zip(self._tensors(), other._tensors(), strict=True)))
+        """These rows, then `other`'s; stop tokens are padded to the wider of the two."""
+        width = max(self.stops.shape[1], other.stops.shape[1])
+        pairs = zip(self._padded(width)._tensors(), other._padded(width)._tensors(), strict=True)
+        return Rows(*(torch.cat(pair) for pair in pairs))
+
+    def _padded(self, width: int) -> Rows:
+        missing = width - self.stops.shape[1]
+        return replace(self, stops=F.pad(self.stops, (0, missing), value=-1)) if missing else self
 
     def __len__(self) -> int:
         return self.slots.shape[0]
 
 
 class RowFactory:
-    """Builds rows for admitted work; knows the widths and rules common to one session."""
+    """Builds rows for admitted work; knows what the requests have in common."""
 
-    def __init__(
-        self,
-        requests: Sequence[Request],
-        context_limit: int | None,
-        device: torch.device,
-        vocab_size: int | None = None,
-    ) -> None:
+    def __init__(self, context_limit: int | None, device: torch.device, vocab_size: int) -> None:
         self._context_limit = context_limit
         self._device = device
-        self._num_stops = max([1, *(len(request.params.end_ids) for request in requests)])
-        rules = dict.fromkeys(request.params.repetition for request in requests if request.params.repetition)
-        self.rules: tuple[RepetitionRule, ...] = tuple(rules)
+        self._num_stops = 1
+        self.rules: tuple[RepetitionRule, ...] = ()
         """Distinct repetition rules; `Rows.rules` indexes them."""
-        self.truncates = any(request.params.is_truncating for request in requests)
+        self.truncates = False
         """Whether any request uses top-p, top-k or min-p."""
-        self.reports_top = any(request.params.top_logprobs for request in requests)
+        self.reports_top = False
         """Whether any request wants the most likely tokens."""
         self.shaper = LogitShaper(device)
         """Options that change the logits, of the rows that have some."""
         self.vocab_size = vocab_size
-        """Ids from here on are padding of the model's vocabulary: no token has them. None: there is none."""
+        """Ids from here on are padding of the model's vocabulary: no token has them."""
+
+    def include(self, request: Request) -> None:
+        """Learn of a request before rows are built for it."""
+        params = request.params
+        self._num_stops = max(self._num_stops, len(params.end_ids))
+        if params.repetition is not None and params.repetition not in self.rules:
+            self.rules += (params.repetition,)
+        self.truncates |= params.is_truncating
+        self.reports_top |= params.top_logprobs > 0
+
+    def forget(self) -> None:
+        """Forget all requests; no row is left of them."""
+        self._num_stops, self.rules, self.truncates, self.reports_top = 1, (), False, False
 
     def limit(self, request: Request) -> int:
         """Most tokens that may be sampled for `request`."""
@@ -151,20 +165,79 @@ class RowFactory:
 
 
 class OutputBuffers:
-    """What the rows have sampled: `[slots, capacity + 1]`; rows that have ended write to the spare last column."""
+    """What the rows have sampled: `[slots, capacity + 1]`; rows that have ended write to the spare last column.
 
-    def __init__(self, num_slots: int, capacity: int, device: torch.device) -> None:
-        self._capacity = capacity
-        self.tokens = torch.zeros(num_slots, capacity + 1, dtype=torch.int64, device=device)
-        self.logprobs = torch.zeros(num_slots, capacity + 1, dtype=torch.float32, device=device)
+    A sample keeps its slot until it ends, wherever its row moves and while it has none.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._capacity = 0
+        self._slots = Pool(0)
+        self.tokens = torch.zeros(0, 1, dtype=torch.int64, device=device)
+        self.logprobs = torch.zeros(0, 1, dtype=torch.float32, device=device)
         self.top: dict[int, list[TopLogprobs]] = {}
         """Most likely tokens of each position, by slot; only of the rows that want them."""
+
+    def take(self, count: int) -> list[int]:
+        """Take `count` slots."""
+        missing = count - self._slots.free
+        if missing > 0:
+            self._slots.grow(max(self._slots.capacity + missing, self._slots.capacity * 2))
+        return [self._slots.take() for _ in range(count)]
+
+    def reserve(self, length: int) -> None:
+        """Have room for `length` tokens in every slot; the limits of requests may be far beyond what they need."""
+        if self._slots.capacity <= self.tokens.shape[0] and length <= self._capacity:
+            return
+        if length > self._capacity:
+            self._capacity = max(length, 2 * self._capacity, _FIRST_CAPACITY)
+        self.tokens, self.logprobs = (self._grown(old) for old in (self.tokens, self.logprobs))
+
+    def release(self, slots: Sequence[int]) -> None:
+        """Give slots back; when none is left, their memory too."""
+        for slot in slots:
+            self._slots.release(slot)
+            self.top.pop(slot, None)
+        if not self._slots.used:
+            self._slots, self._capacity = Pool(0), 0
+            self.tokens, self.logprobs = self.tokens[:0, :1], self.logprobs[:0, :1]
+
+    def _grown(self, old: Tensor) -> Tensor:
+        new = old.new_zeros(self._slots.capacity, self._capacity + 1)
+        new[: old.shape[0], : old.shape[1] - 1] = old[:, :-1]
+        return new
 
     def write(self, rows: Rows, tokens: Tensor, logprobs: Tensor, mask: Tensor) -> None:
         """Store one token for the rows where `mask` `[N]` is true."""
         columns = torch.where(mask, rows.positions, self._capacity)
         self.tokens[rows.slots, columns] = tokens
         self.logprobs[rows.slots, columns] = logprobs
+
+    def newest(self, rows: Rows) -> list[SampledToken]:
+        """The last token of each row that has sampled one; of others what is in its place means nothing."""
+        columns = (rows.positions - 1).clamp_min(0)
+        tokens = self.tokens[rows.slots, columns].tolist()
+        logprobs = self.logprobs[rows.slots, columns].tolist()
+        tops = self.tops(rows) if self.top else [()] * len(tokens)
+        return [
+            SampledToken(token_id=token, logprob=logprob, top=top[-1] if top else ())
+            for token, logprob, top in zip(tokens, logprobs, tops, strict=True)
+        ]
+
+    def tops(self, rows: Rows) -> list[tuple[TopLogprobs, ...]]:
+        """Most likely tokens at each position of each row; nothing of rows that do not want them."""
+        return [tuple(self.top.get(slot, ())) for slot in rows.slots.tolist()]
+
+    def sampled(self, rows: Rows) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
+        """All tokens of each row, and their log-probabilities."""
+        lengths = rows.positions.tolist()
+        longest = max(lengths, default=0)
+        tokens = self.tokens[rows.slots, :longest].tolist()
+        logprobs = self.logprobs[rows.slots, :longest].tolist()
+        return [
+            (tuple(row[:length]), tuple(values[:length]))
+            for row, values, length in zip(tokens, logprobs, lengths, strict=True)
+        ]
 
 
 def sample_rows(rows: Rows, logits: Tensor, buffers: OutputBuffers, factory: RowFactory) -> None:

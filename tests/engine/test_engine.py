@@ -95,13 +95,9 @@ def test_ended_rows_leave_and_waiting_prompts_join(model):
     assert decoded <= sum(lengths) + 3
 
 
-def test_ended_rows_wait_until_they_are_an_eighth_of_the_batch(model):
-    requests = [request([1], str(i), max_new_tokens=2 if i < 3 else 6) for i in range(32)]
-    Engine(model).generate(requests)
-    assert [len(call) for call in model.calls[1:]] == [32] * 5
-    model.calls.clear()
-    Engine(model).generate([request([1], str(i), max_new_tokens=2 if i < 4 else 6) for i in range(32)])
-    assert [len(call) for call in model.calls[1:]] == [32] + [28] * 4
+def test_ended_rows_leave_at_once(model):
+    Engine(model).generate([request([1], str(i), max_new_tokens=2 if i < 3 else 6) for i in range(32)])
+    assert [len(call) for call in model.calls[1:]] == [32] + [29] * 4
 
 
 def test_a_context_limit_ends_a_response(model):

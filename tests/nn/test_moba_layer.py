@@ -18,6 +18,7 @@ from perilune.nn import (
     initialize,
     zero_key_convs,
 )
+from perilune.nn.block_entry import close_blocks
 from perilune.nn.config import KEY_CONV_REWIND
 from perilune.ops.layout import SequenceLayout
 from perilune.ops.moba import moba_attention, routing
@@ -181,7 +182,7 @@ def test_steps_inside_blocks_do_not_ask_the_device():
     token = torch.empty(2, config.full.kv_heads, config.head_dim, device="meta")
     for _ in range(config.moba_chunk_size - 1):
         cache.tokens.push(token, token)
-        cache.close_blocks(torch.float32)
+        close_blocks(cache, torch.float32)
     assert cache.means.max_length == 0
 
 

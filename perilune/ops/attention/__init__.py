@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, int32, int64
 
 from perilune.errors import BackendError
 from perilune.ops.attention.decode import decode_attention_torch
 from perilune.ops.attention.flash import flash_obstacle, varlen_attention_flash
+from perilune.ops.attention.paged import PagePlan, paged_decode_attention_reference, paged_decode_attention_torch
 from perilune.ops.attention.reference import decode_attention_reference, varlen_attention_reference
 from perilune.ops.attention.torch import varlen_attention_torch
 from perilune.ops.backends import HALF_TYPES, note_slower
 from perilune.ops.layout import SequenceLayout, as_layout
 from perilune.ops.precision import follow_autocast
 
-__all__ = ["decode_attention", "varlen_attention"]
+__all__ = ["PagePlan", "decode_attention", "paged_decode_attention", "varlen_attention"]
 
 Backend = Literal["auto", "reference", "torch"]
 VarlenBackend = Literal["auto", "reference", "torch", "flash"]
@@ -126,6 +128,85 @@ def decode_attention(
             return decode_attention_reference(q, keys, values, lengths, factor)
         case _:
             raise ValueError(f"decode_attention: backend must be 'auto', 'reference' or 'torch', got {backend!r}")
+
+
+def paged_decode_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float | None = None,
+    plan: PagePlan | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """`decode_attention` over keys that lie in pages of B tokens, which rows may share.
+
+    Token t of row n is at place t % B of page `tables[n, t // B]`.
+
+    Args:
+        q: `[N, H, Dk]`, floating.
+        keys: `[P, B, Hkv, Dk]`, q's dtype; Hkv divides H. Pages laid out head by head (`[P, Hkv, B, Dk]` transposed)
+            are read without a copy. Places that no row holds are ignored but must be finite.
+        values: `[P, B, Hkv, Dv]`, q's dtype; may be a view into `keys`. Unheld places as for `keys`.
+        tables: `[N, M]` int32, pages of each row; what lies behind a row's last page is ignored but must be in [0, P).
+        lengths: `[N]` int64 or int32, in [0, M B]; a row of length 0 gives zeros.
+        scale: factor of the logits; None means Dk ** -0.5.
+        plan: `PagePlan.build(tables, lengths, B)`, to be shared by the layers of a step: on a CPU it saves copying
+            pages, and the order in which a row's pages are added up is then that of memory. A GPU does not read it.
+        backend: "reference" is a slow loop; "torch" and "auto" are batched.
+
+    Returns:
+        o `[N, H, Dv]` in q's dtype. Logits and softmax are float32 at least.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, a table or a length is out of range (not checked on a GPU or with a
+            plan), or an unknown backend.
+
+    Source: PagedAttention (2309.06180), section 4.1; absorbed decoding: DeepSeek-V2 (2405.04434), section 2.1.
+    """
+    _check_paged(q, keys, values, tables, lengths)
+    if plan is None:
+        _check_tables(tables, lengths, keys.shape[:2])
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    match backend:
+        case "auto" | "torch":
+            return paged_decode_attention_torch(q, keys, values, tables, lengths, factor, plan)
+        case "reference":
+            return paged_decode_attention_reference(q, keys, values, tables, lengths, factor)
+        case _:
+            raise ValueError(f"paged_decode_attention: backend must be 'auto', 'reference' or 'torch', got {backend!r}")
+
+
+def _check_paged(q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor) -> None:
+    op = "paged_decode_attention"
+    if q.ndim != 3 or keys.ndim != 4 or values.ndim != 4:
+        raise ValueError(
+            f"{op}: q must be [N, H, Dk] and keys, values [P, B, Hkv, D], got {tuple(q.shape)}, {tuple(keys.shape)}, "
+            f"{tuple(values.shape)}"
+        )
+    _check_common(op, q, keys, values)
+    if keys.shape[:3] != values.shape[:3]:
+        raise ValueError(f"{op}: keys {tuple(keys.shape)} and values {tuple(values.shape)} must agree on P, B and Hkv")
+    if tables.ndim != 2 or tables.dtype != int32 or tables.shape[0] != q.shape[0] or lengths.shape != q.shape[:1]:
+        raise ValueError(
+            f"{op}: tables must be [N, M] int32 and lengths [N] with N={q.shape[0]}, got {tables.dtype} of shape "
+            f"{tuple(tables.shape)} and {tuple(lengths.shape)}"
+        )
+    if lengths.dtype not in (int32, int64):
+        raise ValueError(f"{op}: lengths must be int32 or int64, got {lengths.dtype}")
+
+
+def _check_tables(tables: Tensor, lengths: Tensor, pool: Sequence[int]) -> None:
+    """Check values for a pool of (P, B); a plan has been made of them already, and a GPU would be waited for."""
+    if not lengths.numel() or lengths.device.type != "cpu":
+        return
+    num_pages, longest = pool[0], tables.shape[1] * pool[1]
+    if not 0 <= int(lengths.min()) <= int(lengths.max()) <= longest:
+        raise ValueError(f"paged_decode_attention: lengths must be in [0, {longest}], got {lengths.tolist()}")
+    if tables.numel() and not 0 <= int(tables.min()) <= int(tables.max()) < num_pages:
+        raise ValueError(f"paged_decode_attention: tables must name pages in [0, {num_pages}), got {tables.tolist()}")
 
 
 def _check_varlen(q: Tensor, k: Tensor, v: Tensor) -> None:
