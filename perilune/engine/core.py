@@ -248,6 +248,7 @@ class EngineCore:
                     sample=running.samples[row].number,
                     token=tokens[row] if has_token else None,
                     completion=completion,
+                    cached_tokens=ticket.cached_tokens or 0,
                     is_last=ticket.left == 0,
                 )
             )

@@ -6,12 +6,12 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
 
-from perilune.errors import EngineError
+from perilune.errors import EngineBusyError, EngineError
 from perilune.serve.openai.errors import ApiError
 from perilune.serve.openai.metrics import Metrics
 from perilune.serve.openai.reading import AnswerPiece
 from perilune.serve.openai.requests import Job
-from perilune.serve.openai.service import EngineBusyError, GenerationService, TokenStream
+from perilune.serve.openai.service import GenerationService, TokenStream
 
 logger = logging.getLogger(__name__)
 

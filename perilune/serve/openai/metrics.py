@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from fastapi import APIRouter
     from prometheus_client.metrics_core import Metric
 
-    from perilune.serve.openai.service import Stats
+    from perilune.engine import ServiceStats
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
@@ -20,7 +20,7 @@ _PATHS = ("/", "/health", "/metrics", "/v1/chat/completions", "/v1/completions",
 class Metrics:
     """Counters and histograms of one application; the engine's own numbers are read when somebody asks."""
 
-    def __init__(self, stats: "Callable[[], Stats]") -> None:
+    def __init__(self, stats: "Callable[[], ServiceStats]") -> None:
         """Begin at zero.
 
         Args:
@@ -87,18 +87,20 @@ class Metrics:
 class _EngineNumbers:
     """The engine's numbers, as a collector of the client library."""
 
-    def __init__(self, stats: "Callable[[], Stats]") -> None:
+    def __init__(self, stats: "Callable[[], ServiceStats]") -> None:
         self._stats = stats
 
     def collect(self) -> "Iterator[Metric]":
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-        stats = self._stats()
+        stats = self._stats().engine
         for name, text, value in (
             ("requests_running", "Answers that are being generated", stats.running),
             ("requests_waiting", "Requests that wait for their turn", stats.waiting),
             ("cache_pages_used", "Pages of the cache that are in use", stats.pages_used),
+            ("cache_pages_kept", "Pages that are kept for prompts that begin alike", stats.pages_cached),
             ("cache_pages_total", "Pages of the cache", stats.pages_total),
+            ("cache_bytes", "Memory of the cache", stats.cache_bytes),
         ):
             yield GaugeMetricFamily(f"perilune_{name}", text, value=value)
         yield CounterMetricFamily("perilune_preemptions", "Answers that gave way and went on", value=stats.preemptions)

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from perilune.engine import SampledToken
 from perilune.errors import EngineError
-from perilune.serve.openai.service import Token
 from perilune.serve.openai.tokens import TokenReader, TokenRecord
 from perilune.tool_calls import CallDelta, Delta, KimiK2Stream
 
@@ -42,7 +42,7 @@ class AnswerReader:
         self.finish_reason: FinishReason | None = None
         """Set at the end."""
 
-    def feed(self, tokens: Sequence[Token], reason: str | None) -> list[AnswerPiece]:
+    def feed(self, tokens: Sequence[SampledToken], reason: str | None) -> list[AnswerPiece]:
         """Read tokens, and with the last ones why the engine ended; return what has become certain.
 
         Raises:

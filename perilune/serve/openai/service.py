@@ -1,108 +1,37 @@
-"""What the routes need of the engine, and what is served."""
+"""What is served, and by what."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from perilune.data import ChatTemplate, TextTokenizer
-from perilune.engine import Request
-from perilune.errors import EngineError
+from perilune.engine import Chunk, Request, ServiceStats
 from perilune.serve.openai.grammars import Grammars
 
 
-class EngineBusyError(EngineError):
-    """Too many requests wait already."""
-
-
-class Token(Protocol):
-    """A sampled token."""
-
-    @property
-    def token_id(self) -> int:
-        """The token."""
-        ...
-
-    @property
-    def logprob(self) -> float:
-        """Its log-probability."""
-        ...
-
-    @property
-    def top(self) -> tuple[tuple[int, float], ...]:
-        """Most likely tokens and their log-probabilities."""
-        ...
-
-
-class Piece(Protocol):
-    """New tokens of one sample."""
-
-    @property
-    def sample(self) -> int:
-        """Index within the request."""
-        ...
-
-    @property
-    def tokens(self) -> Sequence[Token]:
-        """In order."""
-        ...
-
-    @property
-    def finish_reason(self) -> str | None:
-        """Set with the last ones: one of `perilune.engine.FinishReason`."""
-        ...
-
-
 class TokenStream(Protocol):
-    """A request under way."""
+    """A request under way; `perilune.engine.ResponseStream` is one."""
 
-    def __aiter__(self) -> AsyncIterator[Piece]:
-        """Give the pieces as they come."""
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that were in the cache; known with the first chunk."""
+        ...
+
+    def __aiter__(self) -> AsyncIterator[Chunk]:
+        """Give chunks as they come."""
         ...
 
     def cancel(self) -> None:
         """Free what it holds; may be called at any time, and twice."""
         ...
 
-    @property
-    def cached_tokens(self) -> int:
-        """Tokens of the prompt that were in the cache; known with the first piece."""
-        ...
 
-
-class Stats(Protocol):
-    """The engine's numbers."""
-
-    @property
-    def running(self) -> int:
-        """Answers that are being generated."""
-        ...
-
-    @property
-    def waiting(self) -> int:
-        """Requests that wait."""
-        ...
-
-    @property
-    def pages_used(self) -> int:
-        """Pages of the cache that hold something."""
-        ...
-
-    @property
-    def pages_total(self) -> int:
-        """Pages of the cache."""
-        ...
-
-    @property
-    def preemptions(self) -> int:
-        """Answers that gave way and went on later, so far."""
-        ...
-
-
-class GenerationService(Protocol):
-    """An engine that many use at a time; `perilune.engine.EngineService` is one."""
+class GenerationService(AbstractAsyncContextManager[Any], Protocol):
+    """An engine that many use at a time; `perilune.engine.EngineService` is one. It runs while it is entered."""
 
     def submit(self, request: Request) -> TokenStream:
         """Take a request.
@@ -113,8 +42,8 @@ class GenerationService(Protocol):
         """
         ...
 
-    def stats(self) -> Stats:
-        """Return the engine's numbers; of any thread."""
+    def stats(self) -> ServiceStats:
+        """Return what the engine is doing; from any thread."""
         ...
 
 

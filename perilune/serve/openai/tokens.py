@@ -7,8 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from perilune.data import TextTokenizer
-from perilune.engine import TextPiece, TextStream
-from perilune.serve.openai.service import Token
+from perilune.engine import SampledToken, TextPiece, TextStream, TopLogprobs
 from perilune.tool_calls import MARKERS
 
 
@@ -41,7 +40,7 @@ class TokenRecord:
 
     token_id: int
     logprob: float
-    top: tuple[tuple[int, float], ...]
+    top: TopLogprobs
     offset: int
     """Characters of the answer before it."""
 
@@ -70,7 +69,7 @@ class TokenReader:
         """Characters of the answer before those that the stream knows."""
         self._size = 0
         """Characters that were returned."""
-        self._waiting: deque[Token] = deque()
+        self._waiting: deque[SampledToken] = deque()
         self._records: list[TokenRecord] = []
 
     @property
@@ -78,7 +77,7 @@ class TokenReader:
         """Whether a stop string was found."""
         return self._stream.stop is not None
 
-    def feed(self, token: Token) -> tuple[str, str | None]:
+    def feed(self, token: SampledToken) -> tuple[str, str | None]:
         """Return text that has become certain, and the name of the token if it is one of those that are no text."""
         if token.token_id in self._stop_ids:
             return "", None
@@ -109,5 +108,5 @@ class TokenReader:
         return piece.text
 
 
-def _record(token: Token, offset: int) -> TokenRecord:
+def _record(token: SampledToken, offset: int) -> TokenRecord:
     return TokenRecord(token.token_id, token.logprob, token.top, offset)

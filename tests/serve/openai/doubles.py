@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from perilune.data import ChatTemplate
-from perilune.engine import Request
+from perilune.engine import Chunk, EngineStats, Request, SampledToken, ServiceStats
+from perilune.errors import EngineBusyError, EngineError
 from perilune.serve.openai.grammars import Grammars
-from perilune.serve.openai.service import EngineBusyError, ServedModel
+from perilune.serve.openai.service import ServedModel
 from perilune.tool_calls import MARKERS
 
 SPECIALS = {name: 256 + i for i, name in enumerate(("<|im_end|>", "<|im_user|>", *MARKERS))}
@@ -56,27 +57,8 @@ TEMPLATE = ChatTemplate(
 )
 
 
-@dataclass(frozen=True)
-class FakeToken:
-    token_id: int
-    logprob: float = -0.5
-    top: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(frozen=True)
-class FakeChunk:
-    sample: int
-    tokens: tuple[FakeToken, ...]
-    finish_reason: str | None
-
-
-@dataclass
-class FakeStats:
-    running: int = 0
-    waiting: int = 0
-    pages_used: int = 0
-    pages_total: int = 64
-    preemptions: int = 0
+def sampled(token: int) -> SampledToken:
+    return SampledToken(token_id=token, logprob=-0.5, top=((token, -0.5), (0, -2.0)))
 
 
 def say(text: str) -> Callable[[Request], str]:
@@ -93,10 +75,15 @@ class FakeService:
     pause_s: float = 0.0
     most: int = 1000
     cached: int = 0
+    error: str | None = None
+    """What the engine died of."""
+    is_running: bool = False
     seen: list[Request] = field(default_factory=list)
     open: set[FakeStream] = field(default_factory=set)
 
     def submit(self, request: Request) -> FakeStream:
+        if self.error is not None:
+            raise EngineError(self.error)
         if len(self.open) >= self.most:
             raise EngineBusyError(f"{self.most} requests wait; come back")
         self.seen.append(request)
@@ -104,8 +91,20 @@ class FakeService:
         self.open.add(stream)
         return stream
 
-    def stats(self) -> FakeStats:
-        return FakeStats(running=len(self.open), pages_used=len(self.open))
+    def stats(self) -> ServiceStats:
+        count = len(self.open)
+        engine = EngineStats(
+            running=count, waiting=0, pages_used=count, pages_cached=0, pages_total=64, cached_tokens=0, preemptions=0,
+            tokens=0, cache_bytes=0,
+        )  # fmt: skip
+        return ServiceStats(engine=engine, requests=count, is_draining=False, error=self.error)
+
+    async def __aenter__(self) -> FakeService:
+        self.is_running = True
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self.is_running = False
 
 
 @dataclass(eq=False)
@@ -120,7 +119,7 @@ class FakeStream:
     def cancel(self) -> None:
         self.service.open.discard(self)
 
-    async def __aiter__(self) -> AsyncIterator[FakeChunk]:
+    async def __aiter__(self) -> AsyncIterator[Chunk]:
         answer = self.service.answer(self.request)
         if isinstance(answer, BaseException):
             raise answer
@@ -130,8 +129,9 @@ class FakeStream:
         for start in range(0, len(tokens), size):
             for sample in range(self.request.num_samples):
                 await asyncio.sleep(self.service.pause_s)
-                part = tuple(FakeToken(token, top=((token, -0.5), (0, -2.0))) for token in tokens[start : start + size])
-                yield FakeChunk(sample, part, reason if start + size >= len(tokens) else None)
+                part = tuple(sampled(token) for token in tokens[start : start + size])
+                last = reason if start + size >= len(tokens) else None
+                yield Chunk(sample=sample, tokens=part, finish_reason=last)
         self.service.open.discard(self)
 
 

@@ -219,6 +219,22 @@ def test_numbers() -> None:
     assert lines["perilune_cache_pages_total"] == "64.0"
 
 
+def test_an_engine_that_has_failed() -> None:
+    service = FakeService(error="the engine has failed: out of memory")
+    client = client_of(service)
+    status, found = ask(client)
+    assert (status, found["error"]["code"]) == (503, "engine_failed")
+    response = client.get("/health")
+    assert (response.status_code, response.json()["status"]) == (503, service.error)
+
+
+def test_the_engine_runs_as_long_as_the_application() -> None:
+    service = FakeService()
+    with client_of(service):
+        assert service.is_running
+    assert not service.is_running
+
+
 def test_draining() -> None:
     drain = Drain()
     client = client_of(FakeService())
