@@ -110,6 +110,7 @@ def prepare(model: str | Path, options: ServeOptions) -> ServedModel:
         loaded.model,
         max_batch=options.max_batch,
         context_limit=limit,
+        vocab_size=loaded.tokenizer.vocab_size,
         cache_bytes=None if options.cache_gib is None else int(options.cache_gib * 2**30),
     )
     generation = loaded.details.generation

@@ -193,9 +193,9 @@ def chat_logprobs(records: Sequence[TokenRecord], tokens: TokenBytes) -> Json:
 def text_logprobs(records: Sequence[TokenRecord], tokens: TokenBytes) -> Json:
     """Return log-probabilities as completions have them."""
     return {
-        "tokens": [token_text(tokens, one.token_id)[0] for one in records],
+        "tokens": [_name(tokens, one.token_id) for one in records],
         "token_logprobs": [one.logprob for one in records],
-        "top_logprobs": [{token_text(tokens, token)[0]: logprob for token, logprob in one.top} for one in records],
+        "top_logprobs": [{_name(tokens, token): logprob for token, logprob in one.top} for one in records],
         "text_offset": [one.offset for one in records],
     }
 
@@ -215,6 +215,12 @@ def usage_json(prompt_tokens: int, cached_tokens: int, readers: Sequence[AnswerR
 def errors_documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return what `/docs` says of errors."""
     return {status: {"model": ErrorAnswer} for status in (400, 401, 404, 408, 413, 429, 503, *statuses)}
+
+
+def _name(tokens: TokenBytes, token_id: int) -> str:
+    """A token's text; bytes that are no whole characters are spelled out, so that different ones have other names."""
+    text, raw = token_text(tokens, token_id)
+    return text if text.encode() == raw else "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 def _token(tokens: TokenBytes, token_id: int, logprob: float) -> Json:
