@@ -95,6 +95,7 @@ def step_s(model: Decoder, count: int, length: int, reps: int) -> tuple[dict[str
         snapshot_interval=1,
         deterministic=False,
         graphs=True,
+        vocab_size=HYBRID.vocab_size,
     )
     memory = CacheMemory(model.new_cache(1).entries, BLOCK, torch.device("cuda"))
     running = _Standing(count, length)

@@ -32,6 +32,7 @@ OPTIONAL = (
     "fastapi",
     "starlette",
     "uvicorn",
+    "prometheus_client",
     "faiss",
     "polars",
     "textual",
@@ -39,6 +40,8 @@ OPTIONAL = (
     "orjson",
     "aiohttp",
     "ray",
+    "tiktoken",
+    "gguf",
 )
 
 BANNED = re.compile(

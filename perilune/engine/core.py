@@ -36,7 +36,7 @@ class EngineCore:
         self._device = model.output_weight.device
         self.intake = Intake(model, manager, memory, options, self._device)
         self.running = RunningRows(options.block_size, self._device)
-        self._factory = RowFactory(options.context_limit, self._device)
+        self._factory = RowFactory(options.context_limit, self._device, options.vocab_size)
         self._buffers = OutputBuffers(self._device)
         self._tickets: dict[int, Ticket] = {}
         self._num_added = 0
@@ -72,7 +72,7 @@ class EngineCore:
             return
         for fill in self.intake.remove(key):
             if fill.resumed is not None:
-                self._buffers.release([fill.resumed[0].slot])
+                self._release(fill.resumed[0])
         rows = [row for row, sample in enumerate(self.running.samples) if sample.ticket.key == key]
         for row in rows:
             self._close(self.running.samples[row])
@@ -257,6 +257,7 @@ class EngineCore:
                     sample=running.samples[row].number,
                     token=tokens[row] if has_token else None,
                     completion=completion,
+                    cached_tokens=ticket.cached_tokens or 0,
                     is_last=ticket.left == 0,
                 )
             )
@@ -271,9 +272,10 @@ class EngineCore:
         rows = self.running.rows
         if not ended or rows is None:
             return {}
-        sampled = self._buffers.sampled(rows.select(self.memory.index(ended)))
+        ended_rows = rows.select(self.memory.index(ended))
+        sampled, tops = self._buffers.sampled(ended_rows), self._buffers.tops(ended_rows)
         completions: dict[int, Completion] = {}
-        for row, (tokens, logprobs) in zip(ended, sampled, strict=True):
+        for row, (tokens, logprobs), top in zip(ended, sampled, tops, strict=True):
             sample = self.running.samples[row]
             completions[row] = Completion(
                 request_id=sample.ticket.request.id,
@@ -281,6 +283,7 @@ class EngineCore:
                 token_ids=tokens,
                 logprobs=logprobs,
                 finish_reason=REASONS[reasons[row]],
+                top_logprobs=top,
             )
             if reasons[row] != ERROR:
                 self._remember(row, tokens)
@@ -299,7 +302,11 @@ class EngineCore:
 
     def _close(self, sample: Sample, *, scrub: bool = False) -> None:
         self.manager.close(sample.holding, scrub=scrub)
+        self._release(sample)
+
+    def _release(self, sample: Sample) -> None:
         self._buffers.release([sample.slot])
+        self._factory.shaper.leave([sample.slot])
 
     def _remove(self, rows: Sequence[int]) -> None:
         sources, targets = self.running.remove(rows)

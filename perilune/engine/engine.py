@@ -59,6 +59,7 @@ class Engine:
         snapshot_interval: int = 1024,
         deterministic: bool = False,
         cuda_graphs: bool = True,
+        vocab_size: int | None = None,
     ) -> None:
         """Keep `model` (its weights are read at each call, so training it in place needs no copying).
 
@@ -77,6 +78,8 @@ class Engine:
             deterministic: every request is computed as if it were alone, to the bit; costs what batches gain.
             cuda_graphs: on a GPU, capture decode steps; not of models with MoBA layers or with experts that are not
                 bfloat16, nor with `deterministic`.
+            vocab_size: the tokenizer's size where the model's vocabulary is padded beyond it: ids from here on are no
+                tokens, are never drawn, and take no probability. None for the model's own size.
 
         Raises:
             EngineError: a limit is out of range, or `cache_bytes` is too little.
@@ -94,6 +97,10 @@ class Engine:
             raise EngineError(f"context_limit must be >= 2 (a prompt and a response token), got {context_limit}")
         if precision not in (torch.float32, torch.bfloat16):
             raise EngineError(f"precision must be torch.float32 or torch.bfloat16, got {precision}")
+        if vocab_size is not None and not 1 <= vocab_size <= model.output_weight.shape[0]:
+            raise EngineError(
+                f"vocab_size must be in [1, {model.output_weight.shape[0]}], the model's size, got {vocab_size}"
+            )
         self.model = model
         self._precision = precision
         self._modules = list(model.modules())
@@ -111,6 +118,7 @@ class Engine:
             snapshot_interval=snapshot_interval,
             deterministic=deterministic,
             graphs=cuda_graphs and model.output_weight.is_cuda and is_capturable(model, precision),
+            vocab_size=vocab_size or model.output_weight.shape[0],
         )
         budget, self.options = divide_budget(memory, options, cache_bytes)
         manager = CacheManager(budget, keeps_prefixes=prefix_cache)
@@ -143,7 +151,7 @@ class Engine:
         Raises:
             EngineError: an id is outside the vocabulary, or the prompt leaves no room for a response.
         """
-        check_request(request, self.model.output_weight.shape[0], self.options.context_limit)
+        check_request(request, self.options.vocab_size, self.options.context_limit)
 
     def step(self) -> list[StepOutput]:
         """Decode one token of every running row, and prefill a piece of what waits.
@@ -239,10 +247,15 @@ class Engine:
                 for output in outputs:
                     reason = None if output.completion is None else output.completion.finish_reason
                     if output.token is None:
-                        raise EngineError(f"the model gave non-finite logits after {position} tokens")
+                        raise EngineError(
+                            f"no token could be drawn after {position} tokens: the model's logits are not finite, or "
+                            "the request's options together allow none"
+                        )
                     position += 1
                     token = output.token
-                    yield StreamedToken(token_id=token.token_id, logprob=token.logprob, finish_reason=reason)
+                    yield StreamedToken(
+                        token_id=token.token_id, logprob=token.logprob, top=token.top, finish_reason=reason
+                    )
                     if reason is not None:
                         return
         finally:

@@ -120,6 +120,8 @@ class Intake:
             return False
         heapq.heappop(self._waiting)
         fill.holding, fill.done = opened
+        if fill.ticket.cached_tokens is None:
+            fill.ticket.cached_tokens = fill.done
         fill.epoch = self.epoch
         self.active.append(fill)
         self.flush()

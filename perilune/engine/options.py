@@ -19,6 +19,7 @@ class EngineOptions:
     deterministic: bool
     graphs: bool
     """Whether steps of rows are captured."""
+    vocab_size: int
 
     @property
     def chunk(self) -> int:

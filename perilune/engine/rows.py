@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perilune.engine.config import RepetitionRule
+from perilune.engine.distribution import TokenDistribution, Truncation
 from perilune.engine.pages import Pool
 from perilune.engine.repetition import find_repetition
-from perilune.engine.requests import FinishReason, Request, SampledToken
-from perilune.engine.sampling import counter_uniforms, sample_keys, sample_tokens
+from perilune.engine.requests import FinishReason, Request, SampledToken, TopLogprobs
+from perilune.engine.sampling import counter_uniforms, sample_keys
+from perilune.engine.shaping import LogitShaper
 
 _FIRST_CAPACITY = 64
 
@@ -53,6 +55,10 @@ class Rows:
     """float32."""
     top_k: Tensor
     """int64."""
+    min_p: Tensor
+    """float32."""
+    num_top: Tensor
+    """int64, how many of the most likely tokens are reported."""
     stops: Tensor
     """int64 `[N, S]`, padded with -1."""
     rules: Tensor
@@ -65,7 +71,7 @@ class Rows:
     def _tensors(self) -> tuple[Tensor, ...]:
         return (
             self.slots, self.keys, self.positions, self.limits, self.limit_reasons, self.temperatures,
-            self.top_p, self.top_k, self.stops, self.rules, self.last_tokens, self.reasons,
+            self.top_p, self.top_k, self.min_p, self.num_top, self.stops, self.rules, self.last_tokens, self.reasons,
         )  # fmt: skip
 
     def select(self, index: Tensor) -> Rows:
@@ -89,26 +95,33 @@ class Rows:
 class RowFactory:
     """Builds rows for admitted work; knows what the requests have in common."""
 
-    def __init__(self, context_limit: int | None, device: torch.device) -> None:
+    def __init__(self, context_limit: int | None, device: torch.device, vocab_size: int) -> None:
         self._context_limit = context_limit
         self._device = device
         self._num_stops = 1
         self.rules: tuple[RepetitionRule, ...] = ()
         """Distinct repetition rules; `Rows.rules` indexes them."""
         self.truncates = False
-        """Whether any request uses top-p or top-k."""
+        """Whether any request uses top-p, top-k or min-p."""
+        self.reports_top = False
+        """Whether any request wants the most likely tokens."""
+        self.shaper = LogitShaper(device)
+        """Options that change the logits, of the rows that have some."""
+        self.vocab_size = vocab_size
+        """Ids from here on are padding of the model's vocabulary: no token has them."""
 
     def include(self, request: Request) -> None:
         """Learn of a request before rows are built for it."""
         params = request.params
-        self._num_stops = max(self._num_stops, len(params.stop_ids))
+        self._num_stops = max(self._num_stops, len(params.end_ids))
         if params.repetition is not None and params.repetition not in self.rules:
             self.rules += (params.repetition,)
-        self.truncates |= params.top_p < 1 or params.top_k > 0
+        self.truncates |= params.is_truncating
+        self.reports_top |= params.top_logprobs > 0
 
     def forget(self) -> None:
         """Forget all requests; no row is left of them."""
-        self._num_stops, self.rules, self.truncates = 1, (), False
+        self._num_stops, self.rules, self.truncates, self.reports_top = 1, (), False, False
 
     def limit(self, request: Request) -> int:
         """Most tokens that may be sampled for `request`."""
@@ -122,9 +135,11 @@ class RowFactory:
         params = [request.params for request, _ in members]
         limits = [self.limit(request) for request, _ in members]
         reasons = [LENGTH if limit == p.max_new_tokens else CONTEXT for limit, p in zip(limits, params, strict=True)]
-        stops = [[*p.stop_ids, *[-1] * (self._num_stops - len(p.stop_ids))] for p in params]
+        stops = [[*p.end_ids, *[-1] * (self._num_stops - len(p.end_ids))] for p in params]
         seeds = self._ints([p.seed & (2**63 - 1) for p in params])
         zeros = torch.zeros_like(seeds)
+        for slot, (request, _) in zip(slots, members, strict=True):
+            self.shaper.enter(slot, request)
         return Rows(
             slots=self._ints(slots),
             keys=sample_keys(seeds, self._ints([sample for _, sample in members])),
@@ -134,6 +149,8 @@ class RowFactory:
             temperatures=self._floats([p.temperature for p in params]),
             top_p=self._floats([p.top_p for p in params]),
             top_k=self._ints([p.top_k for p in params]),
+            min_p=self._floats([p.min_p for p in params]),
+            num_top=self._ints([p.top_logprobs for p in params]),
             stops=self._ints(stops),
             rules=self._ints([self.rules.index(p.repetition) if p.repetition else -1 for p in params]),
             last_tokens=zeros,
@@ -158,6 +175,8 @@ class OutputBuffers:
         self._slots = Pool(0)
         self.tokens = torch.zeros(0, 1, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(0, 1, dtype=torch.float32, device=device)
+        self.top: dict[int, list[TopLogprobs]] = {}
+        """Most likely tokens of each position, by slot; only of the rows that want them."""
 
     def take(self, count: int) -> list[int]:
         """Take `count` slots."""
@@ -178,6 +197,7 @@ class OutputBuffers:
         """Give slots back; when none is left, their memory too."""
         for slot in slots:
             self._slots.release(slot)
+            self.top.pop(slot, None)
         if not self._slots.used:
             self._slots, self._capacity = Pool(0), 0
             self.tokens, self.logprobs = self.tokens[:0, :1], self.logprobs[:0, :1]
@@ -198,7 +218,15 @@ class OutputBuffers:
         columns = (rows.positions - 1).clamp_min(0)
         tokens = self.tokens[rows.slots, columns].tolist()
         logprobs = self.logprobs[rows.slots, columns].tolist()
-        return [SampledToken(token_id=t, logprob=p) for t, p in zip(tokens, logprobs, strict=True)]
+        tops = self.tops(rows) if self.top else [()] * len(tokens)
+        return [
+            SampledToken(token_id=token, logprob=logprob, top=top[-1] if top else ())
+            for token, logprob, top in zip(tokens, logprobs, tops, strict=True)
+        ]
+
+    def tops(self, rows: Rows) -> list[tuple[TopLogprobs, ...]]:
+        """Most likely tokens at each position of each row; nothing of rows that do not want them."""
+        return [tuple(self.top.get(slot, ())) for slot in rows.slots.tolist()]
 
     def sampled(self, rows: Rows) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
         """All tokens of each row, and their log-probabilities."""
@@ -219,13 +247,16 @@ def sample_rows(rows: Rows, logits: Tensor, buffers: OutputBuffers, factory: Row
         rows: updated in place.
         logits: `[N, V]`.
         buffers: where the tokens go.
-        factory: gives the repetition rules and whether any row truncates.
+        factory: gives the repetition rules, the options that change logits, and which options any row has at all.
     """
-    uniforms = counter_uniforms(rows.keys, rows.positions)
-    truncation = (rows.top_p, rows.top_k) if factory.truncates else None
-    tokens, logprobs = sample_tokens(logits, rows.temperatures, uniforms, truncation)
+    logits = logits[:, : factory.vocab_size]
+    distribution = TokenDistribution(logits, rows.temperatures)
+    tokens, is_possible = _draw(rows, logits, distribution, buffers, factory)
+    logprobs = distribution.logprobs(tokens)
     is_running = rows.reasons == RUNNING
-    is_valid = is_running & logprobs.isfinite()
+    is_valid = is_running & is_possible & logprobs.isfinite()
+    if factory.reports_top:
+        _store_top(rows, distribution, is_valid, buffers)
     buffers.write(rows, tokens, logprobs, is_valid)
     rows.last_tokens = torch.where(is_valid, tokens, rows.last_tokens)
     rows.positions = rows.positions + is_valid
@@ -235,6 +266,46 @@ def sample_rows(rows: Rows, logits: Tensor, buffers: OutputBuffers, factory: Row
     reasons = torch.where((tokens[:, None] == rows.stops).any(dim=1), EOS, reasons)
     reasons = torch.where(is_valid, reasons, ERROR)
     rows.reasons = torch.where(is_running, reasons, rows.reasons)
+    if factory.shaper:
+        is_going = rows.reasons == RUNNING
+        factory.shaper.leave(rows.slots[~is_going].tolist())
+        factory.shaper.accept(rows.slots[is_going].tolist(), tokens[is_going].tolist())
+
+
+def _draw(
+    rows: Rows, logits: Tensor, distribution: TokenDistribution, buffers: OutputBuffers, factory: RowFactory
+) -> tuple[Tensor, Tensor]:
+    """Draw tokens `[N]`; rows whose options change the logits draw from the changed ones.
+
+    Returns:
+        The tokens, and `[N]` bool: rows that had a token to draw.
+    """
+    uniforms = counter_uniforms(rows.keys, rows.positions)
+    truncation = Truncation(rows.top_p, rows.top_k, rows.min_p) if factory.truncates else None
+    tokens, is_possible = distribution.draw(uniforms, truncation), distribution.is_possible()
+    shaped = factory.shaper.shape(rows.slots, rows.positions, logits, buffers.tokens)
+    if shaped is not None:
+        index = shaped.index
+        changed = TokenDistribution(shaped.logits, rows.temperatures[index])
+        tokens[index] = changed.draw(uniforms[index], None if truncation is None else truncation.select(index))
+        is_possible[index] &= changed.is_possible()
+    return tokens, is_possible
+
+
+def _store_top(rows: Rows, distribution: TokenDistribution, is_valid: Tensor, buffers: OutputBuffers) -> None:
+    """Keep the most likely tokens of the rows that want them."""
+    index = (is_valid & (rows.num_top > 0)).nonzero()[:, 0]
+    if index.numel() == 0:
+        return
+    counts = rows.num_top[index].tolist()
+    ids, logprobs = distribution.top(index, max(counts))
+    for slot, count, position, row_ids, row_logprobs in zip(
+        rows.slots[index].tolist(), counts, rows.positions[index].tolist(), ids.tolist(), logprobs.tolist(), strict=True
+    ):
+        kept = buffers.top.setdefault(slot, [])
+        # A slot that was used before still holds what its last row left.
+        del kept[position:]
+        kept.append(tuple(zip(row_ids[:count], row_logprobs[:count], strict=True)))
 
 
 def _repeats(rows: Rows, buffers: OutputBuffers, rules: Sequence[RepetitionRule]) -> Tensor:

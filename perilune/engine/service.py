@@ -58,6 +58,8 @@ class ResponseStream:
         self._error: EngineError | None = None
         self._is_canceled = False
         self._news = asyncio.Event()
+        self.cached_tokens = 0
+        """Tokens of the prompt that were in the cache already; known with the first chunk."""
 
     def cancel(self) -> None:
         """Stop the generation and the iteration; safe to call at any time, also after the end."""
@@ -98,6 +100,7 @@ class ResponseStream:
         """Take an output of the engine; in the reader's event loop."""
         if self._is_canceled:
             return
+        self.cached_tokens = output.cached_tokens
         if output.token is not None:
             self._tokens.setdefault(output.sample, []).append(output.token)
         if output.completion is not None:

@@ -23,6 +23,8 @@ class Ticket:
     """Whether each token is wanted when it is sampled."""
     left: int
     """Samples that have not ended."""
+    cached_tokens: int | None = None
+    """Tokens of the prompt that were in the cache when it was begun."""
 
 
 @dataclass(slots=True, eq=False)
@@ -95,5 +97,7 @@ class StepOutput:
     """Newest token, of streaming requests; None at the end of those whose logits were not finite."""
     completion: Completion | None
     """The whole response, when it has ended."""
+    cached_tokens: int = 0
+    """Tokens of the prompt that were in the cache already."""
     is_last: bool
     """Whether it was the request's last sample."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Iterator
 from pathlib import Path
 
 from perilune.data import Message, Tokenizer, encode_prompt, split_response
-from perilune.engine import Engine, Request, SamplingParams
+from perilune.engine import Engine, Request, SamplingParams, TextStream
 from perilune.run.loading import load_model
 from perilune.seeding import derive_seed
 
@@ -44,7 +43,7 @@ class ChatSession:
             max_new_tokens=self._max_tokens,
             temperature=self._temperature,
             seed=derive_seed(self._seed, "chat", len(turns)),
-            stop_ids=(self._tokenizer.end_id, self._tokenizer.eos_id),
+            stop_ids=self._tokenizer.stop_ids,
         )
         request = Request(prompt_ids=encode_prompt(self._tokenizer, turns), params=params, id="chat")
         pieces = []
@@ -55,15 +54,11 @@ class ChatSession:
         self.messages = [*turns, Message(role="assistant", content=content, thinking=thinking)]
 
     def _decode(self, request: Request) -> Iterator[str]:
-        # A character's bytes may be spread over several tokens; the decoder holds them back until it is whole.
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        text = TextStream(self._tokenizer, hidden_ids=request.params.stop_ids)
         for token in self._engine.stream(request):
-            if token.token_id not in request.params.stop_ids:
-                text = _printable(decoder.decode(self._tokenizer.decode_bytes([token.token_id])))
-                if text:
-                    yield text
-        rest = _printable(decoder.decode(b"", final=True))
-        if rest:
+            if piece := _printable(text.push([token.token_id]).text):
+                yield piece
+        if rest := _printable(text.finish().text):
             yield rest
 
 
