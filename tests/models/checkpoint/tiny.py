@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from perilune.models import Decoder, ModelConfig, build_model, hybrid_layers
 from perilune.nn import GQAConfig, KDAConfig, MLAConfig, MoBAConfig, MoEConfig, RopeConfig
@@ -105,3 +106,11 @@ def edit_json(path, **changes) -> None:
     """Change keys of a JSON file; None removes one."""
     tree = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({key: value for key, value in tree.items() if value is not None}))
+
+
+def edit_tensors(path, change):
+    """Let `change` edit the dict of tensors of a directory with one file."""
+    file = path / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    tensors = change(tensors) or tensors
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
