@@ -30,6 +30,9 @@ FORMATS: tuple[Format, ...] = (kimi_linear.FORMAT, deepseek_v3.FORMAT, llama.FOR
 CONFIG_NAME = "config.json"
 GENERATION_NAME = "generation_config.json"
 
+RUN = 1 << 24
+"""Elements that are copied at once where a tensor need not be whole."""
+
 logger = logging.getLogger(__name__)
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
