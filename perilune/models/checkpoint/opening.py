@@ -72,7 +72,7 @@ def read_header(directory: Path, names: frozenset[str] = frozenset()) -> Header:
         CheckpointError: it is missing or damaged, of a family that perilune does not have, or its fields are wrong.
     """
     path = directory / CONFIG_NAME
-    if path.suffix in (".bin", ".pt", ".pth") or directory.is_file():
+    if directory.is_file():
         raise CheckpointError(f"{directory}: is a file; name the directory that holds {CONFIG_NAME} and *.safetensors")
     if not path.is_file():
         raise CheckpointError(f"{directory}: is no model directory, it has no {CONFIG_NAME}")
