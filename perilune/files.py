@@ -1,12 +1,30 @@
-"""Atomic writes: a reader never sees half a file, whatever kills the writer."""
+"""Files that others may have written, and atomic writes: a reader never sees half a file, whatever kills the writer."""
 
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from perilune.errors import CheckpointError
+
+
+def regular_file_bytes(path: Path) -> int:
+    """Return the size of `path`, which must be a regular file and not a link.
+
+    Raises:
+        CheckpointError: it is missing, a link, a directory or a device.
+    """
+    try:
+        status = path.lstat()
+    except OSError as error:
+        raise CheckpointError(f"{path}: missing or unreadable ({error.strerror})") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{path}: not a regular file (links, directories and devices are never followed)")
+    return status.st_size
 
 
 def fsync_directory(directory: Path) -> None:

@@ -6,6 +6,7 @@ from perilune.models.attention_mode import (
     restore_attention_modes,
     set_attention_mode,
 )
+from perilune.models.checkpoint import Details, FormatName, convert, load, read_config, read_details, save
 from perilune.models.config import ModelConfig, hybrid_layers
 from perilune.models.counts import CacheBytes, ParameterCounts, cache_bytes, flops_per_token, parameter_counts
 from perilune.models.decoder import Block, Decoder, build_model
@@ -18,6 +19,8 @@ __all__ = [
     "Block",
     "CacheBytes",
     "Decoder",
+    "Details",
+    "FormatName",
     "LadderRung",
     "ModelConfig",
     "ParameterCounts",
@@ -25,11 +28,16 @@ __all__ = [
     "build_model",
     "cache_bytes",
     "config_as_set",
+    "convert",
     "flops_per_token",
     "hybrid_layers",
+    "load",
     "moba_recalls",
     "moba_routings",
     "parameter_counts",
+    "read_config",
+    "read_details",
     "restore_attention_modes",
+    "save",
     "set_attention_mode",
 ]

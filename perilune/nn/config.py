@@ -11,6 +11,7 @@ from perilune.ops.moba.options import Policy
 OutputGate = Literal["sigmoid", "swish", "none"]
 DecayGranularity = Literal["channel", "head"]
 AttentionMode = Literal["moba", "full"]
+RopeScaling = Literal["yarn", "linear", "llama3"]
 
 KEY_CONV_REWIND = 16
 """Tokens that a cache behind a key convolution can take back, which costs the raw keys of so many."""
@@ -55,18 +56,26 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeConfig:
-    """Rotary position embedding with optional YaRN extension; field names follow the released configurations."""
+    """Rotary position embedding with optional extension to longer contexts.
+
+    Field names follow the released configurations.
+    """
 
     theta: float = 10000.0
     """Base of the geometric sequence of wavelengths."""
     factor: float = 1.0
-    """YaRN: how many times longer contexts than `original_max_positions` are served; 1 turns YaRN off."""
+    """How many times longer contexts than the original one are served; 1 turns the extension off."""
+    scaling: RopeScaling = "yarn"
+    """How: `linear` divides every frequency by `factor`; `yarn` and `llama3` those of pairs that turn slowly, where
+    between the two bounds YaRN blends by the pair's number and Llama 3 by its turns."""
     original_max_positions: int = 4096
-    """YaRN: context of the training before extension, in tokens."""
+    """YaRN, Llama 3: context of the training before extension, in tokens."""
     beta_fast: float = 32.0
-    """YaRN: pairs that turn at least this often in the original context keep their frequency."""
+    """YaRN, Llama 3 (`high_freq_factor`): pairs that turn at least this often in the original context keep their
+    frequency."""
     beta_slow: float = 1.0
-    """YaRN: pairs that turn at most this often have their frequency divided by `factor`."""
+    """YaRN, Llama 3 (`low_freq_factor`): pairs that turn at most this often have their frequency divided by
+    `factor`."""
     mscale: float = 1.0
     """YaRN: weight of the attention temperature in the size of cos and sin."""
     mscale_all_dim: float = 0.0
@@ -77,18 +86,21 @@ class RopeConfig:
             raise ValueError(f"theta must be > 1, got {self.theta}")
         if not self.factor >= 1:
             raise ValueError(f"factor must be >= 1, got {self.factor}")
+        check_choice("scaling", self.scaling, get_args(RopeScaling))
         check_positive(original_max_positions=self.original_max_positions, beta_slow=self.beta_slow)
         if self.beta_fast < self.beta_slow:
             raise ValueError(f"beta_fast must be >= beta_slow={self.beta_slow}, got {self.beta_fast}")
+        if self.scaling == "llama3" and self.beta_fast == self.beta_slow:
+            raise ValueError(f"beta_fast must be > beta_slow={self.beta_slow} with scaling llama3, got the same")
         if self.mscale < 0 or self.mscale_all_dim < 0:
             raise ValueError(f"mscale and mscale_all_dim must be >= 0, got {self.mscale} and {self.mscale_all_dim}")
 
     def temperature(self, weight: float) -> float:
-        """YaRN's m = 0.1 * weight * ln(factor) + 1.
+        """YaRN's m = 0.1 * weight * ln(factor) + 1; 1 with the other ways of scaling.
 
         Source: Kimi K2, released configuration (`mscale`, `mscale_all_dim`); YaRN (2309.00071), section 3.4.
         """
-        return 0.1 * weight * math.log(self.factor) + 1
+        return 0.1 * weight * math.log(self.factor) + 1 if self.scaling == "yarn" else 1.0
 
     @property
     def softmax_factor(self) -> float:
@@ -116,6 +128,10 @@ class KDAConfig:
     """Gate on the normalized output before the last projection."""
     gate_rank: int | None = None
     """Rank of the low-rank decay and output gates. None: `head_dim`."""
+    full_rank_gate: bool = False
+    """Compute the output gate by one projection instead of two of rank `gate_rank`."""
+    output_gate_bias: bool = False
+    """Add a bias to the logits of the output gate."""
     gate_lower_bound: float | None = None
     """Use the bounded gate g = bound * sigmoid(.) instead of the softplus gate; in [-5, 0)."""
     allow_neg_eigval: bool = False
@@ -137,6 +153,8 @@ class KDAConfig:
         check_choice("output_gate", self.output_gate, get_args(OutputGate))
         if self.gate_rank is not None:
             check_positive(gate_rank=self.gate_rank)
+        if self.output_gate == "none" and (self.full_rank_gate or self.output_gate_bias):
+            raise ValueError("full_rank_gate and output_gate_bias must be False without an output gate")
         if self.gate_lower_bound is not None and not -5 <= self.gate_lower_bound < 0:
             raise ValueError(f"gate_lower_bound must be in [-5, 0), got {self.gate_lower_bound}")
         if self.allow_neg_eigval and not self.delta_rule:
@@ -175,8 +193,9 @@ class KDAConfig:
         """Parameters of one layer (39,514,272 for Kimi Linear 48B)."""
         qkv = 2 * self.key_width + self.value_width
         decay = self.rank * (d_model + self.num_decays) if self.gate == "channel" else d_model * self.num_decays
-        gate = 0 if self.output_gate == "none" else self.rank * (d_model + self.value_width)
-        scalars = self.value_heads + self.num_decays + self.head_dim
+        low_rank_gate, full_rank_gate = self.rank * (d_model + self.value_width), d_model * self.value_width
+        gate = 0 if self.output_gate == "none" else full_rank_gate if self.full_rank_gate else low_rank_gate
+        scalars = self.value_heads + self.num_decays + self.head_dim + self.value_width * self.output_gate_bias
         projections = d_model * (qkv + self.value_heads + self.value_width)
         return projections + qkv * self.conv_size + decay + gate + scalars
 
@@ -285,9 +304,15 @@ class GQAConfig:
     """Rotate all channels of queries and keys."""
     rope: RopeConfig = RopeConfig()
     """Rotation, read if `use_rope`."""
+    qkv_bias: bool = False
+    """Add biases to queries, keys and values, as Qwen2 does."""
+    qk_norm: bool = False
+    """Normalize each head's query and key before rotation, as Qwen3 does."""
+    qk_norm_eps: float = 1e-6
+    """eps of those norms."""
 
     def __post_init__(self) -> None:
-        check_positive(num_heads=self.num_heads, head_dim=self.head_dim)
+        check_positive(num_heads=self.num_heads, head_dim=self.head_dim, qk_norm_eps=self.qk_norm_eps)
         if self.num_kv_heads is not None and (self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads):
             raise ValueError(f"num_kv_heads must divide num_heads={self.num_heads}, got {self.num_kv_heads}")
         if self.use_rope and self.head_dim % 2:
@@ -305,7 +330,9 @@ class GQAConfig:
 
     def num_parameters(self, d_model: int) -> int:
         """Parameters of one layer."""
-        return 2 * d_model * self.head_dim * (self.num_heads + self.kv_heads)
+        biases = self.head_dim * (self.num_heads + 2 * self.kv_heads) * self.qkv_bias
+        norms = 2 * self.head_dim * self.qk_norm
+        return 2 * d_model * self.head_dim * (self.num_heads + self.kv_heads) + biases + norms
 
     def cache_bytes(self, element_bytes: int) -> tuple[int, int]:
         """Keys and values, per token."""

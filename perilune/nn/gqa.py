@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from perilune.nn.cache_entries import TokenEntry
 from perilune.nn.config import GQAConfig
 from perilune.nn.heads import head_projections, heads_clip_spec
+from perilune.nn.norm import RMSNorm
 from perilune.nn.precision import apply_keeping_float32
 from perilune.nn.qk_clip import QKClipSpec
 from perilune.nn.rope import Rotary
@@ -30,6 +31,8 @@ class GroupedQueryAttention(nn.Module):
         super().__init__()
         self.config = config
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = head_projections(config, d_model)
+        self.q_norm = RMSNorm(config.head_dim, config.qk_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.qk_norm_eps) if config.qk_norm else None
         self.register_buffer("max_logits", torch.full((config.num_heads,), -torch.inf), persistent=False)
         self.max_logits: Tensor
         self._rotary = Rotary.build(config.head_dim, config.rope) if config.use_rope else None
@@ -77,8 +80,10 @@ class GroupedQueryAttention(nn.Module):
         """Forget the recorded maxima."""
         self.max_logits.fill_(-torch.inf)
 
-    def qk_clip_spec(self) -> QKClipSpec:
-        """Rows of the query and key projections."""
+    def qk_clip_spec(self) -> QKClipSpec | None:
+        """Rows of the query and key projections; None where logits do not scale with them: normalized or biased."""
+        if self.config.qk_norm or self.config.qkv_bias:
+            return None
         return heads_clip_spec(self, self.config)
 
     def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
@@ -90,10 +95,12 @@ class GroupedQueryAttention(nn.Module):
         return self
 
     def _project(self, x: Tensor, layout: SequenceLayout, cache: TokenEntry | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries `[T, H, D]`, keys and values `[T, Hkv, D]`, rotated if so configured."""
+        """Queries `[T, H, D]`, keys and values `[T, Hkv, D]`, normalized and rotated if so configured."""
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.config.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if self._rotary is None:
             return q, k, v
         positions = token_positions(layout, cache)

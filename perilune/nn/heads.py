@@ -27,10 +27,11 @@ class HeadsLayer(Protocol):
 def head_projections(config: GQAConfig, d_model: int) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]:
     """Projections to queries, keys and values, and from the heads' outputs, for inputs of width `d_model`."""
     width, kv_width = config.num_heads * config.head_dim, config.kv_heads * config.head_dim
+    bias = config.qkv_bias
     return (
-        nn.Linear(d_model, width, bias=False),
-        nn.Linear(d_model, kv_width, bias=False),
-        nn.Linear(d_model, kv_width, bias=False),
+        nn.Linear(d_model, width, bias=bias),
+        nn.Linear(d_model, kv_width, bias=bias),
+        nn.Linear(d_model, kv_width, bias=bias),
         nn.Linear(width, d_model, bias=False),
     )
 

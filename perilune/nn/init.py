@@ -58,3 +58,17 @@ def _own_value(owner: nn.Module, name: str, shape: torch.Size, generator: torch.
 def uniform(shape: torch.Size, low: float, high: float, generator: torch.Generator) -> Tensor:
     """Draw float32 values uniform in [low, high)."""
     return torch.rand(shape, generator=generator) * (high - low) + low
+
+
+def initialize_buffers(module: nn.Module) -> nn.Module:
+    """Fill the buffers of `module` in place, after `to_empty`, and leave its parameters as they are.
+
+    Returns:
+        `module`.
+    """
+    with torch.no_grad():
+        for owner in module.modules():
+            for name, buffer in owner.named_buffers(recurse=False):
+                value = _own_value(owner, name, buffer.shape, torch.Generator())
+                buffer.zero_() if value is None else buffer.copy_(value)
+    return module

@@ -46,9 +46,11 @@ class KimiDeltaAttention(nn.Module):
             self.f_b_proj = nn.Linear(config.rank, config.num_decays, bias=False)
         else:
             self.f_proj = nn.Linear(d_model, config.num_decays, bias=False)
-        if config.output_gate != "none":
+        if config.output_gate != "none" and config.full_rank_gate:
+            self.g_proj = nn.Linear(d_model, config.value_width, bias=config.output_gate_bias)
+        elif config.output_gate != "none":
             self.g_a_proj = nn.Linear(d_model, config.rank, bias=False)
-            self.g_b_proj = nn.Linear(config.rank, config.value_width, bias=False)
+            self.g_b_proj = nn.Linear(config.rank, config.value_width, bias=config.output_gate_bias)
         self.A_log = nn.Parameter(torch.zeros(config.value_heads))
         self.dt_bias = nn.Parameter(torch.zeros(config.value_heads, config.num_decays // config.value_heads))
         self.conv = ShortConv(2 * config.key_width + config.value_width, config.conv_size) if config.conv_size else None
@@ -135,12 +137,13 @@ class KimiDeltaAttention(nn.Module):
         """
         config = self.config
         (qkv,) = _joint(x, [self.q_proj, self.k_proj, self.v_proj], [2 * config.key_width + config.value_width])
-        is_channel, is_gated = config.gate == "channel", config.output_gate != "none"
-        narrow = [self.f_a_proj if is_channel else self.f_proj, self.b_proj, *([self.g_a_proj] if is_gated else [])]
+        is_channel, is_low_rank = config.gate == "channel", config.output_gate != "none" and not config.full_rank_gate
+        narrow = [self.f_a_proj if is_channel else self.f_proj, self.b_proj, *([self.g_a_proj] if is_low_rank else [])]
         raw, beta, *gate = _joint(x, narrow, [proj.out_features for proj in narrow])
         if is_channel:
             raw = self.f_b_proj(raw)
-        return qkv, raw.unflatten(-1, (config.value_heads, -1)), beta, self.g_b_proj(gate[0]) if gate else None
+        z = self.g_b_proj(gate[0]) if gate else self.g_proj(x) if config.full_rank_gate else None
+        return qkv, raw.unflatten(-1, (config.value_heads, -1)), beta, z
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Split `[T, D]` into q, k `[T, H, K]` and v `[T, HV, K]`, as views."""

@@ -1,4 +1,4 @@
-"""Rotary position embedding on adjacent channel pairs, with YaRN."""
+"""Rotary position embedding on adjacent channel pairs, with its extensions to longer contexts."""
 
 from __future__ import annotations
 
@@ -14,20 +14,31 @@ from perilune.nn.config import RopeConfig
 def inverse_frequencies(dim: int, config: RopeConfig) -> list[float]:
     """Radians per token of each of the dim / 2 channel pairs.
 
-    theta^(-2i / dim); with YaRN, pairs that turn slowly in the original context are divided by `factor`, pairs that
-    turn fast are kept, and those between are blended linearly.
+    theta^(-2i / dim); with YaRN and Llama 3, pairs that turn slowly in the original context are divided by `factor`,
+    pairs that turn fast are kept, and those between are blended linearly.
 
-    Source: YaRN (2309.00071), section 3.2, as in the released configuration of Kimi K2.
+    Source: YaRN (2309.00071), section 3.2, as in the released configuration of Kimi K2; linear: position interpolation
+    (2306.15595); the blend by turns: the released models of Llama 3.1.
     """
     plain = [config.theta ** (-2 * i / dim) for i in range(dim // 2)]
     if config.factor == 1:
         return plain
+    ramp = _divided_shares(dim, plain, config)
+    return [f * (1 - r) + f / config.factor * r for f, r in zip(plain, ramp, strict=True)]
+
+
+def _divided_shares(dim: int, plain: list[float], config: RopeConfig) -> list[float]:
+    """How much of each pair's frequency is divided by `factor`: 0 keeps it, 1 divides it."""
+    if config.scaling == "linear":
+        return [1.0] * len(plain)
+    if config.scaling == "llama3":
+        turns = [f * config.original_max_positions / (2 * math.pi) for f in plain]
+        return [min(max((config.beta_fast - t) / (config.beta_fast - config.beta_slow), 0.0), 1.0) for t in turns]
     low = max(math.floor(_pair_of_turns(dim, config, config.beta_fast)), 0)
     high = min(math.ceil(_pair_of_turns(dim, config, config.beta_slow)), dim - 1)
     # the released code widens an empty ramp by this much
     width = high - low or 1e-3
-    ramp = [min(max((i - low) / width, 0.0), 1.0) for i in range(dim // 2)]
-    return [f * (1 - r) + f / config.factor * r for f, r in zip(plain, ramp, strict=True)]
+    return [min(max((i - low) / width, 0.0), 1.0) for i in range(dim // 2)]
 
 
 def _pair_of_turns(dim: int, config: RopeConfig, turns: float) -> float:

@@ -21,21 +21,20 @@ from torch import Tensor
 
 from perilune.errors import CheckpointError
 from perilune.files import fsync_directory
-from perilune.train.manifest import (
-    MANIFEST_NAME,
-    MAX_JSON_BYTES,
-    STATE_NAME,
-    Manifest,
-    check_directory,
-    read_json,
-    read_manifest,
-)
-from perilune.train.tensorfile import (
+from perilune.strict_json import MAX_JSON_BYTES, read_json_object
+from perilune.tensorfile import (
     FileRecord,
-    read_tensors,
     tensor_file_bytes,
     write_bytes_durably,
     write_tensors,
+)
+from perilune.tensorreader import read_tensors
+from perilune.train.manifest import (
+    MANIFEST_NAME,
+    STATE_NAME,
+    Manifest,
+    check_directory,
+    read_manifest,
 )
 
 logger = logging.getLogger(__name__)
@@ -262,7 +261,7 @@ class CheckpointStore:
         return Checkpoint(
             step=manifest.step,
             tensors={group: read_tensors(directory / f"{group}.safetensors") for group in wanted},
-            state=read_json(directory / STATE_NAME),
+            state=read_json_object(directory / STATE_NAME),
             config_hash=manifest.config_hash,
             path=directory,
         )

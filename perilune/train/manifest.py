@@ -14,15 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from perilune.errors import CheckpointError
-from perilune.train.strict_json import parse_json
-from perilune.train.tensorfile import FileRecord, check_file, regular_file_bytes
+from perilune.strict_json import read_json_object
+from perilune.tensorfile import FileRecord, check_file
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 STATE_NAME = "state.json"
-MAX_JSON_BYTES = 64 * 1024 * 1024
-"""Largest manifest or state that is written or read."""
-
 _MAX_FILES = 1000
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}\.(safetensors|json)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -55,7 +52,7 @@ def read_manifest(directory: Path) -> Manifest:
         raise CheckpointError(f"{directory}: is a link; a checkpoint is a directory of its own")
     if not path.exists() and not path.is_symlink():
         raise CheckpointError(f"{path}: missing, so the save was never finished")
-    tree = read_json(path)
+    tree = read_json_object(path)
     where = str(path)
     _require_keys(tree, {"format_version", "step", "config_hash", "files"}, where)
     if tree["format_version"] != FORMAT_VERSION:
@@ -89,25 +86,6 @@ def check_directory(directory: Path, manifest: Manifest, *, verify: bool) -> Non
             raise CheckpointError(f"{path}: {_why_unexpected(path)}")
     for name, record in manifest.files.items():
         check_file(directory / name, record, verify=verify)
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON object of a checkpoint, bounded and strict.
-
-    Raises:
-        CheckpointError: it is not a regular file, above `MAX_JSON_BYTES`, or not a strict JSON object.
-    """
-    size = regular_file_bytes(path)
-    if size > MAX_JSON_BYTES:
-        raise CheckpointError(f"{path}: has {size} bytes; at most {MAX_JSON_BYTES} are read")
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    tree = parse_json(text, where=str(path))
-    if not isinstance(tree, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object, got a {type(tree).__name__}")
-    return tree
 
 
 def _file_records(tree: Any, where: str) -> dict[str, FileRecord]:

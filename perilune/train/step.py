@@ -15,8 +15,8 @@ from torch.nn.utils import get_total_norm
 
 from perilune.data import Batch
 from perilune.errors import NumericsError
+from perilune.tensorfile import write_tensors
 from perilune.train.losses import LanguageModel, Loss
-from perilune.train.tensorfile import write_tensors
 
 logger = logging.getLogger(__name__)
 

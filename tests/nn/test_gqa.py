@@ -12,7 +12,19 @@ def test_layer_equals_equations(name):
     mixer = make_mixer(name)
     config = mixer.config
     x, layout = packed_input((8,))
-    q, k, v = (proj(x).view(8, -1, config.head_dim) for proj in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+    with torch.no_grad():
+        for norm in (mixer.q_norm, mixer.k_norm) if config.qk_norm else ():
+            norm.weight.copy_(torch.linspace(0.5, 1.5, config.head_dim))
+    p = dict(mixer.named_parameters())
+    q, k, v = (
+        (x @ p[f"{n}_proj.weight"].T + p.get(f"{n}_proj.bias", 0)).view(8, -1, config.head_dim) for n in ("q", "k", "v")
+    )
+    assert ("q_proj.bias" in p) == config.qkv_bias
+    if config.qk_norm:
+        q, k = (
+            t / torch.sqrt((t**2).mean(-1, keepdim=True) + config.qk_norm_eps) * p[f"{n}_norm.weight"]
+            for t, n in ((q, "q"), (k, "k"))
+        )
     if config.use_rope:
         rotary = Rotary.build(config.head_dim, config.rope)
         q, k = (rotary.turn(t, torch.arange(8)) for t in (q, k))
@@ -26,3 +38,9 @@ def test_layer_equals_equations(name):
     expected = torch.stack(heads, 1).flatten(1) @ mixer.o_proj.weight.T
     torch.testing.assert_close(mixer(x, layout), expected)
     torch.testing.assert_close(mixer.max_logits, torch.stack(largest))
+
+
+@pytest.mark.parametrize("name", ["gqa-bias", "gqa-qk-norm"])
+def test_logits_that_do_not_scale_with_the_weights_are_not_clipped(name):
+    assert make_mixer(name).qk_clip_spec() is None
+    assert make_mixer("gqa").qk_clip_spec() is not None

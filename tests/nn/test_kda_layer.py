@@ -15,6 +15,7 @@ from perilune.ops.layout import SequenceLayout
 from tests.nn.helpers import CONFIGS, D_MODEL, KDA, make_mixer, packed_input
 
 VARIANTS = [name for name in CONFIGS if name.startswith("kda")]
+PLAIN = ("kda", "kda-one-tap", "kda-rank", "kda-full-rank-gate", "kda-gate-bias")
 
 
 def convolve(x: Tensor, weight: Tensor) -> Tensor:
@@ -58,7 +59,9 @@ def oracle(mixer: nn.Module, config: KDAConfig, x: Tensor) -> Tensor:
             outputs.append(o / torch.sqrt((o**2).mean() + config.norm_eps) * p["o_norm.weight"])
     o = torch.stack(outputs).view(config.value_heads, x.shape[0], size).transpose(0, 1).flatten(1)
     if config.output_gate != "none":
-        z = x @ p["g_a_proj.weight"].T @ p["g_b_proj.weight"].T
+        last = "g_proj" if config.full_rank_gate else "g_b_proj"
+        z = (x if config.full_rank_gate else x @ p["g_a_proj.weight"].T) @ p[f"{last}.weight"].T
+        z = z + p[f"{last}.bias"] if config.output_gate_bias else z
         o = o * torch.sigmoid(z) * (z if config.output_gate == "swish" else 1)
     assert heads * size == q.shape[1]
     return o @ p["o_proj.weight"].T
@@ -80,7 +83,7 @@ def test_layer_equals_equations_in_values_and_gradients(name):
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in ("kda", "kda-one-tap", "kda-rank")])
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in PLAIN])
 def test_every_switch_changes_the_result(name):
     """Weights that both layers share are equal, so a difference comes from the switch itself."""
     plain, switched = make_mixer("kda"), make_mixer(name)

@@ -49,3 +49,34 @@ def test_yarn_ramp_lies_between_kept_and_divided():
 def test_amplitude_is_the_ratio_of_temperatures():
     config = RopeConfig(factor=10.0, mscale=1.0, mscale_all_dim=0.0)
     assert Rotary.build(8, config).amplitude == pytest.approx(0.1 * math.log(10) + 1)
+
+
+def test_linear_scaling_divides_every_frequency():
+    plain, scaled = (inverse_frequencies(8, RopeConfig(scaling="linear", factor=factor)) for factor in (1.0, 4.0))
+    assert scaled == pytest.approx([f / 4 for f in plain])
+    assert Rotary.build(8, RopeConfig(scaling="linear", factor=4.0)).amplitude == 1
+
+
+def test_llama3_blends_by_turns():
+    config = RopeConfig(
+        theta=500000.0, scaling="llama3", factor=8.0, original_max_positions=8192, beta_fast=4.0, beta_slow=1.0
+    )
+    plain = inverse_frequencies(128, RopeConfig(theta=500000.0))
+    kinds = set()
+    for before, after in zip(plain, inverse_frequencies(128, config), strict=True):
+        turns = 8192 * before / (2 * math.pi)
+        share = (turns - 1) / 3  # of the frequency that is kept
+        kind = "kept" if turns > 4 else "divided" if turns < 1 else "blended"
+        expected = {"kept": before, "divided": before / 8, "blended": share * before + (1 - share) * before / 8}
+        assert after == pytest.approx(expected[kind])
+        kinds.add(kind)
+    assert kinds == {"kept", "divided", "blended"}
+    assert config.softmax_factor == 1
+    assert Rotary.build(128, config).amplitude == 1
+
+
+def test_bad_scaling_is_refused():
+    with pytest.raises(ValueError, match="scaling must be one of"):
+        RopeConfig(scaling="ntk")
+    with pytest.raises(ValueError, match="beta_fast must be > beta_slow"):
+        RopeConfig(scaling="llama3", beta_fast=1.0)

@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from perilune import tensorfile
 from perilune.errors import CheckpointError
-from perilune.train import Checkpoint, CheckpointStore, tensorfile
+from perilune.train import Checkpoint, CheckpointStore
 from tests.train.doubles import some_tensors
 
 

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from perilune import strict_json, tensorfile, tensorreader
 from perilune.errors import CheckpointError
-from perilune.train import CheckpointStore, manifest, tensorfile
-from perilune.train.strict_json import parse_json
+from perilune.strict_json import parse_json
+from perilune.train import CheckpointStore
 from tests.train.doubles import some_tensors
 
 
@@ -97,7 +98,8 @@ def test_hostile_tensor_files_are_refused(store: CheckpointStore, content: bytes
 
 
 def test_a_header_above_the_limit_is_refused_before_it_is_parsed(store, monkeypatch) -> None:
-    monkeypatch.setattr(tensorfile, "MAX_HEADER_BYTES", 64)
+    for module in (tensorfile, tensorreader):
+        monkeypatch.setattr(module, "MAX_HEADER_BYTES", 64)
     with pytest.raises(CheckpointError, match=r"header of .* bytes; at most 64"):
         store.load(20)
     with pytest.raises(ValueError, match="need a header of"):
@@ -168,7 +170,7 @@ def test_hostile_manifests_are_refused(store: CheckpointStore, make, message: st
 
 
 def test_a_huge_json_file_is_refused_by_its_size(store, monkeypatch) -> None:
-    monkeypatch.setattr(manifest, "MAX_JSON_BYTES", 100)
+    monkeypatch.setattr(strict_json, "MAX_JSON_BYTES", 100)
     with pytest.raises(CheckpointError, match=r"manifest.json: has \d+ bytes; at most 100 are read"):
         store.load(20)
 
@@ -191,7 +193,7 @@ def test_any_bytes_as_a_tensor_file_are_read_or_refused(tmp_path_factory, conten
     path = tmp_path_factory.mktemp("bytes") / "x.safetensors"
     path.write_bytes(content)
     with contextlib.suppress(CheckpointError):
-        assert isinstance(tensorfile.read_tensors(path), dict)
+        assert isinstance(tensorreader.read_tensors(path), dict)
 
 
 @given(st.binary(max_size=60) | st.text(alphabet='{}[]":,0123eE+-.ntrufals\\', max_size=60).map(str.encode))

@@ -4,12 +4,39 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 from perilune.errors import CheckpointError
+from perilune.files import regular_file_bytes
 
+MAX_JSON_BYTES = 64 * 1024 * 1024
+"""Largest file that is read."""
 MAX_DEPTH = 64
 """Deepest nesting of lists and objects that is accepted."""
+
+
+def read_json_object(path: Path, *, follow_links: bool = False) -> dict[str, Any]:
+    """Read a JSON object of a checkpoint, bounded and strict.
+
+    Args:
+        path: the file.
+        follow_links: accept a link to one, as download caches have them.
+
+    Raises:
+        CheckpointError: it is not a regular file, above `MAX_JSON_BYTES`, or not a strict JSON object.
+    """
+    size = regular_file_bytes(path.resolve() if follow_links else path)
+    if size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path}: has {size} bytes; at most {MAX_JSON_BYTES} are read")
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    tree = parse_json(text, where=str(path))
+    if not isinstance(tree, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object, got a {type(tree).__name__}")
+    return tree
 
 
 def parse_json(text: bytes, *, where: str) -> Any:

@@ -1,8 +1,7 @@
-"""Writing and reading one safetensors file.
+"""Writing one safetensors file, and checking files; `perilune.tensorreader` reads them.
 
-The file is streamed through a checksum while it is written, so that a save never holds a second copy of the weights
-and never reads back what it wrote. Reading trusts nothing: the header is bounded and parsed strictly before the
-safetensors library sees it.
+A file is streamed through a checksum while it is written, so that a save never holds a second copy of the weights and
+never reads back what it wrote. Its tensors may come in pieces, so that a conversion never holds a whole one.
 """
 
 from __future__ import annotations
@@ -10,24 +9,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from perilune.errors import CheckpointError
-from perilune.train.strict_json import parse_json
+from perilune.files import regular_file_bytes
 
 MAX_HEADER_BYTES = 16 * 1024 * 1024
 """Room for about a hundred thousand tensors; a larger header is refused before it is parsed."""
 
 _CHUNK_BYTES = 4 * 1024 * 1024
-_DTYPE_NAMES = {
+DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -38,7 +35,9 @@ _DTYPE_NAMES = {
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
 }
+"""What the format calls the element types that perilune reads and writes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,23 +66,25 @@ def write_bytes_durably(path: Path, content: bytes) -> FileRecord:
     return FileRecord(size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
-def tensor_file_header(tensors: Mapping[str, Tensor]) -> bytes:
+def tensor_file_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
     """Return the length prefix and JSON header of a safetensors file, padded to 8 bytes.
+
+    Only shapes and dtypes are looked at; the tensors may be on the meta device.
 
     Raises:
         TypeError: a tensor's dtype has no name in the format.
         ValueError: the header is above `MAX_HEADER_BYTES`.
     """
-    entries: dict[str, object] = {}
+    entries: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
     for name in _file_order(tensors):
         tensor = tensors[name]
-        if tensor.dtype not in _DTYPE_NAMES:
+        if tensor.dtype not in DTYPE_NAMES:
             raise TypeError(
-                f"tensor {name} has dtype {tensor.dtype}; a checkpoint holds {sorted(_DTYPE_NAMES.values())}"
+                f"tensor {name} has dtype {tensor.dtype}; a checkpoint holds {sorted(DTYPE_NAMES.values())}"
             )
         start, end = end, end + tensor.numel() * tensor.element_size()
-        entries[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        entries[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER_BYTES:
@@ -111,30 +112,45 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
         OSError: it cannot be written; a partial file may remain.
         TypeError: a dtype is not one of the format's.
     """
-    digest, size = hashlib.sha256(), 0
-    with create_file(path) as file:
-        for chunk in _file_chunks(tensors):
-            file.write(chunk)
-            digest.update(chunk)
-            size += len(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-    return FileRecord(size_bytes=size, sha256=digest.hexdigest())
+    digest, sizes = hashlib.sha256(), list[int]()
+
+    def record(chunk: bytes | memoryview) -> None:
+        digest.update(chunk)
+        sizes.append(len(chunk))
+
+    stream_tensors(path, tensors, lambda name: [tensors[name]], on_chunk=record)
+    return FileRecord(size_bytes=sum(sizes), sha256=digest.hexdigest())
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read every tensor of the safetensors file `path` into memory of its own.
+def stream_tensors(
+    path: Path,
+    layout: Mapping[str, Tensor],
+    pieces: Callable[[str], Iterable[Tensor]],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    on_chunk: Callable[[bytes | memoryview], None] | None = None,
+) -> None:
+    """Write the new safetensors file `path` from pieces of its tensors, flushed to the device.
+
+    Args:
+        path: a name that does not exist yet.
+        layout: name to a tensor of the wanted shape and dtype, on the meta device perhaps.
+        pieces: returns what a name's elements are, in order: tensors of its dtype, of any shapes and devices.
+        metadata: text that the header keeps.
+        on_chunk: told every piece of the file as it is written.
 
     Raises:
-        CheckpointError: the file is not a valid safetensors file; the message names it and says why.
+        OSError: it cannot be written; a partial file may remain.
+        TypeError: a dtype is not one of the format's, or a piece not of its tensor's.
+        ValueError: the pieces of a tensor are fewer or more elements than it has.
     """
-    _check_header(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            # A clone, because the reader maps the file and the trainer deletes old checkpoints.
-            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (not a dict)
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: not a valid safetensors file: {error}") from error
+    with create_file(path) as file:
+        for chunk in _file_chunks(layout, pieces, metadata):
+            file.write(chunk)
+            if on_chunk is not None:
+                on_chunk(chunk)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def check_file(path: Path, record: FileRecord, *, verify: bool) -> None:
@@ -152,21 +168,6 @@ def check_file(path: Path, record: FileRecord, *, verify: bool) -> None:
         raise CheckpointError(f"{path}: checksum differs from the manifest's, its content was altered")
 
 
-def regular_file_bytes(path: Path) -> int:
-    """Return the size of `path`, which must be a regular file and not a link.
-
-    Raises:
-        CheckpointError: it is missing, a link, a directory or a device.
-    """
-    try:
-        status = path.lstat()
-    except OSError as error:
-        raise CheckpointError(f"{path}: missing or unreadable ({error.strerror})") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError(f"{path}: not a regular file (links, directories and devices are never followed)")
-    return status.st_size
-
-
 def file_sha256(path: Path) -> str:
     """Return the hexadecimal sha256 of a file's content."""
     try:
@@ -181,26 +182,18 @@ def _file_order(tensors: Mapping[str, Tensor]) -> list[str]:
     return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
 
 
-def _file_chunks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    yield tensor_file_header(tensors)
-    for name in _file_order(tensors):
-        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-        content = flat.view(torch.uint8).numpy().data
-        for start in range(0, len(content), _CHUNK_BYTES):
-            yield content[start : start + _CHUNK_BYTES]
-
-
-def _check_header(path: Path) -> None:
-    size = regular_file_bytes(path)
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise CheckpointError(f"{path}: header says {length} bytes but the file has {size}")
-            if length > MAX_HEADER_BYTES:
-                raise CheckpointError(f"{path}: header of {length} bytes; at most {MAX_HEADER_BYTES} are accepted")
-            header = file.read(length)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    if not isinstance(parse_json(header, where=f"{path} (header)"), dict):
-        raise CheckpointError(f"{path}: header is not a JSON object")
+def _file_chunks(
+    layout: Mapping[str, Tensor], pieces: Callable[[str], Iterable[Tensor]], metadata: Mapping[str, str] | None
+) -> Iterator[bytes | memoryview]:
+    yield tensor_file_header(layout, metadata)
+    for name in _file_order(layout):
+        expected, count = layout[name], 0
+        for piece in pieces(name):
+            if piece.dtype != expected.dtype:
+                raise TypeError(f"a piece of {name} is {piece.dtype}, the tensor {expected.dtype}")
+            count += piece.numel()
+            content = piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            for start in range(0, len(content), _CHUNK_BYTES):
+                yield content[start : start + _CHUNK_BYTES]
+        if count != expected.numel():
+            raise ValueError(f"the pieces of {name} have {count} elements, the tensor {expected.numel()}")
