@@ -12,7 +12,7 @@ from torch import Tensor
 from perilune.errors import CheckpointError
 from perilune.models.attention_mode import config_as_set
 from perilune.models.checkpoint.format import Details
-from perilune.models.checkpoint.opening import open_checkpoint, read_header
+from perilune.models.checkpoint.opening import RUN, open_checkpoint, read_header
 from perilune.models.checkpoint.writing import MAX_SHARD_BYTES, FormatName, WriteOptions, write_model
 from perilune.models.config import ModelConfig
 from perilune.models.decoder import Decoder
@@ -35,8 +35,6 @@ TOKENIZER_NAMES = (
 """Files that a conversion copies as they are; code is not among them."""
 
 _MAX_TOKENIZER_BYTES = 1 << 28
-_RUN = 1 << 24
-"""Elements that `load` copies at once."""
 
 
 def load(path: Path | str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Decoder:
@@ -63,8 +61,8 @@ def load(path: Path | str, dtype: torch.dtype | None = None, device: torch.devic
             for name, tensor in model.state_dict().items():
                 # `state_dict` shares memory with the model; runs of a few elements keep the second copy small
                 flat = tensor.view(-1)
-                for start in range(0, flat.numel(), _RUN):
-                    count = min(_RUN, flat.numel() - start)
+                for start in range(0, flat.numel(), RUN):
+                    count = min(RUN, flat.numel() - start)
                     flat[start : start + count].copy_(source.read(name, start, count))
     return model.eval()
 

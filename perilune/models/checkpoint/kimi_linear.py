@@ -50,7 +50,6 @@ def read(fields: Fields, names: frozenset[str]) -> ModelConfig:
     layers = _read_layers(fields)
     linear = fields.table("linear_attn_config") or Fields({}, fields.where)
     common = read_common(fields)
-    fields.expect("num_nextn_predict_layers", 0)
     fields.expect("attention_bias", False)
     use_rope = not fields.flag("mla_use_nope", default=True)
     first_dense = _read_first_dense(fields, len(layers))
@@ -141,7 +140,15 @@ def canonical(name: str, config: ModelConfig) -> str:
     return f"{found[1]}.block_sparse_moe.{rest}"
 
 
-FORMAT = Format(name=_NAME, model_types=(_NAME,), read=read, write=write, bindings=bindings, canonical=canonical)
+FORMAT = Format(
+    name=_NAME,
+    model_types=(_NAME,),
+    read=read,
+    write=write,
+    bindings=bindings,
+    canonical=canonical,
+    repeats_tied=True,  # transformers' class, as of 5.24, reads `tie_word_embeddings` and has no weights to tie
+)
 
 
 def _read_layers(fields: Fields) -> tuple[str, ...]:
