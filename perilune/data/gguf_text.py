@@ -12,6 +12,7 @@ from perilune.data.tokenizer_files import usual_stop_ids
 from perilune.errors import DataError
 
 _CONTROL, _USER_DEFINED = 3, 4
+_PLAIN_TOKEN = {"normalized": False, "single_word": False, "lstrip": False, "rstrip": False}
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _NAMED_KEYS = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "pad_token": "padding_token_id"}
 
@@ -76,8 +77,7 @@ def gguf_tokenizer(metadata: Mapping[str, Any], where: str) -> HFTokenizer:
     if not isinstance(kinds, list) or len(kinds) != len(tokens):
         raise DataError(f"{where}: tokenizer.ggml.token_type does not have one entry for each of {len(tokens)} tokens")
     added = [
-        {"id": index, "content": token, "special": kinds[index] == _CONTROL, "normalized": False}
-        | {"single_word": False, "lstrip": False, "rstrip": False}
+        {"id": index, "content": token, "special": kinds[index] == _CONTROL, **_PLAIN_TOKEN}
         for index, token in enumerate(tokens)
         if kinds[index] in (_CONTROL, _USER_DEFINED) and token
     ]
@@ -89,7 +89,7 @@ def gguf_tokenizer(metadata: Mapping[str, Any], where: str) -> HFTokenizer:
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": PRE_TOKENIZERS[pre] is _LLAMA3},
     }
-    special_ids = {token["content"]: int(token["id"]) for token in added}
+    special_ids = {str(token["content"]): int(token["id"]) for token in added}
     ends = [metadata.get(f"tokenizer.ggml.{key}") for key in _END_KEYS]
     stop_ids = (*(index for index in ends if isinstance(index, int)), *usual_stop_ids(special_ids))
     try:

@@ -2,6 +2,7 @@
 
 from perilune.run.chat import ChatSession, open_chat
 from perilune.run.config import Recipe, presets
+from perilune.run.converting import convert_model
 from perilune.run.directory import RunDirectory
 from perilune.run.evaluation import evaluate_run
 from perilune.run.interactions import prepare_interactions
@@ -51,6 +52,7 @@ __all__ = [
     "build_recipe",
     "check_stages",
     "conflicts",
+    "convert_model",
     "describe_preset",
     "draw_routing",
     "dump_recipe",
