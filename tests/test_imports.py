@@ -33,6 +33,7 @@ OPTIONAL = (
     "starlette",
     "uvicorn",
     "faiss",
+    "llguidance",
     "polars",
     "textual",
     "opentelemetry",
