@@ -74,7 +74,7 @@ class TokenDistribution:
             logits = F.pad(logits, (0, padding), value=-torch.inf)
         self._is_greedy = temperature == 0
         self._divisors = torch.where(self._is_greedy, 1.0, temperature)
-        # Asking whether a pass over the vocabulary can be saved is cheap on the CPU; elsewhere it would wait for the device.
+        # Asking whether a pass over the vocabulary can be saved is cheap on the CPU; a GPU would be waited for.
         is_cpu = logits.device.type == "cpu"
         is_plain = is_cpu and bool((self._divisors == 1).all())
         self._draws_any = not (is_cpu and bool(self._is_greedy.all()))
