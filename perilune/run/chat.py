@@ -96,7 +96,7 @@ def open_chat(
     if served.template is None:
         raise DataError(f"{served.title} has no chat template: it was not trained on conversations")
     return ChatSession(
-        Engine(served.model, vocab_size=served.tokenizer.vocab_size),
+        Engine(served.model, vocab_size=min(served.tokenizer.vocab_size, served.model.config.vocab_size)),
         served.tokenizer,
         served.template,
         title=served.title,
