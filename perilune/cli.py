@@ -125,17 +125,20 @@ def run(
 
 @app.command(epilog="Example: perilune chat runs/demo --prompt 'Calculate 7+5-3.'")
 def chat(
-    run_path: RunPath,
+    model: Annotated[
+        Path,
+        typer.Argument(help="A run, a checkpoint's directory, a .gguf file, or smollm2, e.g. runs/demo."),
+    ],
     stage: StageName = None,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 takes the most likely token.")] = 0.7,
     max_tokens: Annotated[int, typer.Option(max=1_000_000, help="Longest response, in tokens.")] = 512,
     prompt: Annotated[str | None, typer.Option(help="Answer this and exit; a conversation without it.")] = None,
     seed: Annotated[int, typer.Option(help="Decides what is sampled.")] = 0,
 ) -> None:
-    """Talk to the model of a run."""
+    """Talk to a model: a run's, a released one, or the small one called smollm2."""
     from perilune.run import open_chat
 
-    session = open_chat(run_path, stage=stage, temperature=temperature, max_tokens=max_tokens, seed=seed)
+    session = open_chat(model, stage=stage, temperature=temperature, max_tokens=max_tokens, seed=seed)
     if prompt is not None:
         try:
             _stream(session.answer(prompt))

@@ -39,6 +39,8 @@ OPTIONAL = (
     "orjson",
     "aiohttp",
     "ray",
+    "tiktoken",
+    "gguf",
 )
 
 BANNED = re.compile(

@@ -6,30 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from perilune.tool_calls import ToolCall
+
 _BYTES_PER_TOKEN = 4
 
 Role = Literal["system", "user", "assistant", "tool"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ToolCall:
-    """A model's wish to have a tool run."""
-
-    id: str
-    """Pairs the call with its result; unique within a message."""
-    name: str
-    arguments: str
-    """JSON as the model wrote it; it may be wrong."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as an element of `tool_calls`."""
-        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
-
-    @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> ToolCall:
-        """Read an element of `tool_calls`."""
-        function = value["function"]
-        return cls(id=value.get("id") or "", name=function["name"], arguments=function.get("arguments") or "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

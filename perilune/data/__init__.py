@@ -1,4 +1,4 @@
-"""Tokenizer, chat template, corpora, packed batches and their sources."""
+"""Tokenizers, chat templates, corpora, packed batches and their sources."""
 
 from perilune.data.batches import (
     BatchSource,
@@ -11,6 +11,12 @@ from perilune.data.batches import (
     pack_pairs,
 )
 from perilune.data.chat import Message, encode_conversation, encode_prompt, encode_response, split_response
+from perilune.data.chat_encoding import encode_chat
+from perilune.data.chat_messages import normalize_messages
+from perilune.data.chat_template import KIMI_K2_TEMPLATE, PERILUNE_TEMPLATE, ChatTemplate
+from perilune.data.gguf_text import gguf_template, gguf_tokenizer
+from perilune.data.hf_tokenizer import HFTokenizer
+from perilune.data.kimi_tokenizer import KimiTokenizer
 from perilune.data.mixture import MixtureSource, apportion
 from perilune.data.packing import (
     IGNORE_INDEX,
@@ -39,14 +45,19 @@ from perilune.data.synthetic import (
     SyntheticSource,
     synthetic_batch,
 )
+from perilune.data.text_tokenizer import TextTokenizer, load_tokenizer
 from perilune.data.tokenizer import MIN_VOCAB_SIZE, SPECIAL_TOKENS, Tokenizer, bits_per_byte, train_tokenizer
+from perilune.data.tokenizer_export import tokenizer_files
 
 __all__ = [
     "IGNORE_INDEX",
+    "KIMI_K2_TEMPLATE",
     "MIN_VOCAB_SIZE",
+    "PERILUNE_TEMPLATE",
     "SPECIAL_TOKENS",
     "Batch",
     "BatchSource",
+    "ChatTemplate",
     "ConversationSource",
     "CopiesConfig",
     "Corpus",
@@ -55,6 +66,8 @@ __all__ = [
     "EmbeddedCorpusConfig",
     "Example",
     "FilesCorpusConfig",
+    "HFTokenizer",
+    "KimiTokenizer",
     "Message",
     "MixtureSource",
     "NeedleConfig",
@@ -65,6 +78,7 @@ __all__ = [
     "StackConfig",
     "SyntheticConfig",
     "SyntheticSource",
+    "TextTokenizer",
     "Tokenizer",
     "WindowSource",
     "apportion",
@@ -72,15 +86,21 @@ __all__ = [
     "check_corpus",
     "compression_baselines",
     "concat_batches",
+    "encode_chat",
     "encode_conversation",
     "encode_documents",
     "encode_prompt",
     "encode_response",
+    "gguf_template",
+    "gguf_tokenizer",
     "load_corpus",
+    "load_tokenizer",
+    "normalize_messages",
     "pack_examples",
     "pack_pairs",
     "plan_bins",
     "split_response",
     "synthetic_batch",
+    "tokenizer_files",
     "train_tokenizer",
 ]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -17,6 +16,13 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from perilune.data.token_text import (
+    check_text,
+    kimi_split_pattern,
+    printable_to_byte,
+    special_pattern,
+    split_specials,
+)
 from perilune.errors import DataError
 from perilune.files import write_atomic
 
@@ -37,21 +43,7 @@ SPECIAL_TOKENS = (
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 """The 256 bytes and the special tokens, without a single merge."""
 
-_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
-_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
-_SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-SPLIT_PATTERN = "|".join(
-    [
-        r"[\p{Han}]+",
-        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_SUFFIX}",
-        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_SUFFIX}",
-        r"\p{N}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    ]
-)
+SPLIT_PATTERN = kimi_split_pattern(r"\p{N}")
 """Kimi's pre-tokenisation with one change: digits stand alone (Kimi keeps up to three together).
 
 Source: Kimi K2 release, tokenizer; digits one by one is this project's choice, because small models add digit by digit.
@@ -60,7 +52,7 @@ Source: Kimi K2 release, tokenizer; digits one by one is this project's choice, 
 _PIECE_CHARS = 20_000
 """Longest text handed to the merge loop at once: bounds the time a file without a single space can take."""
 
-_SPECIALS = re.compile("|".join(re.escape(token) for token in SPECIAL_TOKENS))
+_SPECIALS = special_pattern(SPECIAL_TOKENS)
 
 
 class Tokenizer:
@@ -104,6 +96,11 @@ class Tokenizer:
     def end_id(self) -> int:
         """Id of `<|im_end|>`, which ends a turn and stops generation."""
         return self._special_ids["<|im_end|>"]
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer: `<|im_end|>` and `[EOS]`."""
+        return (self.end_id, self.eos_id)
 
     @property
     def special_ids(self) -> dict[str, int]:
@@ -250,7 +247,7 @@ def _special_id(backend: tokenizers.Tokenizer, token: str) -> int:
 
 def _byte_table(backend: tokenizers.Tokenizer, special_ids: dict[str, int]) -> list[bytes]:
     """Return the bytes of every id, undoing the printable alphabet that byte-level BPE files are written in."""
-    to_byte = _printable_to_byte()
+    to_byte = printable_to_byte()
     table = []
     for index in range(backend.get_vocab_size(with_added_tokens=True)):
         token = backend.id_to_token(index)
@@ -265,29 +262,13 @@ def _byte_table(backend: tokenizers.Tokenizer, special_ids: dict[str, int]) -> l
     return table
 
 
-def _printable_to_byte() -> dict[str, int]:
-    """Return the byte each character of the byte-level alphabet stands for.
-
-    Printable Latin-1 bytes stand for themselves; the others take the code points from 256 up, in byte order.
-    """
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in set(visible)]
-    return {chr(byte): byte for byte in visible} | {chr(256 + rank): byte for rank, byte in enumerate(hidden)}
-
-
 def _split(text: str, parse_specials: bool) -> list[tuple[str, bool]]:
     """Cut text into (piece, is a special token), no ordinary piece longer than `_PIECE_CHARS`."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"text holds a lone surrogate at character {error.start}; it has no UTF-8 form") from error
-    pieces: list[tuple[str, bool]] = []
-    end = 0
-    for match in _SPECIALS.finditer(text) if parse_specials else ():
-        pieces += _chunks(text[end : match.start()])
-        pieces.append((match[0], True))
-        end = match.end()
-    return pieces + _chunks(text[end:])
+    check_text(text)
+    if not parse_specials:
+        return _chunks(text)
+    parts = split_specials(text, _SPECIALS)
+    return [piece for part, is_special in parts for piece in ([(part, True)] if is_special else _chunks(part))]
 
 
 def _chunks(text: str) -> list[tuple[str, bool]]:

@@ -27,7 +27,7 @@ def problem_prompt(tokenizer: Tokenizer, problem: Problem, pass_rate: float | No
 
 def response_text(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
     """Text of a response with its thought tags and without the token that ended it."""
-    ended = bool(token_ids) and token_ids[-1] in (tokenizer.end_id, tokenizer.eos_id)
+    ended = bool(token_ids) and token_ids[-1] in tokenizer.stop_ids
     return tokenizer.decode(token_ids[:-1] if ended else token_ids)
 
 

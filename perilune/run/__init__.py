@@ -25,12 +25,14 @@ from perilune.run.recommending import (
 )
 from perilune.run.routing import RecallView, RoutingView, draw_routing, measure_recall
 from perilune.run.schema import FieldDoc, explain
+from perilune.run.serving_models import KNOWN_MODELS, ServedModel, find_model, load_served, read_text_parts
 from perilune.run.stages import STAGES
 from perilune.run.swarm_config import SwarmRecipe
 from perilune.run.swarming import load_swarm, open_swarm, recorded_recipe
 from perilune.run.sweep import plan_sweep, run_sweep
 
 __all__ = [
+    "KNOWN_MODELS",
     "STAGES",
     "ChatSession",
     "FieldDoc",
@@ -43,6 +45,7 @@ __all__ = [
     "RoutingView",
     "RunDirectory",
     "RunSummary",
+    "ServedModel",
     "StageContext",
     "SwarmRecipe",
     "TrainedRecommender",
@@ -57,11 +60,13 @@ __all__ = [
     "evaluate_run",
     "explain",
     "export_recommendations",
+    "find_model",
     "load",
     "load_ablation",
     "load_model",
     "load_recipe",
     "load_recommender",
+    "load_served",
     "load_swarm",
     "measure_recall",
     "open_chat",
@@ -71,6 +76,7 @@ __all__ = [
     "preset_names",
     "presets",
     "read_recipe",
+    "read_text_parts",
     "recommend",
     "recorded_recipe",
     "report_evaluation",

@@ -140,7 +140,7 @@ def _requests(problem: Problem, tokenizer: Tokenizer, config: EvaluationConfig) 
     greedy = SamplingParams(
         max_new_tokens=config.max_response_tokens,
         temperature=0.0,
-        stop_ids=(tokenizer.end_id, tokenizer.eos_id),
+        stop_ids=tokenizer.stop_ids,
     )
     drawn = replace(greedy, temperature=config.temperature, seed=derive_seed(config.seed, "evaluation", problem.id))
     requests = [Request(prompt_ids=prompt_ids, params=greedy, id=f"greedy:{problem.id}")]

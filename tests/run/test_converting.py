@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
+from perilune.data import PERILUNE_TEMPLATE
 from perilune.errors import DataError
 from perilune.models import load, read_details
-from perilune.run import convert_model, load_model
+from perilune.run import convert_model, load_model, load_served
 from tests.models.checkpoint.tiny import assert_same_model
 
 
@@ -17,7 +18,8 @@ def test_a_run_s_model_is_written(finished, tmp_path, cli, to):
     assert (code, out.strip()) == (0, str(tmp_path / "m")), err
     loaded = load_model(finished)
     assert_same_model(load(tmp_path / "m"), loaded.model)
-    assert (tmp_path / "m" / "tokenizer.json").read_bytes() == (finished / "tokenizer.json").read_bytes()
+    assert load_served(tmp_path / "m").tokenizer.to_json() == loaded.tokenizer.to_json()
+    assert (tmp_path / "m" / "chat_template.jinja").read_text() == PERILUNE_TEMPLATE
     details = read_details(tmp_path / "m")
     assert details.eos_ids == (loaded.tokenizer.end_id, loaded.tokenizer.eos_id)
     assert (details.bos_id, details.pad_id) == (loaded.tokenizer.bos_id, loaded.tokenizer.pad_id)

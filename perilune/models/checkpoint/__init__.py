@@ -12,13 +12,14 @@ from torch import Tensor
 from perilune.errors import CheckpointError
 from perilune.models.attention_mode import config_as_set
 from perilune.models.checkpoint.format import Details
+from perilune.models.checkpoint.gguf import GGUFFile
 from perilune.models.checkpoint.opening import RUN, open_checkpoint, read_header
 from perilune.models.checkpoint.writing import MAX_SHARD_BYTES, FormatName, WriteOptions, write_model
 from perilune.models.config import ModelConfig
 from perilune.models.decoder import Decoder
 from perilune.nn.init import initialize_buffers
 
-__all__ = ["Details", "FormatName", "convert", "load", "read_config", "read_details", "save"]
+__all__ = ["Details", "FormatName", "GGUFFile", "convert", "load", "read_config", "read_details", "save"]
 
 TOKENIZER_NAMES = (
     "tokenizer.json",
@@ -41,7 +42,7 @@ def load(path: Path | str, dtype: torch.dtype | None = None, device: torch.devic
     """Read a model.
 
     Args:
-        path: a directory with config.json and safetensors files, of a released format or our own.
+        path: a directory with config.json and safetensors files, of a released format or our own, or a GGUF file.
         dtype: of the parameters, except those that always stay float32; None for the checkpoint's.
         device: where the model goes.
 
@@ -105,17 +106,19 @@ def convert(
     format: FormatName = "hf",
     *,
     dtype: torch.dtype | None = None,
+    tokenizer_files: Mapping[str, bytes] | None = None,
     quantize: Literal["fp8"] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     on_bytes: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Write a checkpoint in another format or dtype, a tensor at a time; tokenizer files are copied.
+    """Write a checkpoint in another format or dtype, a tensor at a time.
 
     Args:
         source: a directory that `load` reads.
         target: a directory that does not exist yet.
         format: see `save`.
         dtype: see `save`; quantized weights become the dtype of the others by default.
+        tokenizer_files: tokenizer and chat template, by their plain file names; None copies those of the source.
         quantize: see `save`.
         max_shard_bytes: see `save`.
         on_bytes: told after each piece how many bytes of weights are written, and of how many.
@@ -125,7 +128,7 @@ def convert(
         ValueError: an option is out of range.
     """
     options = WriteOptions(format=format, dtype=dtype, quantize=quantize, max_shard_bytes=max_shard_bytes)
-    files = _read_tokenizer_files(Path(source))
+    files = _read_tokenizer_files(Path(source)) if tokenizer_files is None else tokenizer_files
     with open_checkpoint(Path(source)) as stored:
         write_model(stored, Path(target), options, tokenizer_files=files, on_bytes=on_bytes)
 

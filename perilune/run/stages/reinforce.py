@@ -44,11 +44,6 @@ _SHOWN = ("reward", "response_tokens", "tokens_per_s")
 Metrics = Mapping[str, MetricValue]
 
 
-def stop_ids(tokenizer: Tokenizer) -> tuple[int, int]:
-    """Return the tokens that end a response."""
-    return tokenizer.end_id, tokenizer.eos_id
-
-
 def run_curate(context: StageContext, settings: CurateStage) -> StageResult:
     """Choose prompts by the model's own pass rate; makes no model."""
     recipe: Recipe = context.recipe
@@ -64,7 +59,7 @@ def run_curate(context: StageContext, settings: CurateStage) -> StageResult:
             TaskScorer(data.tokenizer, tasks),
             replace(settings.curation, seed=derive_seed(recipe.seed, context.name, settings.curation.seed)),
             context.directory.data(context.name),
-            stop_ids=stop_ids(data.tokenizer),
+            stop_ids=data.tokenizer.stop_ids,
             model_name=_fingerprint(model),
             held_out=[problem.prompt for problem in evaluation_problems(recipe.tasks, recipe.evaluation)],
             progress=lambda done, _: _advance(context, task, done),
@@ -120,7 +115,7 @@ def _reinforce(
             prompts,
             TaskScorer(data.tokenizer, tasks),
             replace(config, seed=derive_seed(recipe.seed, context.name, config.seed)),
-            stop_ids=stop_ids(data.tokenizer),
+            stop_ids=data.tokenizer.stop_ids,
             store=store,
             hooks=RLHooks(log=log, evaluate=lambda: _validate(context, model, data), should_stop=context.should_stop),
         )

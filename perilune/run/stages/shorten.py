@@ -29,7 +29,7 @@ from perilune.run.config import DPOStage, MergeStage, Recipe, RejectionStage
 from perilune.run.pipeline import StageContext
 from perilune.run.prepared import PreparedData, prepare_data
 from perilune.run.stages.common import checkpoint_store, settings_hash, stage_result, starting_model, train_model
-from perilune.run.stages.reinforce import stop_ids, task_prompts
+from perilune.run.stages.reinforce import task_prompts
 from perilune.seeding import derive_seed
 from perilune.tasks import TaskMixture
 from perilune.train import dpo_loss, lm_loss, model_state, module_tensors, sequence_logprobs
@@ -123,7 +123,7 @@ def _sample(
         NativeRolloutEngine(Engine(model)),
         task_prompts(tasks, settings.problems, seed, data.tokenizer),
         rollout,
-        stop_ids=stop_ids(data.tokenizer),
+        stop_ids=data.tokenizer.stop_ids,
         vocab_size=data.tokenizer.vocab_size,
         seed=seed,
         version=0,

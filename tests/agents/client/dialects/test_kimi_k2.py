@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from perilune.agents.client.dialects.kimi_k2 import KimiK2, render_calls, resolve, with_kimi_ids
-from perilune.agents.client.dialects.kimi_k2_parser import RawCall, parse
+from perilune.agents.client.dialects.kimi_k2 import KimiK2, with_kimi_ids
 from perilune.agents.client.dialects.measures import schema_accuracy, tool_call_f1
 from perilune.agents.messages import Message
+from perilune.tool_calls import render_calls
 from tests.agents.client.helpers import SEARCH, WEATHER, call, request
 
 TOOLS = (WEATHER, SEARCH)
@@ -59,45 +59,6 @@ def test_a_result_without_a_call_keeps_its_id():
     assert with_kimi_ids([result("call_9")])[0][0].tool_call_id == "call_9"
 
 
-def test_rendered_calls_are_read_back():
-    calls = with_kimi_ids([assistant(call(), call("web.search-all", '{"queries": []}'))])[0][0].tool_calls
-    assert tuple(resolve(one, TOOLS) for one in parse(render_calls(calls)).calls) == calls
-    assert render_calls([]) == ""
-
-
-@pytest.mark.parametrize(
-    ("call_id", "arguments", "expected"),
-    [
-        ("functions.weather:0", "{}", ("weather", "{}")),
-        ("weather:12", "{}", ("weather", "{}")),
-        ("functions.web.search-all:3", "{}", ("web.search-all", "{}")),
-        ("functions.weather : 0", "{}", ("weather", "{}")),
-        ("functions.weather", "{}", ("weather", "{}")),
-        ("weather", "{}", ("weather", "{}")),
-        ("functions.nothing:0", "{}", ("nothing", "{}")),
-        ("3", '{"city": "Rome"}', ("weather", '{"city": "Rome"}')),
-        ("3", '{"queries": [], "city": 1}', ("3", '{"queries": [], "city": 1}')),
-        ("3", '{"other": 1}', ("3", '{"other": 1}')),
-        ("3", "{broken", ("3", "{broken")),
-        ("call_ab12", '{"name": "weather", "arguments": {"city": "Rome"}}', ("weather", '{"city": "Rome"}')),
-        ("call_ab12", '{"name": "weather", "parameters": "{}"}', ("weather", "{}")),
-        ("call_ab12", '{"name": "weather", "city": "Rome"}', ("weather", '{"city": "Rome"}')),
-        ("call_ab12", '{"name": "nothing"}', ("call_ab12", '{"name": "nothing"}')),
-        ("call_ab12", '{"city": "Rome"}', ("call_ab12", '{"city": "Rome"}')),
-    ],
-)
-def test_the_tool_of_a_call_is_found_or_left_open(call_id, arguments, expected):
-    found = resolve(RawCall(call_id, arguments), TOOLS)
-    assert (found.name, found.arguments) == expected
-    assert found.id == call_id
-
-
-def test_a_bare_count_finds_a_tool_without_parameters():
-    ping = {"type": "function", "function": {"name": "ping", "parameters": {"type": "object", "properties": {}}}}
-    assert resolve(RawCall("0", "{}"), (*TOOLS, ping)).name == "ping"
-    assert resolve(RawCall("0", "{}")).name == "0"
-
-
 def test_an_answer_in_raw_text_becomes_a_message():
     calls = (call(call_id="functions.weather:0"),)
     text = f"<think>Hm</think>Let me see.{render_calls(calls)}"
@@ -111,6 +72,11 @@ def test_calls_that_a_server_took_for_thoughts_are_found():
     calls = (call(call_id="functions.weather:0"),)
     found = KimiK2().incoming(assistant(reasoning="Hm" + render_calls(calls)), request(tools=TOOLS))
     assert found == assistant(*calls, reasoning="Hm")
+
+
+def test_a_call_of_no_known_tool_is_called_by_its_id():
+    found = KimiK2().incoming(assistant(content=render_calls([call(arguments="{", call_id="3")])), request(tools=TOOLS))
+    assert found == assistant(call(name="3", arguments="{", call_id="3"))
 
 
 def test_answers_that_need_no_reading_stay_as_they_are():

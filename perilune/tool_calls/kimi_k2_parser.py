@@ -1,4 +1,4 @@
-"""Reads what a Kimi K2 model writes when its server does not: thoughts, text and tool calls, fed piece by piece.
+"""Reads what a Kimi K2 model writes: thoughts, text and tool calls, fed piece by piece.
 
     <think>...</think>text<|tool_calls_section_begin|><|tool_call_begin|>functions.NAME:IDX
     <|tool_call_argument_begin|>{json}<|tool_call_end|>...<|tool_calls_section_end|>
@@ -22,13 +22,13 @@ SECTION, END_SECTION = "<|tool_calls_section_begin|>", "<|tool_calls_section_end
 CALL, ARGUMENTS, END_CALL = "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"
 # Models write these too.
 _SPELLINGS = {"<|tool_call_section_begin|>": SECTION, "<|tool_call_section_end|>": END_SECTION}
-_MARKERS = (THINK, END_THINK, SECTION, END_SECTION, CALL, ARGUMENTS, END_CALL, *_SPELLINGS)
+MARKERS = (THINK, END_THINK, SECTION, END_SECTION, CALL, ARGUMENTS, END_CALL, *_SPELLINGS)
 
 
 def _next_marker() -> re.Pattern[str]:
     """Find a marker, as group 1, or at the very end what may be the beginning of one."""
-    beginnings = sorted({re.escape(marker[1:size]) for marker in _MARKERS for size in range(1, len(marker))})
-    whole = "|".join(re.escape(marker[1:]) for marker in _MARKERS)
+    beginnings = sorted({re.escape(marker[1:size]) for marker in MARKERS for size in range(1, len(marker))})
+    whole = "|".join(re.escape(marker[1:]) for marker in MARKERS)
     return re.compile(rf"<(?:({whole})|(?:{'|'.join(beginnings)})\Z)")
 
 
@@ -65,7 +65,22 @@ class RawCall:
     """Likewise; any text, if the model erred."""
 
 
-Event = Delta | RawCall
+@dataclass(frozen=True, slots=True)
+class CallStart:
+    """The id of a call, whose arguments begin; only where markers come by token."""
+
+    id: str
+    """Without white space around it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArgumentsDelta:
+    """A piece of the arguments of the call that started last; only where markers come by token."""
+
+    text: str
+
+
+Event = Delta | CallStart | ArgumentsDelta | RawCall
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +106,10 @@ class _Open:
     in_string: bool = False
     is_escaped: bool = False
     """Whether the next character stands behind a backslash."""
+    blank: str = ""
+    """White space that is given on once something else follows, as it may be the end's."""
+    has_begun: bool = False
+    """Whether some arguments were given on."""
 
 
 class KimiK2Parser:
@@ -98,14 +117,19 @@ class KimiK2Parser:
 
     `feed` it pieces, cut anywhere, then call `finish`; the events and the result do not depend on the cuts, except
     that a cut may part one `Delta` into several.
+
+    With `by_token` markers are special tokens, which the caller knows and gives to `feed_marker`: text is never taken
+    for one, and arguments are given on while they are written.
     """
 
-    def __init__(self, *, starts_in_think: bool = False) -> None:
+    def __init__(self, *, starts_in_think: bool = False, by_token: bool = False) -> None:
         """Begin.
 
         Args:
             starts_in_think: whether the prompt ended with `<think>`, so that the answer begins as a thought.
+            by_token: whether markers come through `feed_marker`.
         """
+        self._by_token = by_token
         self._at = _At.THOUGHT if starts_in_think else _At.TEXT
         self._has_thought = starts_in_think
         self._held = ""
@@ -116,13 +140,27 @@ class KimiK2Parser:
         self._orphans: list[str] = []
         self._trailing: list[str] = []
         self._open = _Open()
-        self._is_plain = False
+        self._is_plain = by_token
         self._events: list[Event] = []
 
     def feed(self, text: str) -> list[Event]:
         """Read a piece; return what has become certain."""
+        if self._by_token:
+            self._pass_on(text)
+            return self._take_events()
         held, self._held = self._held, ""
         self._consume(held + text)
+        return self._take_events()
+
+    def feed_marker(self, marker: str) -> list[Event]:
+        """Read a special token that is one of `MARKERS`; return what has become certain.
+
+        Raises:
+            ValueError: it is no marker, or markers are part of the text.
+        """
+        if not self._by_token or marker not in MARKERS:
+            raise ValueError(f"markers must be one of {', '.join(MARKERS)} and come by token, got {marker!r}")
+        self._take_marker(marker)
         return self._take_events()
 
     def finish(self) -> tuple[list[Event], Parsed]:
@@ -218,8 +256,22 @@ class KimiK2Parser:
                 self._open.id.append(text)
             case _At.ARGUMENTS:
                 self._open.arguments.append(text)
+                if self._by_token:
+                    self._give_on(text)
             case _At.SECTION | _At.TRAIL:
                 self._trailing.append(text)
+
+    def _give_on(self, text: str) -> None:
+        """Give on arguments, but for white space around them."""
+        call = self._open
+        text = call.blank + text
+        if not call.has_begun:
+            text = text.lstrip()
+        shown = text.rstrip()
+        call.blank = text[len(shown) :]
+        if shown:
+            call.has_begun = True
+            self._events.append(ArgumentsDelta(shown))
 
     def _take_marker(self, written: str) -> None:
         marker = _SPELLINGS.get(written, written)
@@ -236,6 +288,8 @@ class KimiK2Parser:
             self._at, self._open = _At.ID, _Open()
         elif marker == ARGUMENTS and self._at is _At.ID:
             self._at = _At.ARGUMENTS
+            if self._by_token:
+                self._events.append(CallStart("".join(self._open.id).strip()))
         elif marker == END_CALL and self._at in (_At.ID, _At.ARGUMENTS):
             self._end_call()
         else:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from perilune.agents.client.dialects.kimi_k2_parser import (
+from perilune.tool_calls.kimi_k2_parser import (
     ARGUMENTS,
     CALL,
     END_CALL,
