@@ -14,7 +14,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -127,17 +127,20 @@ def run(
 
 @app.command(epilog="Example: perilune chat runs/demo --prompt 'Calculate 7+5-3.'")
 def chat(
-    run_path: RunPath,
+    model: Annotated[
+        Path,
+        typer.Argument(help="A run, a checkpoint's directory, a .gguf file, or smollm2, e.g. runs/demo."),
+    ],
     stage: StageName = None,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 takes the most likely token.")] = 0.7,
     max_tokens: Annotated[int, typer.Option(max=1_000_000, help="Longest response, in tokens.")] = 512,
     prompt: Annotated[str | None, typer.Option(help="Answer this and exit; a conversation without it.")] = None,
     seed: Annotated[int, typer.Option(help="Decides what is sampled.")] = 0,
 ) -> None:
-    """Talk to the model of a run."""
+    """Talk to a model: a run's, a released one, or the small one called smollm2."""
     from perilune.run import open_chat
 
-    session = open_chat(run_path, stage=stage, temperature=temperature, max_tokens=max_tokens, seed=seed)
+    session = open_chat(model, stage=stage, temperature=temperature, max_tokens=max_tokens, seed=seed)
     if prompt is not None:
         try:
             _stream(session.answer(prompt))
@@ -201,6 +204,33 @@ def info(
     width = max(len(name) for name in described)
     for name, value in described.items():
         print(f"{name.replace('_', ' '):<{width}}  {value if isinstance(value, str) else format(value, ',')}")
+
+
+@app.command(epilog="Example: perilune convert runs/demo exported --to hf --dtype bfloat16")
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="A model directory, or a run directory.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="A directory that does not exist yet.")],
+    to: Annotated[
+        Literal["hf", "perilune"],
+        typer.Option(help="hf: as transformers, vLLM and SGLang load it; perilune: with everything perilune knows."),
+    ] = "hf",
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"] | None, typer.Option(help="Of the weights; as they are by default.")
+    ] = None,
+    fp8: Annotated[bool, typer.Option("--fp8", help="Store the weights of linear layers in FP8 blocks.")] = False,
+    stage: StageName = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write a model in another format or dtype: a released checkpoint, or what a run trained."""
+    if fp8 and to != "hf":
+        raise typer.BadParameter("goes with --to hf only", param_hint="--fp8")
+    from perilune.report import logs_as_notes, make_progress
+    from perilune.run import convert_model
+
+    progress = make_progress(quiet=quiet)
+    with logs_as_notes(progress):
+        convert_model(source, target, to, dtype=dtype, quantize="fp8" if fp8 else None, stage=stage, progress=progress)
+    print(target)
 
 
 @moba_app.command(epilog="Example: perilune moba snr --d 64 --block 128 --k 8 --n 64 --dmu 0.5 --m 8 --mu-cluster 0.2")

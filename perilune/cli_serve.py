@@ -36,7 +36,8 @@ def serve(
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer where a request names no limit.")] = 2048,
     cache_gib: Annotated[
-        float | None, typer.Option(min=0.001, help="Memory of the cache; what requests need by default.")
+        float | None,
+        typer.Option(min=0.001, help="Memory of the cache; by default most of a GPU's, on a CPU at most 4."),
     ] = None,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that an answer may take.")] = 600.0,
     drain_timeout: Annotated[float, typer.Option(min=0.0, help="Seconds that the end waits for answers.")] = 600.0,

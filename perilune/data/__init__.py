@@ -14,6 +14,7 @@ from perilune.data.chat import Message, encode_conversation, encode_prompt, enco
 from perilune.data.chat_encoding import encode_chat
 from perilune.data.chat_messages import normalize_messages
 from perilune.data.chat_template import KIMI_K2_TEMPLATE, PERILUNE_TEMPLATE, ChatTemplate
+from perilune.data.gguf_text import gguf_template, gguf_tokenizer
 from perilune.data.hf_tokenizer import HFTokenizer
 from perilune.data.kimi_tokenizer import KimiTokenizer
 from perilune.data.mixture import MixtureSource, apportion
@@ -46,6 +47,7 @@ from perilune.data.synthetic import (
 )
 from perilune.data.text_tokenizer import TextTokenizer, load_tokenizer
 from perilune.data.tokenizer import MIN_VOCAB_SIZE, SPECIAL_TOKENS, Tokenizer, bits_per_byte, train_tokenizer
+from perilune.data.tokenizer_export import tokenizer_files
 
 __all__ = [
     "IGNORE_INDEX",
@@ -89,6 +91,8 @@ __all__ = [
     "encode_documents",
     "encode_prompt",
     "encode_response",
+    "gguf_template",
+    "gguf_tokenizer",
     "load_corpus",
     "load_tokenizer",
     "normalize_messages",
@@ -97,5 +101,6 @@ __all__ = [
     "plan_bins",
     "split_response",
     "synthetic_batch",
+    "tokenizer_files",
     "train_tokenizer",
 ]

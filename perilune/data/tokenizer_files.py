@@ -14,7 +14,7 @@ MAX_JSON_BYTES = 256 * 2**20
 """A larger file is none that a tokenizer comes with."""
 
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
-_ENDS_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "[EOT]")
+_USUAL_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "[EOT]")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -63,5 +63,10 @@ def find_stop_ids(directory: Path, special_ids: Mapping[str, int]) -> tuple[int,
         value = read_json(directory / name).get("eos_token_id")
         found += [index for index in (value if isinstance(value, list) else [value]) if isinstance(index, int)]
     end = named_tokens(read_json(directory / TOKENIZER_CONFIG)).get("eos_token")
-    found += [special_ids[name] for name in (end or "", *_ENDS_OF_TURN) if name in special_ids]
-    return tuple(dict.fromkeys(found))
+    found += [special_ids[end]] if end is not None and end in special_ids else []
+    return tuple(dict.fromkeys((*found, *usual_stop_ids(special_ids))))
+
+
+def usual_stop_ids(special_ids: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the ids of what ends turns and documents in most vocabularies, so far as this one has them."""
+    return tuple(special_ids[name] for name in _USUAL_ENDS if name in special_ids)

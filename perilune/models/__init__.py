@@ -6,7 +6,7 @@ from perilune.models.attention_mode import (
     restore_attention_modes,
     set_attention_mode,
 )
-from perilune.models.checkpoint import Details, convert, load, read_config, read_details, save
+from perilune.models.checkpoint import Details, FormatName, GGUFFile, convert, load, read_config, read_details, save
 from perilune.models.config import ModelConfig, hybrid_layers
 from perilune.models.counts import CacheBytes, ParameterCounts, cache_bytes, flops_per_token, parameter_counts
 from perilune.models.decoder import Block, Decoder, build_model
@@ -20,6 +20,8 @@ __all__ = [
     "CacheBytes",
     "Decoder",
     "Details",
+    "FormatName",
+    "GGUFFile",
     "LadderRung",
     "ModelConfig",
     "ParameterCounts",

@@ -2,6 +2,7 @@
 
 from perilune.run.chat import ChatSession, open_chat
 from perilune.run.config import Recipe, presets
+from perilune.run.converting import convert_model
 from perilune.run.directory import RunDirectory
 from perilune.run.evaluation import evaluate_run
 from perilune.run.interactions import prepare_interactions
@@ -24,12 +25,15 @@ from perilune.run.recommending import (
 )
 from perilune.run.routing import RecallView, RoutingView, draw_routing, measure_recall
 from perilune.run.schema import FieldDoc, explain
+from perilune.run.serving import ServeOptions, serve_model
+from perilune.run.serving_models import KNOWN_MODELS, ServedModel, find_model, load_served, read_text_parts
 from perilune.run.stages import STAGES
 from perilune.run.swarm_config import SwarmRecipe
 from perilune.run.swarming import load_swarm, open_swarm, recorded_recipe
 from perilune.run.sweep import plan_sweep, run_sweep
 
 __all__ = [
+    "KNOWN_MODELS",
     "STAGES",
     "ChatSession",
     "FieldDoc",
@@ -42,12 +46,15 @@ __all__ = [
     "RoutingView",
     "RunDirectory",
     "RunSummary",
+    "ServeOptions",
+    "ServedModel",
     "StageContext",
     "SwarmRecipe",
     "TrainedRecommender",
     "build_recipe",
     "check_stages",
     "conflicts",
+    "convert_model",
     "describe_preset",
     "draw_routing",
     "dump_recipe",
@@ -55,11 +62,13 @@ __all__ = [
     "evaluate_run",
     "explain",
     "export_recommendations",
+    "find_model",
     "load",
     "load_ablation",
     "load_model",
     "load_recipe",
     "load_recommender",
+    "load_served",
     "load_swarm",
     "measure_recall",
     "open_chat",
@@ -69,11 +78,13 @@ __all__ = [
     "preset_names",
     "presets",
     "read_recipe",
+    "read_text_parts",
     "recommend",
     "recorded_recipe",
     "report_evaluation",
     "run_pipeline",
     "run_recipe",
     "run_sweep",
+    "serve_model",
     "serve_recommender",
 ]

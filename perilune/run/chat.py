@@ -1,13 +1,14 @@
-"""Talking to the model of a run."""
+"""Talking to a model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from perilune.data import Message, Tokenizer, encode_prompt, split_response
+from perilune.data import ChatTemplate, Message, TextTokenizer, encode_chat, split_response
 from perilune.engine import Engine, Request, SamplingParams, TextStream
-from perilune.run.loading import load_model
+from perilune.errors import DataError
+from perilune.run.serving_models import load_served
 from perilune.seeding import derive_seed
 
 
@@ -15,13 +16,22 @@ class ChatSession:
     """A conversation: what was said so far, and the model that goes on with it."""
 
     def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, *, title: str, temperature: float, max_tokens: int, seed: int
+        self,
+        engine: Engine,
+        tokenizer: TextTokenizer,
+        template: ChatTemplate,
+        *,
+        title: str,
+        temperature: float,
+        max_tokens: int,
+        seed: int,
     ) -> None:
         """Begin an empty conversation.
 
         Args:
             engine: generates.
             tokenizer: of the engine's model.
+            template: likewise.
             title: what to call the model.
             temperature: 0 takes the most likely token.
             max_tokens: longest answer, in tokens.
@@ -29,7 +39,7 @@ class ChatSession:
         """
         self.title = title
         self.messages: list[Message] = []
-        self._engine, self._tokenizer = engine, tokenizer
+        self._engine, self._tokenizer, self._template = engine, tokenizer, template
         self._temperature, self._max_tokens, self._seed = temperature, max_tokens, seed
 
     def answer(self, text: str) -> Iterator[str]:
@@ -45,13 +55,17 @@ class ChatSession:
             seed=derive_seed(self._seed, "chat", len(turns)),
             stop_ids=self._tokenizer.stop_ids,
         )
-        request = Request(prompt_ids=encode_prompt(self._tokenizer, turns), params=params, id="chat")
+        request = Request(prompt_ids=self._encode(turns), params=params, id="chat")
         pieces = []
         for piece in self._decode(request):
             pieces.append(piece)
             yield piece
         thinking, content = split_response("".join(pieces))
         self.messages = [*turns, Message(role="assistant", content=content, thinking=thinking)]
+
+    def _encode(self, turns: list[Message]) -> list[int]:
+        messages = [{"role": turn.role, "content": turn.content, "reasoning_content": turn.thinking} for turn in turns]
+        return encode_chat(self._tokenizer, self._template, messages)
 
     def _decode(self, request: Request) -> Iterator[str]:
         text = TextStream(self._tokenizer, hidden_ids=request.params.stop_ids)
@@ -68,18 +82,25 @@ def _printable(text: str) -> str:
 
 
 def open_chat(
-    run_directory: Path, *, stage: str | None, temperature: float, max_tokens: int, seed: int = 0
+    name: str | Path, *, stage: str | None, temperature: float, max_tokens: int, seed: int = 0
 ) -> ChatSession:
-    """Load the model of a run's stage (None: the last that made one) and begin a conversation.
+    """Load a model, of a run's stage for instance (None: the last that made one), and begin a conversation.
 
     Raises:
-        DataError: it is not a run directory, or the stage left no model.
+        DataError: there is no such model, or it knows no conversations.
         CheckpointError: the checkpoint is damaged.
         EngineError: a sampling setting is out of range.
     """
     SamplingParams(max_new_tokens=max_tokens, temperature=temperature)
-    loaded = load_model(run_directory, stage)
-    title = f"{loaded.recipe.name}, after {loaded.stage}"
+    served = load_served(name, stage=stage)
+    if served.template is None:
+        raise DataError(f"{served.title} has no chat template: it was not trained on conversations")
     return ChatSession(
-        Engine(loaded.model), loaded.tokenizer, title=title, temperature=temperature, max_tokens=max_tokens, seed=seed
+        Engine(served.model, vocab_size=served.tokenizer.vocab_size),
+        served.tokenizer,
+        served.template,
+        title=served.title,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        seed=seed,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ class ServeOptions:
     max_tokens: int = 2048
     """Longest answer where a request names no limit."""
     cache_gib: float | None = None
-    """Memory of the cache; None for as much as requests need."""
+    """Memory of the cache; None for 0.8 of what a GPU has left, or a quarter of a machine's, at most 4 GiB."""
     timeout_s: float = 600.0
     """Longest time for an answer."""
     drain_timeout_s: float = 600.0
@@ -111,7 +112,7 @@ def prepare(model: str | Path, options: ServeOptions) -> ServedModel:
         max_batch=options.max_batch,
         context_limit=limit,
         vocab_size=loaded.tokenizer.vocab_size,
-        cache_bytes=None if options.cache_gib is None else int(options.cache_gib * 2**30),
+        cache_bytes=cache_bytes(device, options.cache_gib),
     )
     generation = loaded.details.generation
     return ServedModel(
@@ -137,6 +138,15 @@ def context_limit(loaded: LoadedModel, wanted: int | None) -> int:
     if wanted is not None and most is not None and wanted > most:
         raise DataError(f"--max-context: {loaded.title} can take {most} tokens, not {wanted}")
     return wanted or most or UNKNOWN_CONTEXT
+
+
+def cache_bytes(device: torch.device, wanted_gib: float | None) -> int:
+    """Return bytes to set aside for the cache once the model is loaded."""
+    if wanted_gib is not None:
+        return int(wanted_gib * 2**30)
+    if device.type == "cuda":
+        return int(0.8 * torch.cuda.mem_get_info(device)[0])
+    return min(4 * 2**30, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // 4)
 
 
 def _default(value: object, low: float, high: float) -> float:

@@ -12,13 +12,14 @@ from torch import Tensor
 from perilune.errors import CheckpointError
 from perilune.models.attention_mode import config_as_set
 from perilune.models.checkpoint.format import Details
+from perilune.models.checkpoint.gguf import GGUFFile
 from perilune.models.checkpoint.opening import open_checkpoint, read_header
 from perilune.models.checkpoint.writing import MAX_SHARD_BYTES, FormatName, WriteOptions, write_model
 from perilune.models.config import ModelConfig
 from perilune.models.decoder import Decoder
 from perilune.nn.init import initialize_buffers
 
-__all__ = ["Details", "FormatName", "convert", "load", "read_config", "read_details", "save"]
+__all__ = ["Details", "FormatName", "GGUFFile", "convert", "load", "read_config", "read_details", "save"]
 
 TOKENIZER_NAMES = (
     "tokenizer.json",
@@ -43,7 +44,7 @@ def load(path: Path | str, dtype: torch.dtype | None = None, device: torch.devic
     """Read a model.
 
     Args:
-        path: a directory with config.json and safetensors files, of a released format or our own.
+        path: a directory with config.json and safetensors files, of a released format or our own, or a GGUF file.
         dtype: of the parameters, except those that always stay float32; None for the checkpoint's.
         device: where the model goes.
 

@@ -81,16 +81,12 @@ class WeightFiles:
         """Return whether a logical tensor is stored as it is."""
         return name in self._files and self._dtype(name) != torch.float8_e4m3fn
 
-    def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype a logical tensor is read with."""
-        return self._dtype(name) if self.is_plain(name) else torch.float32
-
     @property
     def main_dtype(self) -> torch.dtype:
         """The dtype of most numbers that are stored as they are: what the checkpoint was computed in."""
         counts: dict[torch.dtype, int] = {}
-        for name, file in self._files.items():
-            entry = file.entries[name]
+        for name in filter(self.is_plain, self.shapes):
+            entry = self._files[name].entries[name]
             if entry.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
                 counts[entry.dtype] = counts.get(entry.dtype, 0) + entry.numel
         return max(counts, key=lambda dtype: counts[dtype]) if counts else torch.float32

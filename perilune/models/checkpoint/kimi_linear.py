@@ -50,7 +50,6 @@ def read(fields: Fields, names: frozenset[str]) -> ModelConfig:
     layers = _read_layers(fields)
     linear = fields.table("linear_attn_config") or Fields({}, fields.where)
     common = read_common(fields)
-    fields.expect("num_nextn_predict_layers", 0)
     fields.expect("attention_bias", False)
     use_rope = not fields.flag("mla_use_nope", default=True)
     first_dense = _read_first_dense(fields, len(layers))

@@ -35,16 +35,16 @@ def read(fields: Fields, names: frozenset[str]) -> ModelConfig:
     fields.texts("layer_types", ("full_attention",))
     if fields.flag("use_sliding_window", default=model_type == "mistral"):
         fields.expect("sliding_window")
-    heads = fields.integer("num_attention_heads")
-    if not fields.has("head_dim") and common["d_model"] % heads:
-        raise fields.wrong("num_attention_heads", f"a divisor of hidden_size {common['d_model']}", heads)
+    heads, width = fields.integer("num_attention_heads"), fields.integer("hidden_size")
+    if not fields.has("head_dim") and width % heads:
+        raise fields.wrong("num_attention_heads", f"a divisor of hidden_size {width}", heads)
     layers = fields.integer("num_hidden_layers")
     return ModelConfig(
         **common,
         layers=("gqa",) * layers,
         gqa=GQAConfig(
             num_heads=heads,
-            head_dim=fields.integer("head_dim", default=common["d_model"] // heads),
+            head_dim=fields.integer("head_dim", default=width // heads),
             num_kv_heads=fields.integer("num_key_value_heads", default=heads),
             rope=read_rope(fields, is_latent=False),
             qkv_bias=model_type == "qwen2",

@@ -19,6 +19,7 @@ from perilune.models.checkpoint import deepseek_v3, kimi_linear, llama, own
 from perilune.models.checkpoint.fields import Fields
 from perilune.models.checkpoint.files import Quantization, WeightFiles
 from perilune.models.checkpoint.format import Details, Format
+from perilune.models.checkpoint.gguf import SUFFIX, GGUFFile
 from perilune.models.checkpoint.mapping import Binding, Piece
 from perilune.models.checkpoint.problems import Problems
 from perilune.models.config import ModelConfig
@@ -68,6 +69,9 @@ def read_header(directory: Path, names: frozenset[str] = frozenset()) -> Header:
     Raises:
         CheckpointError: it is missing or damaged, of a family that perilune does not have, or its fields are wrong.
     """
+    if directory.suffix == SUFFIX:
+        with GGUFFile(directory) as file:
+            return _gguf_header(file)
     path = directory / CONFIG_NAME
     if path.suffix in (".bin", ".pt", ".pth") or directory.is_file():
         raise CheckpointError(f"{directory}: is a file; name the directory that holds {CONFIG_NAME} and *.safetensors")
@@ -89,7 +93,9 @@ def read_header(directory: Path, names: frozenset[str] = frozenset()) -> Header:
 class StoredModel:
     """A checkpoint on disk as a source of our tensors."""
 
-    def __init__(self, files: WeightFiles, header: Header, bindings: Mapping[str, tuple[Piece, ...]]) -> None:
+    def __init__(
+        self, files: WeightFiles | GGUFFile, header: Header, bindings: Mapping[str, tuple[Piece, ...]]
+    ) -> None:
         """Wrap open files; `bindings` maps our names to pieces under the names that the files have."""
         self.config = header.config
         self.details = header.details
@@ -125,18 +131,32 @@ class StoredModel:
 
 @contextmanager
 def open_checkpoint(directory: Path) -> Iterator[StoredModel]:
-    """Open a model directory of any format that perilune reads; no tensor is read yet.
+    """Open a model directory of any format that perilune reads, or a GGUF file; no tensor is read yet.
 
     Raises:
         CheckpointError: it is not one, or config and tensors do not fit; every tensor that does not is named at once.
     """
+    if directory.suffix == SUFFIX:
+        with GGUFFile(directory) as file:
+            header = _gguf_header(file)
+            yield StoredModel(file, header, _resolve(file, header, directory))
+        return
     header = read_header(directory)
     with WeightFiles(directory, header.quantization) as files:
         header = read_header(directory, frozenset(files.shapes))
         yield StoredModel(files, header, _resolve(files, header, directory))
 
 
-def _resolve(files: WeightFiles, header: Header, directory: Path) -> dict[str, tuple[Piece, ...]]:
+def _gguf_header(file: GGUFFile) -> Header:
+    fields = Fields(file.config_tree(), str(file.path))
+    try:
+        config = llama.FORMAT.read(fields, frozenset(file.shapes))
+    except ValueError as error:
+        raise CheckpointError(f"{file.path}: {error}") from error
+    return Header(config, _read_details(fields, file.path.parent, has_files=False), llama.FORMAT, Quantization())
+
+
+def _resolve(files: WeightFiles | GGUFFile, header: Header, directory: Path) -> dict[str, tuple[Piece, ...]]:
     """Find every piece of every tensor among the files' names."""
     problems = Problems(damaged=list(files.broken))
     there = _canonical_names(files, header, problems)
@@ -172,7 +192,7 @@ def _renamed(piece: Piece, name: str) -> Piece:
     )
 
 
-def _canonical_names(files: WeightFiles, header: Header, problems: Problems) -> dict[str, str]:
+def _canonical_names(files: WeightFiles | GGUFFile, header: Header, problems: Problems) -> dict[str, str]:
     """Map canonical names to those in the files, without what is not needed."""
     config, released = header.config, header.format
     if released is None:
@@ -207,7 +227,7 @@ def _format_of(tree: Mapping[str, Any], where: str) -> Format:
     raise CheckpointError(f"{where}: model_type must be one of {known}, got {str(model_type)[:100]!r}")
 
 
-def _read_details(fields: Fields, directory: Path) -> Details:
+def _read_details(fields: Fields, directory: Path, *, has_files: bool = True) -> Details:
     eos = fields.tree.get("eos_token_id")
     path = directory / GENERATION_NAME
     return Details(
@@ -216,7 +236,7 @@ def _read_details(fields: Fields, directory: Path) -> Details:
         bos_id=fields.integer("bos_token_id", default=None, least=0),
         eos_ids=tuple(fields.integers("eos_token_id") or ()) if isinstance(eos, list) else _one(fields),
         pad_id=fields.integer("pad_token_id", default=None, least=-1),
-        generation=read_json_object(path, follow_links=True) if path.is_file() else {},
+        generation=read_json_object(path, follow_links=True) if has_files and path.is_file() else {},
     )
 
 

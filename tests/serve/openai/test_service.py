@@ -119,6 +119,26 @@ def test_a_client_that_goes_away_ends_the_work() -> None:
     asyncio.run(main())
 
 
+def test_a_client_that_goes_away_is_no_error_of_the_server(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        service, socket = FakeService(pause_s=0.01), Socket()
+        app = openai_app(served_by(service), settings=ServerSettings(), drain=Drain())
+        messages = [{"type": "http.request", "body": json.dumps(BODY).encode()}]
+
+        async def receive() -> Any:
+            return messages.pop() if messages else await socket.receive()
+
+        scope = {"type": "http", "method": "POST", "path": PATH, "query_string": b"", "http_version": "1.1"}
+        scope |= {"headers": [(b"content-type", b"application/json")], "scheme": "http", "root_path": ""}
+        asyncio.get_running_loop().call_later(0.03, socket.gone.set)
+        await app(scope, receive, socket.send)
+        assert socket.sent[0]["status"] == 499
+        assert not service.open
+
+    asyncio.run(main())
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("waits", [True, False])
 def test_a_client_that_leaves_a_stream_ends_it(waits: bool) -> None:
     async def main() -> None:
