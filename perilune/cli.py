@@ -228,8 +228,13 @@ def convert(
     from perilune.run import convert_model
 
     progress = make_progress(quiet=quiet)
-    with logs_as_notes(progress):
-        convert_model(source, target, to, dtype=dtype, quantize="fp8" if fp8 else None, stage=stage, progress=progress)
+    quantize = "fp8" if fp8 else None
+    try:
+        with logs_as_notes(progress):
+            convert_model(source, target, to, dtype=dtype, quantize=quantize, stage=stage, progress=progress)
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        raise typer.Exit(130) from None
     print(target)
 
 

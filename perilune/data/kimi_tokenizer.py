@@ -11,7 +11,7 @@ from typing import Any
 
 from perilune.data.token_text import check_text, kimi_split_pattern, special_pattern, split_specials
 from perilune.data.tokenizer_files import TOKENIZER_CONFIG, find_stop_ids, read_json
-from perilune.errors import DataError
+from perilune.errors import DataError, missing_extra
 
 MODEL_FILE = "tiktoken.model"
 SPLIT_PATTERN = kimi_split_pattern(r"\p{N}{1,3}")
@@ -227,5 +227,5 @@ def _encoding(ranks: Mapping[bytes, int]) -> Any:
     try:
         import tiktoken
     except ImportError as error:
-        raise DataError("Kimi's tokenizer needs tiktoken: pip install 'perilune[kimi]'") from error
+        raise missing_extra(DataError, "Kimi's tokenizer needs", error.name, "kimi") from error
     return tiktoken.Encoding("kimi", pat_str=SPLIT_PATTERN, mergeable_ranks=dict(ranks), special_tokens={})

@@ -8,12 +8,13 @@ from typing import Literal
 import torch
 
 from perilune import models
-from perilune.data import Tokenizer
+from perilune.data import ChatTemplate, HFTokenizer, Tokenizer, tokenizer_files
 from perilune.errors import DataError
 from perilune.models import Details
 from perilune.report import NullProgress, Progress, ProgressTask
 from perilune.run.directory import RunDirectory
 from perilune.run.loading import load_stage_model
+from perilune.run.serving_models import KNOWN_MODELS, find_model, read_text_parts
 
 DtypeName = Literal["bfloat16", "float16", "float32"]
 
@@ -37,7 +38,8 @@ def convert_model(
     """Write a model in another format or dtype.
 
     Args:
-        source: a model directory, which is converted a tensor at a time, or a run directory, whose model is loaded.
+        source: a model directory, a GGUF file or one of `KNOWN_MODELS`, which are converted a tensor at a time, or a
+            run directory, whose model is loaded. Tokenizer and chat template go with them.
         target: a directory that does not exist yet; it appears when it is whole.
         format: `hf` or `perilune`, see `perilune.models.save`.
         dtype: of the weights that do not have to be float32; None for the dtype that they have.
@@ -49,6 +51,8 @@ def convert_model(
         CheckpointError: `source` is damaged or not a model, `target` exists, or the format cannot express the model.
         DataError: the run has no such model, or a stage is named though `source` is not a run.
     """
+    if not source.exists() and str(source) in KNOWN_MODELS:
+        source = find_model(source)
     directory = RunDirectory(source)
     wanted = None if dtype is None else _DTYPES[dtype]
     if directory.recipe.is_file():
@@ -61,7 +65,10 @@ def convert_model(
     if stage is not None:
         raise DataError(f"{source} is not a run directory, so it has no stage {stage!r}")
     with _Bytes(progress or NullProgress()) as shown:
-        models.convert(source, target, format, dtype=wanted, quantize=quantize, on_bytes=shown.update)
+        files = _gguf_files(source) if source.suffix == ".gguf" else None
+        models.convert(
+            source, target, format, dtype=wanted, tokenizer_files=files, quantize=quantize, on_bytes=shown.update
+        )
 
 
 class _Bytes:
@@ -91,5 +98,11 @@ def _text_parts(directory: RunDirectory) -> tuple[dict[str, bytes], Details]:
     if not directory.tokenizer.is_file():
         return {}, Details()
     tokenizer = Tokenizer.load(directory.tokenizer)
-    details = Details(bos_id=tokenizer.bos_id, eos_ids=(tokenizer.end_id, tokenizer.eos_id), pad_id=tokenizer.pad_id)
-    return {directory.tokenizer.name: directory.tokenizer.read_bytes()}, details
+    details = Details(bos_id=tokenizer.bos_id, eos_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id)
+    return tokenizer_files(tokenizer, ChatTemplate.perilune()), details
+
+
+def _gguf_files(path: Path) -> dict[str, bytes]:
+    """The tokenizer and the template of a GGUF file."""
+    tokenizer, template = read_text_parts(path)
+    return tokenizer_files(tokenizer, template) if isinstance(tokenizer, HFTokenizer) else {}

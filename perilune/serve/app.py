@@ -12,7 +12,7 @@ from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from perilune import __version__
-from perilune.errors import DataError, EngineError, PeriluneError, RecipeError, UnknownIdError
+from perilune.errors import DataError, EngineError, PeriluneError, RecipeError, UnknownIdError, missing_extra
 
 if TYPE_CHECKING:
     from fastapi import APIRouter, FastAPI
@@ -81,7 +81,7 @@ def create_app(
     try:
         from fastapi import FastAPI, Response
     except ImportError as error:
-        raise missing_extra(error) from error
+        raise missing_extra(EngineError, "serving needs", error.name, "serve") from error
 
     app = FastAPI(title=title, version=__version__, lifespan=lifespan)
 
@@ -148,7 +148,7 @@ def run_app(
     try:
         import uvicorn
     except ImportError as error:
-        raise missing_extra(error) from error
+        raise missing_extra(EngineError, "serving needs", error.name, "serve") from error
     settings = uvicorn.Config(app, log_level="warning", limit_concurrency=MAX_CONNECTIONS)
     listener.listen(settings.backlog)
     if on_ready is not None:
@@ -162,13 +162,6 @@ def run_app(
         server = draining_server(settings, drain)
     with suppress(KeyboardInterrupt):
         server.run(sockets=[listener])
-
-
-def missing_extra(error: ImportError) -> EngineError:
-    """Return what to raise where the web packages are not installed."""
-    return EngineError(
-        f"serving needs the optional package {error.name}; install it with: pip install 'perilune[serve]'"
-    )
 
 
 class _Errors:

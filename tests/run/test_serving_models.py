@@ -8,7 +8,7 @@ from perilune.data import ChatTemplate, KimiTokenizer, encode_chat, load_tokeniz
 from perilune.engine import Engine
 from perilune.errors import DataError
 from perilune.models import GGUFFile
-from perilune.run import KNOWN_MODELS, ChatSession, find_model, load_served, open_chat, read_text_parts
+from perilune.run import KNOWN_MODELS, ChatSession, convert_model, find_model, load_served, open_chat, read_text_parts
 from tests.data.small_tokenizers import write_kimi
 from tests.models.gguf_files import write_with_text
 
@@ -35,6 +35,14 @@ def test_a_file_a_directory_and_a_run_are_served(tiny, tmp_path):
     (tmp_path / "hf" / "chat_template.jinja").unlink()
     with pytest.raises(DataError, match="hf has no chat template"):
         open_chat(tmp_path / "hf", stage=None, temperature=0.0, max_tokens=1)
+
+
+def test_a_file_is_converted_with_what_it_carries(tiny, tmp_path):
+    convert_model(tiny, tmp_path / "out")
+    before, after = load_served(tiny), load_served(tmp_path / "out")
+    assert after.tokenizer.to_json() == before.tokenizer.to_json()
+    assert after.template.source == before.template.source
+    assert after.details.eos_ids == (2,)
 
 
 def test_kimis_tokenizer_brings_its_template(tmp_path):

@@ -13,7 +13,7 @@ from perilune.errors import CheckpointError
 from perilune.models.attention_mode import config_as_set
 from perilune.models.checkpoint.format import Details
 from perilune.models.checkpoint.gguf import GGUFFile
-from perilune.models.checkpoint.opening import open_checkpoint, read_header
+from perilune.models.checkpoint.opening import RUN, open_checkpoint, read_header
 from perilune.models.checkpoint.writing import MAX_SHARD_BYTES, FormatName, WriteOptions, write_model
 from perilune.models.config import ModelConfig
 from perilune.models.decoder import Decoder
@@ -36,8 +36,6 @@ TOKENIZER_NAMES = (
 """Files that a conversion copies as they are; code is not among them."""
 
 _MAX_TOKENIZER_BYTES = 1 << 28
-_RUN = 1 << 24
-"""Elements that `load` copies at once."""
 
 
 def load(path: Path | str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Decoder:
@@ -64,8 +62,8 @@ def load(path: Path | str, dtype: torch.dtype | None = None, device: torch.devic
             for name, tensor in model.state_dict().items():
                 # `state_dict` shares memory with the model; runs of a few elements keep the second copy small
                 flat = tensor.view(-1)
-                for start in range(0, flat.numel(), _RUN):
-                    count = min(_RUN, flat.numel() - start)
+                for start in range(0, flat.numel(), RUN):
+                    count = min(RUN, flat.numel() - start)
                     flat[start : start + count].copy_(source.read(name, start, count))
     return model.eval()
 
@@ -108,17 +106,19 @@ def convert(
     format: FormatName = "hf",
     *,
     dtype: torch.dtype | None = None,
+    tokenizer_files: Mapping[str, bytes] | None = None,
     quantize: Literal["fp8"] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     on_bytes: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Write a checkpoint in another format or dtype, a tensor at a time; tokenizer files are copied.
+    """Write a checkpoint in another format or dtype, a tensor at a time.
 
     Args:
         source: a directory that `load` reads.
         target: a directory that does not exist yet.
         format: see `save`.
         dtype: see `save`; quantized weights become the dtype of the others by default.
+        tokenizer_files: tokenizer and chat template, by their plain file names; None copies those of the source.
         quantize: see `save`.
         max_shard_bytes: see `save`.
         on_bytes: told after each piece how many bytes of weights are written, and of how many.
@@ -128,7 +128,7 @@ def convert(
         ValueError: an option is out of range.
     """
     options = WriteOptions(format=format, dtype=dtype, quantize=quantize, max_shard_bytes=max_shard_bytes)
-    files = _read_tokenizer_files(Path(source))
+    files = _read_tokenizer_files(Path(source)) if tokenizer_files is None else tokenizer_files
     with open_checkpoint(Path(source)) as stored:
         write_model(stored, Path(target), options, tokenizer_files=files, on_bytes=on_bytes)
 

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from perilune.errors import CheckpointError
+from perilune.errors import CheckpointError, missing_extra
 from perilune.models.checkpoint.gguf_header import TensorInfo, read_header
 from perilune.models.checkpoint.mapping import halve_pairs
 from perilune.nn import RopeConfig
@@ -248,7 +248,7 @@ def _tensor_types() -> dict[int, _TensorType]:
     try:
         from gguf.constants import GGML_QUANT_SIZES
     except ImportError as error:
-        raise CheckpointError("GGUF files need the package gguf: pip install 'perilune[gguf]'") from error
+        raise missing_extra(CheckpointError, "reading GGUF files needs", error.name, "gguf") from error
     return {
         int(ggml): _TensorType(name=ggml.name, ggml=ggml, block_elements=elements, block_bytes=size)
         for ggml, (elements, size) in GGML_QUANT_SIZES.items()

@@ -140,7 +140,15 @@ def canonical(name: str, config: ModelConfig) -> str:
     return f"{found[1]}.block_sparse_moe.{rest}"
 
 
-FORMAT = Format(name=_NAME, model_types=(_NAME,), read=read, write=write, bindings=bindings, canonical=canonical)
+FORMAT = Format(
+    name=_NAME,
+    model_types=(_NAME,),
+    read=read,
+    write=write,
+    bindings=bindings,
+    canonical=canonical,
+    repeats_tied=True,  # transformers' class, as of 5.24, reads `tie_word_embeddings` and has no weights to tie
+)
 
 
 def _read_layers(fields: Fields) -> tuple[str, ...]:

@@ -31,6 +31,9 @@ FORMATS: tuple[Format, ...] = (kimi_linear.FORMAT, deepseek_v3.FORMAT, llama.FOR
 CONFIG_NAME = "config.json"
 GENERATION_NAME = "generation_config.json"
 
+RUN = 1 << 24
+"""Elements that are copied at once where a tensor need not be whole."""
+
 logger = logging.getLogger(__name__)
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -73,7 +76,7 @@ def read_header(directory: Path, names: frozenset[str] = frozenset()) -> Header:
         with GGUFFile(directory) as file:
             return _gguf_header(file)
     path = directory / CONFIG_NAME
-    if path.suffix in (".bin", ".pt", ".pth") or directory.is_file():
+    if directory.is_file():
         raise CheckpointError(f"{directory}: is a file; name the directory that holds {CONFIG_NAME} and *.safetensors")
     if not path.is_file():
         raise CheckpointError(f"{directory}: is no model directory, it has no {CONFIG_NAME}")

@@ -20,7 +20,7 @@ from perilune.models.checkpoint import deepseek_v3, kimi_linear, llama, own
 from perilune.models.checkpoint.files import INDEX_NAME, WEIGHTS_NAME
 from perilune.models.checkpoint.format import Details, Format
 from perilune.models.checkpoint.mapping import Piece, float32_tensors
-from perilune.models.checkpoint.opening import CONFIG_NAME, GENERATION_NAME, TensorSource
+from perilune.models.checkpoint.opening import CONFIG_NAME, GENERATION_NAME, RUN, TensorSource
 from perilune.models.checkpoint.quantization import FP8_BLOCK, fp8_scale_shape, quantize_fp8
 from perilune.models.config import ModelConfig
 from perilune.tensorfile import stream_tensors, write_bytes_durably
@@ -88,7 +88,7 @@ def write_model(
     tokenizer_files: Mapping[str, bytes] | None = None,
     on_bytes: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Write a model directory, holding no more than one tensor of the format (of ours, if that is smaller) at a time.
+    """Write a model directory, holding no more than one tensor of a released format at a time.
 
     It is written beside its final name, synced, and renamed; what a killed writer left is replaced by the next.
 
@@ -136,16 +136,21 @@ def released_format(config: ModelConfig) -> Format:
 def _plan(source: TensorSource, options: WriteOptions) -> tuple[dict[str, Any], list[_Output]]:
     """The config.json, and every tensor to be written."""
     config, dtype = source.config, options.dtype or source.dtype
+    repeated: list[Piece] = []
     if options.format == "perilune":
         tree, bindings = own.write_tree(config, source.details), own.bindings(config)
     else:
         released = released_format(config)
+        if released.repeats_tied and config.tie_embeddings:
+            repeated.append(Piece(name="lm_head.weight", shape=(config.vocab_size, config.d_model)))
         tree, bindings = released.write(config, source.details), released.bindings(config)
         tree |= {"dtype": str(dtype).removeprefix("torch."), **_token_ids(source.details)}
         if options.quantize:
             tree["quantization_config"] = _FP8
     wide = float32_tensors(config)
-    outputs: list[_Output] = []
+    outputs = [
+        output for piece in repeated for output in _outputs("embed_tokens.weight", piece, dtype, is_quantized=False)
+    ]
     for binding in bindings:
         kept = torch.promote_types(dtype, torch.float32) if binding.ours in wide else dtype
         for piece in binding.pieces:
@@ -169,13 +174,20 @@ def _name(output: _Output) -> str:
     return f"{output.piece.name}_scale_inv" if output.part == "scale" else output.piece.name
 
 
-def _content(source: TensorSource, output: _Output) -> Tensor:
+def _content(source: TensorSource, output: _Output) -> Iterator[Tensor]:
+    """A tensor's elements in order, a run of them at a time unless they have to be seen together."""
     piece = output.piece
+    if output.part == "whole" and piece.heads is None:
+        for start in range(0, piece.numel, RUN):
+            count = min(RUN, piece.numel - start)
+            yield source.read(output.ours, piece.start + start, count).to(output.meta.dtype)
+        return
     theirs = piece.to_theirs(source.read(output.ours, piece.start, piece.numel))
     if output.part == "whole":
-        return theirs.to(output.meta.dtype)
+        yield theirs.to(output.meta.dtype)
+        return
     weight, scale = quantize_fp8(theirs)
-    return weight if output.part == "fp8" else scale
+    yield weight if output.part == "fp8" else scale
 
 
 def _write_weights(
@@ -196,10 +208,11 @@ def _write_weights(
 
         def pieces(name: str, by_name: dict[str, _Output] = by_name) -> Iterator[Tensor]:
             nonlocal done
-            yield _content(source, by_name[name])
-            done += _size(by_name[name])
-            if on_bytes is not None:
-                on_bytes(done, total)
+            for run in _content(source, by_name[name]):
+                yield run
+                done += run.numel() * run.element_size()
+                if on_bytes is not None:
+                    on_bytes(done, total)
 
         layout = {name: output.meta for name, output in by_name.items()}
         # readers of the format ask which library's tensors these are

@@ -5,7 +5,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from perilune.serve.app import ASGI, MAX_BODY_BYTES, Message, Receive, Send, create_app, missing_extra
+from perilune.errors import EngineError, missing_extra
+from perilune.serve.app import ASGI, MAX_BODY_BYTES, Message, Receive, Send, create_app
 from perilune.serve.drain import Drain
 from perilune.serve.openai.chat import chat_router
 from perilune.serve.openai.completions import completions_router
@@ -58,7 +59,7 @@ def openai_app(
             *routers,
         ]
     except ImportError as error:
-        raise missing_extra(error) from error
+        raise missing_extra(EngineError, "serving needs", error.name, "serve") from error
 
     @asynccontextmanager
     async def running(app: "FastAPI") -> AsyncGenerator[None]:

@@ -4,7 +4,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from perilune.serve.app import ASGI, Message, Receive, Send, missing_extra
+from perilune.errors import EngineError, missing_extra
+from perilune.serve.app import ASGI, Message, Receive, Send
 
 if TYPE_CHECKING:
     from fastapi import APIRouter
@@ -32,7 +33,7 @@ class Metrics:
         try:
             from prometheus_client import CollectorRegistry, Counter, Histogram
         except ImportError as error:
-            raise missing_extra(error) from error
+            raise missing_extra(EngineError, "serving needs", error.name, "serve") from error
         self.registry = registry = CollectorRegistry()
         self._http = Counter("perilune_http_requests", "Answers", ["method", "path", "status"], registry=registry)
         self._http_seconds = Histogram(

@@ -11,7 +11,7 @@ from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
-from perilune.serve.app import missing_extra
+from perilune.errors import EngineError, missing_extra
 from perilune.serve.openai import ServedModel
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def page_router(served: ServedModel, *, needs_key: bool) -> "APIRouter":
     try:
         from fastapi import APIRouter, Response
     except ImportError as error:
-        raise missing_extra(error) from error
+        raise missing_extra(EngineError, "serving needs", error.name, "serve") from error
     router = APIRouter()
     page, headers = chat_page(served, needs_key=needs_key).encode(), page_headers()
 

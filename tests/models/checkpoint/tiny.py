@@ -28,6 +28,14 @@ CONFIGS = {
         moe=MOE,
         first_k_dense=1,
     ),
+    "kimi_linear-tied": ModelConfig(
+        **SIZES,
+        layers=("kda", "mla"),
+        kda=KDAConfig(num_heads=2, head_dim=16),
+        mla=MLAConfig(**MLA, q_rank=12),
+        moe=MOE,
+        tie_embeddings=True,
+    ),
     "moonlight": ModelConfig(
         **SIZES, layers=("mla",) * 2, mla=ROTATED, moe=replace(MOE, num_shared_experts=2), first_k_dense=1
     ),
