@@ -34,6 +34,7 @@ OPTIONAL = (
     "uvicorn",
     "prometheus_client",
     "faiss",
+    "llguidance",
     "polars",
     "textual",
     "opentelemetry",

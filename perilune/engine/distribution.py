@@ -74,8 +74,10 @@ class TokenDistribution:
             logits = F.pad(logits, (0, padding), value=-torch.inf)
         self._is_greedy = temperature == 0
         self._divisors = torch.where(self._is_greedy, 1.0, temperature)
-        # A pass over the vocabulary is saved where nothing is to be divided; elsewhere asking would cost more.
-        is_plain = logits.device.type == "cpu" and bool((self._divisors == 1).all())
+        # Asking whether a pass over the vocabulary can be saved is cheap on the CPU; a GPU would be waited for.
+        is_cpu = logits.device.type == "cpu"
+        is_plain = is_cpu and bool((self._divisors == 1).all())
+        self._draws_any = not (is_cpu and bool(self._is_greedy.all()))
         self._probs = (logits if is_plain else logits / self._divisors[:, None]).softmax(dim=-1)
         self._blocks = logits.reshape(logits.shape[0], -1, _BLOCK)
         self._block_peaks = self._blocks.amax(dim=-1)
@@ -122,7 +124,7 @@ class TokenDistribution:
             `[N]` int64. A row without a possible token gets an arbitrary one: see `is_possible`.
         """
         tokens = self._most_likely.clone()
-        if not bool(self._is_greedy.all()):
+        if self._draws_any:
             tokens = torch.where(self._is_greedy, tokens, self._draw_any(uniforms))
         if truncation is None:
             return tokens

@@ -274,8 +274,7 @@ def _build_tokenizer(tokenizer: TokenTable, num_tokens: int, end_ids: Sequence[i
         raise EngineError("constrained decoding needs llguidance: pip install 'perilune[grammar]'") from error
     special = {token for token in tokenizer.special_ids.values() if token < num_tokens} | set(end_ids)
     tokens = [tokenizer.decode_bytes([token]) for token in range(num_tokens)]
-    # A token without text is no text either; special ones are only ever named by their ids.
-    special |= {token for token, raw in enumerate(tokens) if not raw}
+    # Special tokens are only ever named by their ids; what they are called must just not be text.
     for token in special:
         tokens[token] = f"<|{token}|>".encode()
     wrapper = TokenizerWrapper(_ByteTokens(tokens, sorted(special), end_ids[0]))

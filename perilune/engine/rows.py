@@ -176,7 +176,7 @@ class OutputBuffers:
         self.tokens = torch.zeros(0, 1, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(0, 1, dtype=torch.float32, device=device)
         self.top: dict[int, list[TopLogprobs]] = {}
-        """Most likely tokens of each position, by slot; only of the rows that want them."""
+        """Most likely tokens of each position, by slot, until they are taken; only of the rows that want them."""
 
     def take(self, count: int) -> list[int]:
         """Take `count` slots."""
@@ -299,13 +299,10 @@ def _store_top(rows: Rows, distribution: TokenDistribution, is_valid: Tensor, bu
         return
     counts = rows.num_top[index].tolist()
     ids, logprobs = distribution.top(index, max(counts))
-    for slot, count, position, row_ids, row_logprobs in zip(
-        rows.slots[index].tolist(), counts, rows.positions[index].tolist(), ids.tolist(), logprobs.tolist(), strict=True
-    ):
-        kept = buffers.top.setdefault(slot, [])
-        # A slot that was used before still holds what its last row left.
-        del kept[position:]
-        kept.append(tuple(zip(row_ids[:count], row_logprobs[:count], strict=True)))
+    slots = rows.slots[index].tolist()
+    for slot, count, *columns in zip(slots, counts, ids.tolist(), logprobs.tolist(), strict=True):
+        top = zip(*(column[:count] for column in columns), strict=True)
+        buffers.top.setdefault(slot, []).append(tuple(top))
 
 
 def _repeats(rows: Rows, buffers: OutputBuffers, rules: Sequence[RepetitionRule]) -> Tensor:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from perilune.engine.requests import GrammarState, Request, SamplingParams
 
@@ -98,8 +99,7 @@ class LogitShaper:
         self._forbid_ends(shapes, lengths, shaped)
         self._apply_grammars(shapes, shaped)
         if any(_is_penalized(shape.params) for shape in shapes):
-            counts = _count(tokens[slots[index]], lengths, logits.shape[1])
-            shaped = _penalize(shaped, counts, _prompt_masks(shapes, counts), [shape.params for shape in shapes])
+            _penalize(shaped, tokens[slots[index]], lengths, shapes)
         return ShapedRows(index, shaped)
 
     def accept(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
@@ -158,40 +158,38 @@ def _is_penalized(params: SamplingParams) -> bool:
     return params.presence_penalty != 0 or params.frequency_penalty != 0 or params.repetition_penalty != 1
 
 
-def _count(tokens: Tensor, lengths: Tensor, vocab_size: int) -> Tensor:
-    """How often each of `[M, L]` int64 rows has each token in its first `lengths` `[M]` places: `[M, V]` float32."""
-    tokens = tokens[:, : max(int(lengths.max()), 1)]
-    is_there = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-    counts = torch.zeros(tokens.shape[0], vocab_size, device=tokens.device)
-    return counts.scatter_add_(1, torch.where(is_there, tokens, 0), is_there.float())
-
-
-def _prompt_masks(shapes: Sequence[_Shape], like: Tensor) -> Tensor:
-    """`[M, V]` bool: tokens of each prompt."""
-    masks = torch.zeros_like(like, dtype=torch.bool)
-    for mask, shape in zip(masks, shapes, strict=True):
-        mask[shape.prompt_ids] = True
-    return masks
-
-
-def _penalize(logits: Tensor, counts: Tensor, in_prompt: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Apply the three penalties.
+def _penalize(logits: Tensor, tokens: Tensor, lengths: Tensor, shapes: Sequence[_Shape]) -> None:
+    """Apply the three penalties in place, to the tokens that are there; others are not touched.
 
     Source: repetition, over prompt and response: Keskar et al., "CTRL" (2019), section 4.1, with negative logits
     multiplied; presence and frequency, over the response alone: OpenAI's API reference.
 
     Args:
         logits: `[M, V]` float32.
-        counts: `[M, V]` float32, how often the response has each token.
-        in_prompt: `[M, V]` bool.
-        params: M.
+        tokens: `[M, L]` int64, the responses.
+        lengths: `[M]` int64, how many tokens each has.
+        shapes: M.
     """
 
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
 
+    params = [shape.params for shape in shapes]
+    tokens = tokens[:, : int(lengths.max())]
+    in_response = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+    prompts = pad_sequence([shape.prompt_ids for shape in shapes], batch_first=True, padding_value=-1)
+    # Padding stands for token 0: it gets what that token's own counts say, so writing it more than once does no harm.
+    ids = torch.cat([torch.where(in_response, tokens, 0), prompts.clamp(min=0)], dim=1)
+    counts = _sum_at(ids, torch.cat([in_response, torch.zeros_like(prompts, dtype=torch.bool)], dim=1), logits)
+    is_there = _sum_at(ids, torch.cat([in_response, prompts >= 0], dim=1), logits) > 0
+    values = logits.gather(1, ids)
     repetition = column([p.repetition_penalty for p in params])
-    penalized = torch.where(logits > 0, logits / repetition, logits * repetition)
-    logits = torch.where((counts > 0) | in_prompt, penalized, logits)
-    logits = logits - column([p.frequency_penalty for p in params]) * counts
-    return logits - column([p.presence_penalty for p in params]) * (counts > 0)
+    repeated = torch.where(values > 0, values / repetition, values * repetition)
+    values = torch.where(is_there, repeated, values)
+    values = values - column([p.frequency_penalty for p in params]) * counts
+    logits.scatter_(1, ids, values - column([p.presence_penalty for p in params]) * (counts > 0))
+
+
+def _sum_at(ids: Tensor, summands: Tensor, like: Tensor) -> Tensor:
+    """For each of `ids` `[M, K]` the sum of `summands` `[M, K]` over the equal ids of its row: `[M, K]` float32."""
+    return torch.zeros_like(like).scatter_add_(1, ids, summands.float()).gather(1, ids)

@@ -81,11 +81,11 @@ class TextStream:
 
     >>> from perilune.data import train_tokenizer
     >>> tokenizer = train_tokenizer(["a b c"], 266)
-    >>> stream = TextStream(tokenizer, stops=["END"])
-    >>> stream.push(tokenizer.encode("the E")).text
+    >>> stream = TextStream(tokenizer, stops=["STOP"])
+    >>> stream.push(tokenizer.encode("the S")).text
     'the '
-    >>> stream.push(tokenizer.encode("ND, and more")).text, stream.stop
-    ('', 'END')
+    >>> stream.push(tokenizer.encode("TOP, and more")).text, stream.stop
+    ('', 'STOP')
     """
 
     def __init__(self, tokenizer: TokenBytes, *, stops: Sequence[str] = (), hidden_ids: Collection[int] = ()) -> None:

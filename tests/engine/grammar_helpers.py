@@ -1,4 +1,4 @@
-"""A tokenizer with every byte, some longer tokens, and Kimi's special tokens; and random walks through grammars."""
+"""A toy tokenizer with every byte, an empty and a doubled token, and Kimi's special ones; random walks in grammars."""
 
 import base64
 import random
@@ -51,7 +51,7 @@ class Toy:
         raw, place, ids = text.encode(), 0, []
         while place < len(raw):
             special = [i for name, i in self.special_ids.items() if raw.startswith(name.encode(), place)]
-            fits = special or [i for i, piece in enumerate(self.tokens) if raw.startswith(piece, place)]
+            fits = special or [i for i, piece in enumerate(self.tokens) if piece and raw.startswith(piece, place)]
             ids.append(rng.choice(fits))
             place += len(self.tokens[ids[-1]])
         return ids

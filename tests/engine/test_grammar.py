@@ -44,7 +44,8 @@ def test_a_mask_is_exactly_the_tokens_that_go_on_in_the_grammar(compiler, option
         expected = [
             token
             for token in range(TOY.vocab_size)
-            if token not in TOY.special_ids.values()
+            if TOY.tokens[token]
+            and token not in TOY.special_ids.values()
             and any(option.startswith(written + TOY.tokens[token]) for option in whole)
         ] + [END] * (written in whole)
         assert allowed(state) == sorted(expected)

@@ -128,6 +128,16 @@ def test_an_interrupted_row_goes_on_in_its_grammar():
     assert shaped.logits[0].isfinite().nonzero()[:, 0].tolist() == [2]
 
 
+def test_a_row_that_left_is_forgotten():
+    shaper = LogitShaper(torch.device("cpu"))
+    shaper.enter(3, Request(prompt_ids=[1], params=SamplingParams(blocked_ids=(2,))))
+    rows = torch.tensor([3]), torch.tensor([0]), torch.zeros(1, VOCAB), torch.zeros(5, 9).long()
+    assert shaper.shape(*rows) is not None
+    shaper.leave([0, 3])
+    assert not shaper
+    assert shaper.shape(*rows) is None
+
+
 def test_neighbors_with_options_do_not_change_a_request(model):
     plain = Request(prompt_ids=[1, 2], params=SamplingParams(max_new_tokens=20, seed=1), num_samples=3, id="plain")
     shaped = [

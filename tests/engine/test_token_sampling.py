@@ -157,13 +157,14 @@ def test_top_p_of_one_keeps_even_the_least_likely_token():
     ),
 )
 def test_draws_equal_the_reference_on_every_path(seed, vocab_size, levels, temperature, limits):
-    # Few distinct logits make ties; two levels of candidates in a small vocabulary make every path reachable.
+    # Few distinct logits make ties; small blocks and few candidates make every path reachable in a small vocabulary.
     logits, uniforms = random_rows(seed, 4, vocab_size)
     if levels:
         logits = (logits * levels / 8).round() * 8 / levels
     logits[0, seed % vocab_size :] -= torch.inf if seed % vocab_size else 0.0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distribution, "_NUM_CANDIDATES", (4, 48))
+        patch.setattr(distribution, "_BLOCK", 8)
         rows = truncation(*([limit] * 4 for limit in limits))
         tokens, _ = sample_tokens(logits, torch.full((4,), temperature), uniforms, rows)
     for row, uniform, token in zip(logits, uniforms.tolist(), tokens.tolist(), strict=True):
