@@ -105,7 +105,8 @@ class GroupedQueryAttention(nn.Module):
         if self._rotary is None:
             return q, k, v
         positions = token_positions(layout, cache)
-        return self._rotary.turn(q, positions), self._rotary.turn(k, positions), v
+        q, k = self._rotary.turn(positions, layout, q, k)
+        return q, k, v
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, layout_q: SequenceLayout, layout_k: SequenceLayout) -> Tensor:
         """Attention of packed sequences `[T, H, D]`; records the maximum logits in training."""

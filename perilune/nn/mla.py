@@ -69,7 +69,9 @@ class MultiHeadLatentAttention(nn.Module):
             `[T, d]`.
         """
         positions = self._positions(layout, cache)
-        q, latent = self._query(x, positions), self._latent(x, positions)
+        q, latent = self._query(x), self._latent(x)
+        if positions is not None and self._rotary is not None:
+            q, latent = self._rotate(self._rotary, q, latent, positions, layout)
         if cache is None:
             o = self._expanded(q, latent, layout, layout)
         elif is_step(layout):
@@ -133,24 +135,28 @@ class MultiHeadLatentAttention(nn.Module):
             check_rows(layout, cache)
         return None if self._rotary is None else token_positions(layout, cache)
 
-    def _query(self, x: Tensor, positions: Tensor | None) -> Tensor:
+    def _query(self, x: Tensor) -> Tensor:
         """`[T, H, nope + rope]`."""
         config = self.config
         flat: Tensor = self.q_proj(x) if config.q_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        q = flat.unflatten(-1, (config.num_heads, config.query_dim))
-        if positions is None or self._rotary is None:
-            return q
-        nope, rope = q.split([config.nope_dim, config.rope_dim], dim=-1)
-        return torch.cat([nope, self._rotary.turn(rope, positions)], -1)
+        return flat.unflatten(-1, (config.num_heads, config.query_dim))
 
-    def _latent(self, x: Tensor, positions: Tensor | None) -> Tensor:
+    def _latent(self, x: Tensor) -> Tensor:
         """`[T, kv_rank + rope]`: the normalized latent and the shared key, which is what the cache holds."""
         config = self.config
         down: Tensor = self.kv_a_proj_with_mqa(x)
         latent, shared = down.split([config.kv_rank, config.rope_dim], dim=-1)
-        if positions is not None and self._rotary is not None:
-            shared = self._rotary.turn(shared[:, None], positions)[:, 0]
         return torch.cat([self.kv_a_layernorm(latent), shared], -1)
+
+    def _rotate(
+        self, rotary: Rotary, q: Tensor, latent: Tensor, positions: Tensor, layout: SequenceLayout
+    ) -> tuple[Tensor, Tensor]:
+        """Turn the rope channels of queries `[T, H, nope + rope]` and the shared key of `[T, kv_rank + rope]`."""
+        config = self.config
+        nope, rope = q.split([config.nope_dim, config.rope_dim], dim=-1)
+        normed, shared = latent.split([config.kv_rank, config.rope_dim], dim=-1)
+        rope, shared = rotary.turn(positions, layout, rope, shared[:, None])
+        return torch.cat([nope, rope], -1), torch.cat([normed, shared[:, 0]], -1)
 
     def _expanded(self, q: Tensor, latents: Tensor, layout_q: SequenceLayout, layout_k: SequenceLayout) -> Tensor:
         """Attention over expanded keys and values `[T, H, V]`; records the maximum logits in training.

@@ -158,7 +158,8 @@ class MoBAttention(nn.Module):
         if self._rotary is None:
             return q, k, v
         positions = token_positions(layout, None if cache is None else cache.tokens)
-        return self._rotary.turn(q, positions), self._rotary.turn(k, positions), v
+        q, k = self._rotary.turn(positions, layout, q, k)
+        return q, k, v
 
     def _attend(
         self,

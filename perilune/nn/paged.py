@@ -46,6 +46,7 @@ class PageRows:
         self.before, self.host_before = lengths, tuple(host_lengths)
         self.layout = layout
         self.block_size = block_size
+        self._targets: dict[int, Tensor] = {}
         self._is_planned = is_planned and tables.device.type == "cpu"
 
     @property
@@ -63,11 +64,16 @@ class PageRows:
         """The same on the host."""
         return tuple(old + new for old, new in zip(self.host_before, self.layout.lengths, strict=True))
 
-    @cached_property
-    def targets(self) -> tuple[Tensor, Tensor]:
-        """Page and place `[T]` of each new token."""
-        rows = self.layout.sequence_ids
-        return self.locate(rows, self.before[rows] + self.layout.positions)
+    def targets(self, heads: int) -> Tensor:
+        """`[T * heads]` int64, which vectors of a pool `[P, heads, B, D]` the new tokens are."""
+        found = self._targets.get(heads)
+        if found is None:
+            rows = self.layout.sequence_ids
+            pages, places = self.locate(rows, self.before[rows] + self.layout.positions)
+            head = torch.arange(heads, device=pages.device)
+            found = ((pages[:, None] * heads + head) * self.block_size + places[:, None]).flatten()
+            self._targets[heads] = found
+        return found
 
     @cached_property
     def plan(self) -> PagePlan | None:
@@ -124,9 +130,9 @@ class PagedTokens:
         """
         if layout.lengths != self._rows.layout.lengths:
             raise ValueError(f"cache: the forward adds {self._rows.layout.lengths} tokens, got {layout.lengths}")
-        pages, places = self._rows.targets
         for pool, token in zip(self._pools, tokens, strict=True):
-            pool[pages, :, places] = token.detach().to(pool.dtype).view(-1, pool.shape[1], pool.shape[3])
+            vectors = token.detach().to(pool.dtype).reshape(-1, pool.shape[3])
+            pool.view(-1, pool.shape[3]).index_copy_(0, self._rows.targets(pool.shape[1]), vectors)
         self._is_extended = True
 
     def attend(self, q: Tensor, *, scale: float, value_dim: int | None = None) -> Tensor:

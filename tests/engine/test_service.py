@@ -75,6 +75,7 @@ def test_canceling_gives_everything_back(model):
             streams = [service.submit(request([i], max_new_tokens=10**6)) for i in range(4)]
             await anext(streams[0])
             reader = asyncio.create_task(read(streams[1]))
+            await asyncio.sleep(0.01)
             await until(lambda: service.stats().engine.running == 4)
             reader.cancel()
             for stream in (streams[0], streams[2], streams[3]):

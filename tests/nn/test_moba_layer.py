@@ -16,6 +16,7 @@ from perilune.nn import (
     MoBAttention,
     Rotary,
     initialize,
+    rotate,
     zero_key_convs,
 )
 from perilune.nn.block_entry import close_blocks
@@ -50,7 +51,8 @@ def test_layer_equals_equations(name):
         k = k + F.silu(F.conv1d(past[None], layer.k_conv.weight, groups=k.shape[1]))[0].T
     q, k, v = (t.view(27, -1, config.head_dim) for t in (q, k, v))
     if config.use_rope:
-        q, k = (Rotary.build(config.head_dim, config.rope).turn(t, torch.arange(27)) for t in (q, k))
+        turns = Rotary.build(config.head_dim, config.rope).turns(torch.arange(27), q.dtype)
+        q, k = rotate(q, turns), rotate(k, turns)
     heads, largest = [], []
     for h in range(config.num_heads):
         kv = h // (config.num_heads // config.full.kv_heads)

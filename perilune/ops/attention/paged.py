@@ -27,8 +27,8 @@ class PagePlan:
 
     rows: Tensor
     """`[R]` int64, the row of each read; N for pages between others that nobody wants."""
-    cells: Tensor
-    """`[R]` int64, row * M + place of the page in its table; N * M for unwanted pages."""
+    reads: Tensor
+    """`[N, M]` int64, a read for each page of a row's table, repeated where the row has fewer; R for rows without."""
     mask: Tensor
     """`[R, 1, B]` float32, 0 for tokens of the row and -inf for places behind its last."""
     first: int
@@ -37,40 +37,39 @@ class PagePlan:
     """Pages read in place; they are the first reads."""
     gathered: Tensor | None
     """`[R - count]` int64, pages that are copied to be read: shared ones, and all if they lie far apart."""
-    num_rows: int
-    """N."""
-    width: int
-    """M."""
+    is_padded: bool
+    """Whether there are reads without rows or rows without reads."""
 
     @classmethod
     def build(cls, tables: Tensor, lengths: Tensor, block_size: int) -> PagePlan:
         """Plan the reads of rows with `tables` `[N, M]` int32 and `lengths` `[N]`, on a CPU."""
         num_rows, width = tables.shape
-        places = torch.arange(width) * block_size
-        rows, columns = (places < lengths[:, None]).nonzero(as_tuple=True)
-        pages = tables[rows, columns].to(torch.int64)
-        pages, order = pages.sort(stable=True)
+        starts = torch.arange(width) * block_size
+        rows, columns = (starts < lengths[:, None]).nonzero(as_tuple=True)
+        pages, order = tables[rows, columns].to(torch.int64).sort(stable=True)
         rows, columns = rows[order], columns[order]
         valid = (lengths[rows] - columns * block_size).clamp_max(block_size)
-        cells = rows * width + columns
         is_first = torch.ones_like(pages, dtype=torch.bool)
         is_first[1:] = pages[1:] != pages[:-1]
         first = int(pages[0]) if pages.numel() else 0
         span = int(pages[-1]) + 1 - first if pages.numel() else 0
-        if int(is_first.sum()) < _DENSE_SHARE * span:
-            return cls(rows, cells, _mask(valid, block_size), 0, 0, pages, num_rows, width)
-        places = pages[is_first] - first
-
-        def in_place(x: Tensor, missing: int) -> Tensor:
-            spread = torch.full((span,), missing, dtype=x.dtype)
-            spread[places] = x[is_first]
-            return torch.cat([spread, x[~is_first]])
-
-        gathered = pages[~is_first] if pages.numel() > places.numel() else None
-        mask = _mask(in_place(valid, 0), block_size)
-        return cls(
-            in_place(rows, num_rows), in_place(cells, num_rows * width), mask, first, span, gathered, num_rows, width
-        )
+        gathered: Tensor | None = pages
+        if int(is_first.sum()) >= _DENSE_SHARE * span:
+            # every page from the first to the last, then the further readers of shared ones
+            places = torch.where(is_first, pages - first, span - 1 + (~is_first).cumsum(0))
+            total = span + int((~is_first).sum())
+            rows = torch.full((total,), num_rows).index_copy_(0, places, rows)
+            columns = torch.zeros(total, dtype=torch.int64).index_copy_(0, places, columns)
+            valid = torch.zeros(total, dtype=valid.dtype).index_copy_(0, places, valid)
+            gathered = pages[~is_first] if total > span else None
+        else:
+            first = span = 0
+        reads = torch.full((num_rows + 1, width), rows.shape[0])
+        reads[rows, columns] = torch.arange(rows.shape[0])
+        reads = reads[:num_rows]
+        reads = torch.where(starts < lengths[:, None], reads, reads[:, :1])
+        is_padded = bool((rows == num_rows).any() | (lengths == 0).any())
+        return cls(rows, reads, _mask(valid, block_size), first, span, gathered, is_padded)
 
 
 def _mask(valid: Tensor, block_size: int) -> Tensor:
@@ -97,23 +96,23 @@ def _gather_rows(pool: Tensor, tables: Tensor) -> Tensor:
 
 def _attend_in_place(q: Tensor, keys: Tensor, values: Tensor, scale: float, plan: PagePlan) -> Tensor:
     num_rows, num_heads, dim = q.shape
-    heads = keys.shape[2]
+    group = num_heads // keys.shape[2]
     wide = torch.promote_types(q.dtype, torch.float32)
     if not plan.rows.numel():
         return q.new_zeros(num_rows, num_heads, values.shape[-1])
-    # unwanted pages read zeros' attention into one row more, which is dropped
-    padded = torch.cat([q.to(wide) * scale, q.new_zeros(1, num_heads, dim, dtype=wide)])
-    queries = padded.index_select(0, plan.rows).view(-1, num_heads // heads, dim)
-    scores = _products(queries, keys, plan, transpose=True).view(plan.rows.shape[0], num_heads, -1)
-    scores += plan.mask
-    top = _row_maxima(scores.amax(-1), plan)
-    p = scores.sub_(top.index_select(0, plan.rows)[..., None]).exp_()
-    total = torch.zeros(num_rows + 1, num_heads, dtype=wide).index_add_(0, plan.rows, p.sum(-1))
-    parts = _products(p.view(queries.shape[0], queries.shape[1], -1), values, plan, transpose=False)
-    out = torch.zeros(num_rows + 1, num_heads, values.shape[-1], dtype=wide)
+    scaled = q.to(wide) * scale
+    if plan.is_padded:  # pages that nobody wants are read for one row more, which is dropped
+        scaled = torch.cat([scaled, scaled.new_zeros(1, num_heads, dim)])
+    queries = scaled.index_select(0, plan.rows).view(-1, group, dim)
+    scores = _products(queries, keys, plan, transpose=True).view(plan.rows.shape[0], num_heads, -1).add_(plan.mask)
+    p = scores.sub_(_row_maxima(scores.amax(-1), plan).index_select(0, plan.rows)[..., None]).exp_()
+    total = p.new_zeros(scaled.shape[0], num_heads).index_add_(0, plan.rows, p.sum(-1))
+    parts = _products(p.view(queries.shape[0], group, -1), values, plan, transpose=False)
+    out = p.new_zeros(scaled.shape[0], num_heads, values.shape[-1])
     out.index_add_(0, plan.rows, parts.view(plan.rows.shape[0], num_heads, -1))
-    # rows without keys divide nothing by one
-    return (out / total.masked_fill_(total == 0, 1)[..., None])[:num_rows].to(q.dtype)
+    if plan.is_padded:
+        out, total = out[:num_rows], total[:num_rows].masked_fill(total[:num_rows] == 0, 1)
+    return out.div_(total[..., None]).to(q.dtype)
 
 
 def _products(left: Tensor, pool: Tensor, plan: PagePlan, *, transpose: bool) -> Tensor:
@@ -133,12 +132,11 @@ def _products(left: Tensor, pool: Tensor, plan: PagePlan, *, transpose: bool) ->
 
 
 def _row_maxima(tops: Tensor, plan: PagePlan) -> Tensor:
-    """`[N + 1, H]`, the largest of each row's reads `[R, H]`; 0 for rows without, so that nothing becomes NaN."""
-    size = plan.num_rows * plan.width
-    grid = tops.new_full((size + 1, tops.shape[1]), -torch.inf).index_copy_(0, plan.cells, tops)
-    highest = grid[:size].view(plan.num_rows, plan.width, -1).amax(1) if size else grid[:0]
-    highest = torch.cat([highest, highest.new_zeros(1, tops.shape[1])])
-    return highest.masked_fill_(highest == -torch.inf, 0)
+    """`[N, H]`, the largest of each row's reads `[R, H]`; padded with a row of 0, so that nothing becomes NaN."""
+    if plan.is_padded:
+        tops = torch.cat([tops, tops.new_zeros(1, tops.shape[1])])
+    found = tops.index_select(0, plan.reads.flatten()).view(*plan.reads.shape, -1).amax(1)
+    return torch.cat([found, found.new_zeros(1, found.shape[1])]) if plan.is_padded else found
 
 
 def paged_decode_attention_reference(
