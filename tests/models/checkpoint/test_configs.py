@@ -188,6 +188,11 @@ BAD = [
     (LLAMA, {"model_type": "mistral", "sliding_window": 4096}, "sliding_window must be null"),
     (LLAMA, {"hidden_act": "gelu"}, "hidden_act must be 'silu'"),
     (LLAMA, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "original_max_position_embeddings must be given"),
+    (
+        LLAMA,
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 0.5}},
+        "attention_factor must be at least 1",
+    ),
     (LLAMA, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": False}}, "truncate must be True"),
 ]
 

@@ -165,3 +165,14 @@ def test_the_command_converts_and_explains(models, tmp_path, cli):
     assert "is not a run directory" in err
     assert cli("convert", tmp_path / "a", tmp_path / "c", "--to", "perilune", "--fp8")[0] == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_ctrl_c_ends_with_its_exit_code(models, tmp_path, cli, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    save(models["llama"], tmp_path / "a")
+    monkeypatch.setattr(tensorfile, "create_file", stop)
+    code, out, err = cli("convert", tmp_path / "a", tmp_path / "b", "--quiet")
+    assert (code, out, err) == (130, "", "stopped; nothing was written\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
