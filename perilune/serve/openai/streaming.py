@@ -22,6 +22,16 @@ logger = logging.getLogger(__name__)
 KEEPALIVE_S = 15.0
 """After so long without anything to say a stream says that it is alive: proxies close what says nothing."""
 
+EVENTS: Mapping[str, Any] = {
+    "text/event-stream": {
+        "schema": {
+            "type": "object",
+            "required": ["data"],
+            "properties": {"data": {"type": "string", "description": "JSON of a chunk, or [DONE]"}},
+        }
+    }
+}
+"""What `/docs` says of streams: the form of one event."""
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
