@@ -35,8 +35,15 @@ def serve(
         int | None, typer.Option(min=2, help="Most tokens of prompt plus answer; what the model can take by default.")
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer where a request names no limit.")] = 2048,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, max=2, help="Where a request names none; the checkpoint's, else 0.7.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0.001, max=1, help="Where a request names none; the checkpoint's, else 1.")
+    ] = None,
     cache_gib: Annotated[
-        float | None, typer.Option(min=0.001, help="Memory of the cache; what requests need by default.")
+        float | None,
+        typer.Option(min=0.001, help="Memory of the cache; by default most of a GPU's, on a CPU at most 2."),
     ] = None,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that an answer may take.")] = 600.0,
     drain_timeout: Annotated[float, typer.Option(min=0.0, help="Seconds that the end waits for answers.")] = 600.0,
@@ -58,8 +65,8 @@ def serve(
 
     options = ServeOptions(
         host=host, port=port, stage=stage, name=name, keys=keys, max_batch=max_batch, max_waiting=max_waiting,
-        max_context=max_context, max_tokens=max_tokens, cache_gib=cache_gib, timeout_s=timeout,
-        drain_timeout_s=drain_timeout, device=device, dtype=dtype, threads=threads, has_page=page,
+        max_context=max_context, max_tokens=max_tokens, temperature=temperature, top_p=top_p, cache_gib=cache_gib,
+        timeout_s=timeout, drain_timeout_s=drain_timeout, device=device, dtype=dtype, threads=threads, has_page=page,
     )  # fmt: skip
     serve_model(model, options, on_ready=tell)
 

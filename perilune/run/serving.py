@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from perilune.serve.openai import ServedModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DEFAULT_TEMPERATURE = 0.7
+"""As `perilune chat` has it."""
 UNKNOWN_CONTEXT = 8192
 """Tokens of context of a model that does not say how many it can take."""
 
@@ -44,8 +47,12 @@ class ServeOptions:
     """Most tokens of prompt plus answer; None for what the model can take."""
     max_tokens: int = 2048
     """Longest answer where a request names no limit."""
+    temperature: float | None = None
+    """Where a request names none; None for what the checkpoint says, else 0.7."""
+    top_p: float | None = None
+    """Likewise, else 1."""
     cache_gib: float | None = None
-    """Memory of the cache; None for as much as requests need."""
+    """Memory of the cache; None for 0.8 of what a GPU has left, or a quarter of a machine's, at most 2 GiB."""
     timeout_s: float = 600.0
     """Longest time for an answer."""
     drain_timeout_s: float = 600.0
@@ -111,7 +118,7 @@ def prepare(model: str | Path, options: ServeOptions) -> ServedModel:
         max_batch=options.max_batch,
         context_limit=limit,
         vocab_size=loaded.tokenizer.vocab_size,
-        cache_bytes=None if options.cache_gib is None else int(options.cache_gib * 2**30),
+        cache_bytes=cache_bytes(device, options.cache_gib),
     )
     generation = loaded.details.generation
     return ServedModel(
@@ -122,8 +129,8 @@ def prepare(model: str | Path, options: ServeOptions) -> ServedModel:
         grammars=Grammars(loaded.tokenizer),
         context_limit=engine.options.context_limit,
         max_answer_tokens=options.max_tokens,
-        temperature=_default(generation.get("temperature"), 0.0, 2.0),
-        top_p=_default(generation.get("top_p"), 1e-6, 1.0),
+        temperature=_setting(options.temperature, generation.get("temperature"), 2.0, DEFAULT_TEMPERATURE),
+        top_p=_setting(options.top_p, generation.get("top_p"), 1.0, 1.0),
     )
 
 
@@ -139,6 +146,17 @@ def context_limit(loaded: LoadedModel, wanted: int | None) -> int:
     return wanted or most or UNKNOWN_CONTEXT
 
 
-def _default(value: object, low: float, high: float) -> float:
-    """A sampling setting of a checkpoint, if it is one that requests could name."""
-    return float(value) if isinstance(value, int | float) and low <= value <= high else 1.0
+def cache_bytes(device: torch.device, wanted_gib: float | None) -> int:
+    """Return bytes to set aside for the cache once the model is loaded."""
+    if wanted_gib is not None:
+        return int(wanted_gib * 2**30)
+    if device.type == "cuda":
+        return int(0.8 * torch.cuda.mem_get_info(device)[0])
+    return min(2 * 2**30, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // 4)
+
+
+def _setting(wanted: float | None, found: object, high: float, otherwise: float) -> float:
+    """A sampling setting: the wanted one, else the checkpoint's if it is one that requests could name."""
+    if wanted is not None:
+        return wanted
+    return float(found) if isinstance(found, int | float) and 0 < found <= high else otherwise

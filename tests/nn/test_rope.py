@@ -52,20 +52,6 @@ def test_amplitude_is_the_ratio_of_temperatures():
     assert Rotary.build(8, config).amplitude == pytest.approx(0.1 * math.log(10) + 1)
 
 
-def test_what_layers_share_is_what_each_would_compute():
-    rotary, other = Rotary.build(8, RopeConfig()), Rotary.build(8, RopeConfig(theta=50.0))
-    layout = SequenceLayout.from_lengths([3])
-    x, y = torch.randn(2, 3, 2, 8, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        for positions in (torch.tensor([0, 1, 2]), torch.tensor([5, 6, 7])):
-            for one in (rotary, other, rotary):
-                expected = [rotate(t, one.turns(positions, t.dtype)) for t in (x, y)]
-                for found, wanted in zip(one.turn(positions, layout, x, y), expected, strict=True):
-                    assert torch.equal(found, wanted)
-    assert rotary.turn(positions, layout, x)[0].requires_grad is False
-    assert len(layout.shared) == 2
-
-
 def test_linear_scaling_divides_every_frequency():
     plain, scaled = (inverse_frequencies(8, RopeConfig(scaling="linear", factor=factor)) for factor in (1.0, 4.0))
     assert scaled == pytest.approx([f / 4 for f in plain])
@@ -95,3 +81,17 @@ def test_bad_scaling_is_refused():
         RopeConfig(scaling="ntk")
     with pytest.raises(ValueError, match="beta_fast must be > beta_slow"):
         RopeConfig(scaling="llama3", beta_fast=1.0)
+
+
+def test_what_layers_share_is_what_each_would_compute():
+    rotary, other = Rotary.build(8, RopeConfig()), Rotary.build(8, RopeConfig(theta=50.0))
+    layout = SequenceLayout.from_lengths([3])
+    x, y = torch.randn(2, 3, 2, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for positions in (torch.tensor([0, 1, 2]), torch.tensor([5, 6, 7])):
+            for one in (rotary, other, rotary):
+                expected = [rotate(t, one.turns(positions, t.dtype)) for t in (x, y)]
+                for found, wanted in zip(one.turn(positions, layout, x, y), expected, strict=True):
+                    assert torch.equal(found, wanted)
+    assert rotary.turn(positions, layout, x)[0].requires_grad is False
+    assert len(layout.shared) == 2

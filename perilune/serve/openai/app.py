@@ -15,6 +15,7 @@ from perilune.serve.openai.keys import RequireKey
 from perilune.serve.openai.metrics import CountRequests, Metrics, metrics_router
 from perilune.serve.openai.models import models_router
 from perilune.serve.openai.service import ServedModel
+from perilune.serve.openai.streaming import answer_nobody
 
 if TYPE_CHECKING:
     from fastapi import APIRouter, FastAPI
@@ -76,6 +77,7 @@ def openai_app(
         problem=lambda: served.service.stats().error,
     )
     answer_api_errors(app)
+    answer_nobody(app)
     if settings.keys:
         app.add_middleware(RequireKey, keys=settings.keys)
     app.add_middleware(_Draining, drain=drain)

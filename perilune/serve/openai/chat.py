@@ -20,7 +20,7 @@ from perilune.serve.openai.metrics import Metrics
 from perilune.serve.openai.requests import chat_job
 from perilune.serve.openai.schema import ChatBody
 from perilune.serve.openai.service import ServedModel
-from perilune.serve.openai.streaming import EventStream, answer_while_there
+from perilune.serve.openai.streaming import EVENTS, EventStream, answer_while_there
 
 if TYPE_CHECKING:
     from fastapi import APIRouter
@@ -46,7 +46,7 @@ def chat_router(served: ServedModel, metrics: Metrics, *, timeout_s: float) -> "
         responses={
             200: {
                 "model": ChatCompletion,
-                "content": {"text/event-stream": {"schema": {"type": "string"}}},
+                "content": EVENTS,
                 "description": "The answer, or with stream its pieces as server-sent events",
             },
             **errors_documented(),

@@ -13,7 +13,7 @@ from perilune.serve.openai.reading import AnswerPiece
 from perilune.serve.openai.requests import completion_jobs
 from perilune.serve.openai.schema import CompletionBody
 from perilune.serve.openai.service import ServedModel
-from perilune.serve.openai.streaming import EventStream, answer_while_there
+from perilune.serve.openai.streaming import EVENTS, EventStream, answer_while_there
 from perilune.tool_calls import Delta
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def completions_router(served: ServedModel, metrics: Metrics, *, timeout_s: floa
         responses={
             200: {
                 "model": TextCompletion,
-                "content": {"text/event-stream": {"schema": {"type": "string"}}},
+                "content": EVENTS,
                 "description": "The completions, or with stream their pieces as server-sent events",
             },
             **errors_documented(),

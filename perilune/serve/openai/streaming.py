@@ -14,6 +14,7 @@ from perilune.serve.app import Message, Receive, Send
 from perilune.serve.openai.errors import ApiError, openai_error
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
     from starlette.responses import Response
 
 logger = logging.getLogger(__name__)
@@ -21,6 +22,16 @@ logger = logging.getLogger(__name__)
 KEEPALIVE_S = 15.0
 """After so long without anything to say a stream says that it is alive: proxies close what says nothing."""
 
+EVENTS: Mapping[str, Any] = {
+    "text/event-stream": {
+        "schema": {
+            "type": "object",
+            "required": ["data"],
+            "properties": {"data": {"type": "string", "description": "JSON of a chunk, or [DONE]"}},
+        }
+    }
+}
+"""What `/docs` says of streams: the form of one event."""
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
@@ -31,6 +42,18 @@ _ANSWER = TypeVar("_ANSWER")
 
 class ClientGone(Exception):
     """Nobody waits for the answer."""
+
+
+def answer_nobody(app: FastAPI) -> None:
+    """Let an application end requests without a client quietly, as 499 in its numbers."""
+
+    async def answer(request: object, error: Exception) -> Response:
+        from starlette.responses import Response
+
+        del request, error
+        return Response(status_code=499)
+
+    app.add_exception_handler(ClientGone, answer)
 
 
 class EventStream:

@@ -14,11 +14,13 @@ from perilune.serve.openai import ServedModel, ServerSettings, openai_app
 from tests.agents.views.browser import serving
 from tests.serve.openai.doubles import TOKENIZER, served_by
 
+CACHE_BYTES = 4 << 20
 
-def small_model(**options: int) -> ServedModel:
+
+def small_model() -> ServedModel:
     """A model whose answers are arbitrary bytes."""
     config = replace(PRESETS["smoke"], vocab_size=TOKENIZER.vocab_size)
-    engine = Engine(build_model(config, seed=0).eval(), context_limit=600, max_batch=8, **options)
+    engine = Engine(build_model(config, seed=0).eval(), context_limit=600, max_batch=8, cache_bytes=CACHE_BYTES)
     service = EngineService(engine, max_waiting=64)
     return served_by(service, name="small", context_limit=600, max_answer_tokens=50)
 
