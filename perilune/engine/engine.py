@@ -50,7 +50,7 @@ class Engine:
         *,
         max_batch: int = 256,
         max_tokens_prefill: int = 8192,
-        max_tokens_mixed: int = 512,
+        max_tokens_mixed: int | None = None,
         context_limit: int | None = None,
         precision: torch.dtype = torch.float32,
         cache_bytes: int | None = None,
@@ -67,7 +67,8 @@ class Engine:
             model: the policy; its device is where generation runs.
             max_batch: most rows that decode together.
             max_tokens_prefill: most prompt tokens that one forward takes; a longer prompt goes in pieces.
-            max_tokens_mixed: most tokens of a step in which rows decode as well, which a longer prompt would hold up.
+            max_tokens_mixed: most tokens of a step in which rows decode as well, which a longer prompt would hold up. None
+                for 512, or on a GPU, where that many take about as long as one, 4096.
             context_limit: most tokens of prompt plus response; None for no limit but that of `cache_bytes`.
             precision: `torch.bfloat16` runs the model under autocast; sampling and log-probabilities stay float32.
             cache_bytes: for the cache, set aside at once; it also limits the context, and for models with recurrent
@@ -84,6 +85,8 @@ class Engine:
         Raises:
             EngineError: a limit is out of range, or `cache_bytes` is too little.
         """
+        if max_tokens_mixed is None:
+            max_tokens_mixed = 4096 if model.output_weight.is_cuda else 512
         for name, value in (
             ("max_batch", max_batch),
             ("max_tokens_prefill", max_tokens_prefill),

@@ -26,6 +26,8 @@ _LOG2E = 1.4426950408889634
 _SHORTEST = 128
 """Tokens that are worth a split of their own."""
 _MOST_SPLITS = 512
+_TOGETHER = 16
+"""Splits that are added up at a time: loads that do not wait for each other."""
 
 
 def paged_decode_attention_triton(
@@ -80,6 +82,7 @@ def paged_decode_attention_triton(
         H=heads,
         DV=value_dim,
         BV=triton.next_power_of_2(value_dim),
+        BS=_TOGETHER,
         SHORTEST=_SHORTEST,
         num_warps=4,
     )
@@ -212,26 +215,35 @@ def _split_kernel(
 @triton.jit
 def _combine_kernel(
     sum_ptr, weight_ptr, length_ptr, out_ptr, splits,
-    H: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, SHORTEST: tl.constexpr,
+    H: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, BS: tl.constexpr, SHORTEST: tl.constexpr,
 ) -> None:  # fmt: skip
     """Weigh the splits of one row (program axis 0) and head (axis 1); a row without tokens gets zeros."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     length = tl.load(length_ptr + row).to(tl.int32)
     share = _split_length(length, splits, SHORTEST)
     used = (length + share - 1) // share
-    channels = tl.arange(0, BV)
+    channels, members = tl.arange(0, BV), tl.arange(0, BS)
     in_values = channels < DV
     place = (row * H + head) * splits
-    top = tl.full([1], float("-inf"), tl.float32)
-    weight = tl.zeros([1], tl.float32)
+    top = tl.full([BS], float("-inf"), tl.float32)
+    for first in range(0, used, BS):
+        top = tl.maximum(
+            top, tl.load(weight_ptr + place + first + members, mask=first + members < used, other=float("-inf"))
+        )
+    highest = tl.max(top, 0)
+    weight = tl.zeros([BS], tl.float32)
     acc = tl.zeros([BV], tl.float32)
-    for split in range(used):
-        log_weight = tl.load(weight_ptr + place + split)
-        new_top = tl.maximum(top, log_weight)
-        factor, p = tl.exp2(top - new_top), tl.exp2(log_weight - new_top)
-        part = tl.load(sum_ptr + (place + split) * DV + channels, mask=in_values, other=0.0)
-        acc = acc * factor + part * p
-        weight = weight * factor + p
-        top = new_top
-    acc = tl.where(weight > 0, acc / tl.where(weight > 0, weight, 1.0), 0.0)
+    for first in range(0, used, BS):
+        is_there = first + members < used
+        log_weight = tl.load(weight_ptr + place + first + members, mask=is_there, other=float("-inf"))
+        p = tl.where(is_there, tl.exp2(log_weight - highest), 0.0)
+        part = tl.load(
+            sum_ptr + (place + first + members)[:, None] * DV + channels[None, :],
+            mask=is_there[:, None] & in_values[None, :],
+            other=0.0,
+        )
+        acc += tl.sum(part * p[:, None], 0)
+        weight += p
+    total = tl.sum(weight, 0)
+    acc = tl.where(total > 0, acc / tl.where(total > 0, total, 1.0), 0.0)
     tl.store(out_ptr + (row * H + head) * DV + channels, acc.to(out_ptr.dtype.element_ty), mask=in_values)
