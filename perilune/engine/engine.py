@@ -67,8 +67,8 @@ class Engine:
             model: the policy; its device is where generation runs.
             max_batch: most rows that decode together.
             max_tokens_prefill: most prompt tokens that one forward takes; a longer prompt goes in pieces.
-            max_tokens_mixed: most tokens of a step in which rows decode as well, which a longer prompt would hold up. None
-                for 512, or on a GPU, where that many take about as long as one, 4096.
+            max_tokens_mixed: most tokens of a step in which rows decode as well, which a longer prompt would hold up;
+                None for 512, or on a GPU 4096.
             context_limit: most tokens of prompt plus response; None for no limit but that of `cache_bytes`.
             precision: `torch.bfloat16` runs the model under autocast; sampling and log-probabilities stay float32.
             cache_bytes: for the cache, set aside at once; it also limits the context, and for models with recurrent
