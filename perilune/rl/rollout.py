@@ -94,7 +94,7 @@ class NativeRolloutEngine:
     def generate(
         self, requests: Sequence[Request], progress: Callable[[int, int], None] | None = None
     ) -> list[Completion]:
-        """Generate with the engine, see `Engine.generate`; its cache is empty afterwards, as training needs the memory."""
+        """Generate with the engine, see `Engine.generate`; its cache is emptied, as training needs the memory."""
         try:
             return self._engine.generate(requests, progress)
         finally:
