@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 _CAPTURABLE = frozenset({"kda", "mla", "gqa"})
 """Mixers whose steps ask the device for nothing."""
-_STEP = 8
-"""From this many rows on, graphs are for multiples of it; below, for powers of two."""
 
 
 def is_capturable(model: Decoder, precision: torch.dtype) -> bool:
@@ -158,4 +156,6 @@ def _places_of(model: Decoder) -> tuple[int, ...]:
 
 
 def _rounded(count: int) -> int:
-    return -(-count // _STEP) * _STEP if count > _STEP else 1 << (count - 1).bit_length()
+    """Rows of the graph that serves `count`: 2^n, or from 16 on 1.5 * 2^n, so that there are few of them."""
+    power = 1 << (count - 1).bit_length()
+    return power * 3 // 4 if power >= 32 and count <= power * 3 // 4 else power
