@@ -4,7 +4,7 @@
     python benchmarks/serve_storm.py --url http://host:8000 --model smollm2
                                                          to a server that runs
 
-Requests are cancelled, read slowly, malformed, too large, not UTF-8, of wrong types, or all right; which, is decided by
+Requests are canceled, read slowly, malformed, too large, not UTF-8, of wrong types, or all right; which, is decided by
 a seed. Exit code 1 if any was answered with 5xx, a good one was not answered, or pages of the cache are still held at
 the end.
 """
@@ -115,7 +115,7 @@ async def completion(client: Client) -> tuple[int, bytes]:
     return await client.send(client.request(json.dumps(body).encode(), "/v1/completions"))
 
 
-async def cancelled(client: Client) -> tuple[int, bytes]:
+async def canceled(client: Client) -> tuple[int, bytes]:
     body = client.body(max_tokens=200, stream=client.rng.random() < 0.8)
     return await client.send(client.request(json.dumps(body).encode()), read=client.rng.choice([0, 0, 20, 400, 900]))
 
@@ -176,7 +176,7 @@ async def no_http(client: Client) -> tuple[int, bytes]:
 KINDS: dict[Callable[[Client], Awaitable[tuple[int, bytes]]], tuple[int, tuple[int, ...]]] = {
     good: (30, (200, 429)),
     completion: (5, (200, 429)),
-    cancelled: (20, (0, 200, 429)),
+    canceled: (20, (0, 200, 429)),
     slow: (5, (200, 429)),
     malformed: (8, (400, 200, 429)),
     no_utf8: (5, (400, 200)),

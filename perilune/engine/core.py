@@ -16,8 +16,9 @@ from perilune.engine.manager import CacheManager
 from perilune.engine.memory import CacheMemory
 from perilune.engine.options import EngineOptions
 from perilune.engine.requests import Completion, Request
-from perilune.engine.rows import ERROR, REASONS, OutputBuffers, RowFactory, Rows, Work, sample_rows
+from perilune.engine.rows import ERROR, REASONS, OutputBuffers, RowFactory, Rows, sample_rows
 from perilune.engine.running import RunningRows
+from perilune.engine.starting import Starter
 from perilune.engine.tickets import Fill, Sample, StepOutput, Ticket
 from perilune.errors import EngineError
 
@@ -37,6 +38,7 @@ class EngineCore:
         self.running = RunningRows(options.block_size, self._device)
         self._factory = RowFactory(options.context_limit, self._device, options.vocab_size)
         self._buffers = OutputBuffers(self._device)
+        self._starter = Starter(manager, self._factory, self._buffers)
         self._tickets: dict[int, Ticket] = {}
         self._num_added = 0
         self.num_preemptions = 0
@@ -175,57 +177,53 @@ class EngineCore:
         self.intake.add(Fill(sample.ticket, tokens, resumed=(sample, saved)))
 
     def _start(self) -> list[StepOutput]:
-        """Start samples of prefilled texts in free rows."""
-        free = self._options.max_batch - len(self.running)
-        outputs: list[StepOutput] = []
+        """Start samples of prefilled texts in free rows, and draw their next tokens together."""
+        shares = self._shares(self._options.max_batch - len(self.running))
+        if not shares:
+            return []
+        before = len(self.running)
+        new, rows = self._starter.begin([share for share in shares if share[0].resumed is None])
+        samples, rows = self._starter.resume([fill for fill, _ in shares], rows)
+        # the order of rows: those that go on are behind those that begin
+        shares.sort(key=lambda share: share[0].resumed is not None)
+        hidden = torch.cat([fill.hidden.expand(count, -1) for fill, count in shares if fill.hidden is not None])
+        most = max(len(fill.tokens) - fill.prompt_length for fill, _ in shares)
+        if self._options.deterministic:
+            rows = self._sample_alone(rows, hidden, len(new))
+        else:
+            self._sample(rows, hidden, most)
+        self._join(shares, [*new, *samples], rows)
+        is_replaying = self._options.deterministic
+        return self._finish(list(range(before, before + len(new) + (0 if is_replaying else len(samples)))))
+
+    def _shares(self, free: int) -> list[tuple[Fill, int]]:
+        """Texts in order of arrival, with how many of their samples have rows."""
+        shares: list[tuple[Fill, int]] = []
         for fill in self.intake.ready():
             count = min(free, fill.num_samples)
             if count:
-                outputs += self._start_from(fill, count)
-            free = self._options.max_batch - len(self.running)
-        return outputs
+                shares.append((fill, count))
+            free -= count
+        return shares
 
-    def _start_from(self, fill: Fill, count: int) -> list[StepOutput]:
-        if fill.hidden is None:
-            return []
-        before = len(self.running)
-        rows, samples = self._resume(fill) if fill.resumed is not None else self._new_rows(fill, count)
-        self.memory.reserve(pages=0, slots=0, rows=min(self._options.max_batch, _rounded(before + count)))
-        if fill.holding.slot is not None:
-            self.memory.start_rows(before, [fill.holding.slot] * count)
-        self.running.append(samples, rows, [fill.done] * count)
-        is_replaying = fill.resumed is not None and self._options.deterministic
-        if fill.resumed is not None:
-            fill.resumed = None
-        if not fill.num_samples:
-            self.intake.close(fill)
-        return [] if is_replaying else self._finish(list(range(before, len(self.running))))
+    def _sample_alone(self, rows: Rows, hidden: Tensor, count: int) -> Rows:
+        """Draw a token for each of the first `count` rows, one by one; others go through what they had first."""
+        parts = [rows.select(self.memory.index([row])) for row in range(len(rows))]
+        for part, state in zip(parts[:count], hidden.split(1), strict=False):
+            self._sample(part, state)
+        return reduce(Rows.append, parts)
 
-    def _new_rows(self, fill: Fill, count: int) -> tuple[Rows, list[Sample]]:
-        request = fill.ticket.request
-        slots = self._buffers.take(count)
-        work = Work(request=request, first_sample=fill.waiting[0], num_samples=count)
-        rows = self._factory.build([work], slots)
-        samples = [
-            Sample(fill.ticket, fill.waiting.popleft(), slot, self.manager.fork(fill.holding), fill.epoch)
-            for slot in slots
-        ]
-        self._sample_each(rows, fill)
-        return rows, samples
-
-    def _resume(self, fill: Fill) -> tuple[Rows, list[Sample]]:
-        if fill.resumed is None:
-            raise ValueError("the text belongs to no preempted sample")
-        sample, rows = fill.resumed
-        sample.holding, sample.epoch = self.manager.fork(fill.holding), fill.epoch
-        if not self._options.deterministic:
-            self._sample_each(rows, fill)
-        return rows, [sample]
-
-    def _sample_each(self, rows: Rows, fill: Fill) -> None:
-        if fill.hidden is not None:
-            resumed = len(fill.tokens) - fill.prompt_length
-            self._sample(rows, fill.hidden.expand(len(rows), -1), resumed)
+    def _join(self, shares: Sequence[tuple[Fill, int]], samples: Sequence[Sample], rows: Rows) -> None:
+        """Let samples run; texts from which all have started give back what they hold."""
+        before, owners = len(self.running), [fill for fill, count in shares for _ in range(count)]
+        self.memory.reserve(pages=0, slots=0, rows=min(self._options.max_batch, _rounded(before + len(owners))))
+        slots = [fill.holding.slot for fill in owners if fill.holding.slot is not None]
+        if slots:
+            self.memory.start_rows(before, slots)
+        self.running.append(samples, rows, [fill.done for fill in owners])
+        for fill, _ in shares:
+            if not fill.waiting:
+                self.intake.close(fill)
 
     def _finish(self, sampled: Sequence[int]) -> list[StepOutput]:
         """Report what `sampled` rows have got, and let those that have ended leave."""

@@ -177,8 +177,8 @@ class Engine:
         return EngineStats(
             running=len(core.running),
             waiting=core.intake.num_waiting + len(core.intake.active),
-            pages_used=manager.used_pages - manager.prefixes.num_pages + manager.prefixes.num_shared,
-            pages_cached=manager.prefixes.num_pages - manager.prefixes.num_shared,
+            pages_used=manager.used_pages,
+            pages_cached=manager.prefixes.num_pages,
             pages_total=manager.total_pages,
             cached_tokens=manager.prefixes.num_tokens,
             preemptions=core.num_preemptions,
@@ -203,17 +203,17 @@ class Engine:
             self.check(request)
         self._look_at_weights()
         wanted = sum(request.num_samples for request in requests)
-        keys = [self._open(request, is_streaming=False) for request in requests]
+        box: deque[StepOutput] = deque()
+        keys = [self._open(request, box, is_streaming=False) for request in requests]
         finished: list[tuple[int, Completion]] = []
         try:
             with self._computing():
                 while len(finished) < wanted:
-                    left = [(key, output.completion) for key in keys for output in self._take(key)]
-                    finished += [(key, completion) for key, completion in left if completion is not None]
-                    if progress is not None and left:
+                    self._advance()
+                    finished += [(o.key, o.completion) for o in box if o.completion is not None]
+                    if progress is not None and box:
                         progress(len(finished), wanted)
-                    if len(finished) < wanted:
-                        self._advance()
+                    box.clear()
         finally:
             for key in keys:
                 self._drop(key)
@@ -233,13 +233,15 @@ class Engine:
 
     def _stream(self, request: Request) -> Iterator[StreamedToken]:
         self._look_at_weights()
-        key, position = self._open(request, is_streaming=True), 0
+        box: deque[StepOutput] = deque()
+        key, position = self._open(request, box, is_streaming=True), 0
         try:
             while True:
                 with self._computing():
-                    while not (outputs := self._take(key)):
+                    while not box:
                         self._advance()
-                for output in outputs:
+                while box:
+                    output = box.popleft()
                     reason = None if output.completion is None else output.completion.finish_reason
                     if output.token is None:
                         raise EngineError(
@@ -256,19 +258,15 @@ class Engine:
         finally:
             self._drop(key)
 
-    def _open(self, request: Request, *, is_streaming: bool) -> int:
+    def _open(self, request: Request, box: deque[StepOutput], *, is_streaming: bool) -> int:
+        """Add a request whose outputs go to `box`."""
         key = self._core.add(request, is_streaming=is_streaming)
-        self._inbox[key] = deque()
+        self._inbox[key] = box
         return key
 
     def _drop(self, key: int) -> None:
         self.cancel(key)
         self._inbox.pop(key, None)
-
-    def _take(self, key: int) -> list[StepOutput]:
-        outputs = list(self._inbox[key])
-        self._inbox[key].clear()
-        return outputs
 
     def _advance(self) -> None:
         for output in self._core.step():

@@ -62,6 +62,8 @@ class PrefixCache:
         self._pages, self._slots, self._block_size = pages, slots, block_size
         self._root = _Node(b"", None, -1, 0)
         self._nodes: OrderedDict[bytes, _Node] = OrderedDict()
+        self.num_tokens = 0
+        """Tokens of the pages it holds."""
         self._kept: OrderedDict[bytes, _Node] = OrderedDict()
 
     @property
@@ -70,19 +72,9 @@ class PrefixCache:
         return len(self._nodes)
 
     @property
-    def num_shared(self) -> int:
-        """Pages that others hold as well."""
-        return sum(self._pages.owners(node.page) > 1 for node in self._nodes.values())
-
-    @property
     def num_slots(self) -> int:
         """States it holds."""
         return len(self._kept)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of those pages."""
-        return sum(len(node.tail) or self._block_size for node in self._nodes.values())
 
     def match(self, tokens: Sequence[int], limit: int, multiple: int = 1) -> Match:
         """Find the longest known beginning of `tokens`.
@@ -195,6 +187,7 @@ class PrefixCache:
         if node is None:
             node = self._nodes[key] = _Node(key, parent, self._pages.share(page), length, tail=tail)
             parent.children += 1
+            self.num_tokens += len(tail) or self._block_size
             if tail:
                 parent.tails.append(node)
         self._touch(node)
@@ -215,6 +208,7 @@ class PrefixCache:
         self._drop_slot(node)
         self._pages.release(node.page)
         del self._nodes[node.key]
+        self.num_tokens -= len(node.tail) or self._block_size
         if node.parent is not None:
             node.parent.children -= 1
             if node.tail:

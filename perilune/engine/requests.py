@@ -242,9 +242,9 @@ class EngineStats:
     waiting: int
     """Prompts, and preempted responses, that have not started."""
     pages_used: int
-    """Pages that requests hold."""
+    """Pages that requests or the prefix cache hold."""
     pages_cached: int
-    """Pages that only the prefix cache holds, and gives up when they are needed."""
+    """Pages that the prefix cache holds; those that no request holds as well are given up when they are needed."""
     pages_total: int
     """Pages there are."""
     cached_tokens: int

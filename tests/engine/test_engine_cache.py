@@ -75,10 +75,10 @@ def assert_same(found, expected):
 def assert_clean(engine):
     assert not engine.has_work
     stats = engine.stats()
-    assert (stats.running, stats.waiting, stats.pages_used) == (0, 0, 0)
+    assert (stats.running, stats.waiting, stats.pages_used) == (0, 0, stats.pages_cached)
     assert engine._core.manager.is_clean
     engine.weights_updated()
-    assert engine.stats().pages_cached == 0
+    assert engine.stats().pages_used == engine.stats().cached_tokens == 0
     assert engine._core.manager.slots.used == 0
 
 
@@ -185,6 +185,15 @@ def test_tokens_are_reported_at_every_step(hybrid):
             last[output.key] = output.is_last
     assert [len(tokens) for tokens in seen.values()] == [10, 10, 2]
     assert all(last.values())
+
+
+def test_samples_of_a_group_share_the_pages_of_their_prompt():
+    engine = make_engine(make_decoder("gqa"), prefix_cache=False)
+    engine.add(request(text(8 * BLOCK + 3), k=6))
+    engine.step()
+    assert engine.stats().pages_used == 9
+    engine.step()
+    assert engine.stats().pages_used == 8 + 6
 
 
 def test_a_long_prompt_does_not_stall_running_rows(hybrid):

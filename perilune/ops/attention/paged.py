@@ -84,8 +84,8 @@ def paged_decode_attention_torch(
     with torch.autocast(q.device.type, enabled=False):
         if plan is not None and not q.is_cuda:
             return _attend_in_place(q, keys, values, scale, plan)
-        dense = [_gather_rows(pool, tables) for pool in (keys, values)]
-    return decode_attention_torch(q, *dense, lengths, scale)
+        dense_keys, dense_values = _gather_rows(keys, tables), _gather_rows(values, tables)
+    return decode_attention_torch(q, dense_keys, dense_values, lengths, scale)
 
 
 def _gather_rows(pool: Tensor, tables: Tensor) -> Tensor:
