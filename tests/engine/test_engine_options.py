@@ -72,9 +72,7 @@ def test_streams_report_the_likely_tokens_and_what_was_known(model, requests):
                 assert tuple(token.token_id for token in tokens) == expected.token_ids
                 for token, top in zip(tokens, expected.top_logprobs, strict=True):
                     assert [one for one, _ in token.top] == [one for one, _ in top]
-                    assert torch.tensor([p for _, p in token.top]).allclose(
-                        torch.tensor([p for _, p in top]), atol=1e-5
-                    )
+                    assert [p for _, p in token.top] == pytest.approx([p for _, p in top], abs=1e-5)
                 assert stream.cached_tokens == known
 
     asyncio.run(main())
