@@ -88,7 +88,7 @@ class Generation:
         self._is_over = True
         for reader in self.job.readers:
             if reader.finish_reason is None:
-                self._metrics.finished("cancelled", reader.num_tokens, 0.0)
+                self._metrics.finished("canceled", reader.num_tokens, 0.0)
         self._stream.cancel()
 
 

@@ -98,8 +98,8 @@ class _EngineNumbers:
         for name, text, value in (
             ("requests_running", "Answers that are being generated", stats.running),
             ("requests_waiting", "Requests that wait for their turn", stats.waiting),
-            ("cache_pages_used", "Pages of the cache that are in use", stats.pages_used),
-            ("cache_pages_kept", "Pages that are kept for prompts that begin alike", stats.pages_cached),
+            ("cache_pages_used", "Pages of the cache that hold something", stats.pages_used),
+            ("cache_pages_kept", "Those that are kept for prompts that begin alike", stats.pages_cached),
             ("cache_pages_total", "Pages of the cache", stats.pages_total),
             ("cache_bytes", "Memory of the cache", stats.cache_bytes),
         ):

@@ -1,4 +1,4 @@
-"""Work that ends with its client: answers as server-sent events or whole, cancelled when nobody listens any more."""
+"""Work that ends with its client: answers as server-sent events or whole, canceled when nobody listens any more."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ class EventStream:
 
 
 async def answer_while_there(work: Coroutine[Any, Any, _ANSWER], receive: Receive, *, timeout_s: float) -> _ANSWER:
-    """Return what comes of `work`; it is cancelled when the client goes away, or when it takes too long.
+    """Return what comes of `work`; it is canceled when the client goes away, or when it takes too long.
 
     Raises:
         ClientGone: nobody waits for it.

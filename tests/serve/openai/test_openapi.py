@@ -30,7 +30,7 @@ CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance,
 
 @schemathesis.openapi.from_asgi("/openapi.json", APP).parametrize()
 @settings(
-    max_examples=int(os.environ.get("PERILUNE_EXAMPLES", "10")),
+    max_examples=int(os.environ.get("PERILUNE_EXAMPLES", "6")),
     derandomize=True,
     deadline=None,
     phases=[Phase.explicit, Phase.generate],

@@ -98,18 +98,18 @@ class Socket:
 
 def test_a_client_that_goes_away_ends_the_work() -> None:
     async def main() -> None:
-        socket, cancelled = Socket(), asyncio.Event()
+        socket, canceled = Socket(), asyncio.Event()
 
         async def work() -> None:
             try:
                 await asyncio.sleep(60)
             finally:
-                cancelled.set()
+                canceled.set()
 
         asyncio.get_running_loop().call_soon(socket.gone.set)
         with pytest.raises(ClientGone):
             await answer_while_there(work(), socket.receive, timeout_s=60)
-        assert cancelled.is_set()
+        assert canceled.is_set()
 
     asyncio.run(main())
 
