@@ -79,9 +79,15 @@ class EngineCore:
         self._forget()
 
     def weights_updated(self) -> None:
-        """Forget what is kept of texts; requests in the engine go on with what they have computed."""
+        """Forget what is kept of texts; requests in the engine go on with what they have computed.
+
+        Without any, memory that is not set aside for good is given back.
+        """
         self.manager.prefixes.clear()
         self.intake.epoch += 1
+        if self.is_idle and self.manager.budget.num_pages is None:
+            self.manager.shrink()
+            self.memory.resize(pages=0, slots=0, rows=0)
 
     def step(self) -> list[StepOutput]:
         """Decode one token of every running row, prefill a piece of what waits, and start what is ready."""

@@ -164,7 +164,7 @@ class Engine:
             self._core.cancel(key)
 
     def weights_updated(self) -> None:
-        """Forget what is kept of texts after the weights were changed in place.
+        """Forget what is kept of texts after the weights were changed in place, or before; gives the memory back.
 
         `generate` and `stream` notice changes that PyTorch counts by themselves; writing through `.data` is none.
         """

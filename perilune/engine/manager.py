@@ -186,6 +186,15 @@ class CacheManager:
         self.slots.release(spare.slot)
         return None
 
+    def shrink(self) -> None:
+        """Give up places that nobody holds, and what was to be done to them; no sequence may be left.
+
+        Only for pools without a fixed size, whose memory starts anew with zeros.
+        """
+        self.pages.shrink()
+        self.slots.shrink()
+        self.copies = Copies()
+
     def take_copies(self) -> Copies:
         """Return what is to be done and forget it."""
         copies, self.copies = self.copies, Copies()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from perilune.engine.manager import Copies
 from perilune.nn import CacheEntry, PagedBlocks, PagedCache, PagedLayer, PageRows, StateEntry
+from perilune.nn.paged import resized
 
 
 class _LayerStates:
@@ -66,16 +67,21 @@ class CacheMemory:
 
     def reserve(self, *, pages: int, slots: int, rows: int) -> None:
         """Have at least so many of each."""
-        if pages > self._num_pages:
+        self.resize(
+            pages=max(pages, self._num_pages), slots=max(slots, self._num_slots), rows=max(rows, self._num_rows)
+        )
+
+    def resize(self, *, pages: int, slots: int, rows: int) -> None:
+        """Have so many of each; what lies behind them is lost."""
+        if pages != self._num_pages:
             for layer in self._layers:
                 layer.resize(pages)
-            self._num_pages = pages
         for states in self._kept_states():
-            if slots > self._num_slots:
-                states.slots = {name: _grown(state, slots) for name, state in states.slots.items()}
-            if rows > self._num_rows:
-                states.rows = {name: _grown(state, rows) for name, state in states.rows.items()}
-        self._num_slots, self._num_rows = max(slots, self._num_slots), max(rows, self._num_rows)
+            if slots != self._num_slots:
+                states.slots = {name: resized(state, slots) for name, state in states.slots.items()}
+            if rows != self._num_rows:
+                states.rows = {name: resized(state, rows) for name, state in states.rows.items()}
+        self._num_pages, self._num_slots, self._num_rows = pages, slots, rows
 
     def apply(self, copies: Copies) -> None:
         """Do what the manager has decided."""
@@ -180,9 +186,3 @@ class CacheMemory:
 
 def _entry(states: dict[str, Tensor], index: slice | Tensor) -> StateEntry:
     return StateEntry(**{name: state[index] for name, state in states.items()})
-
-
-def _grown(state: Tensor, size: int) -> Tensor:
-    grown = state.new_zeros(size, *state.shape[1:])
-    grown[: state.shape[0]] = state
-    return grown

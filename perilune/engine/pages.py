@@ -38,6 +38,13 @@ class Pool:
         self._free.extend(range(self.capacity, capacity))
         self._owners.extend([0] * (capacity - self.capacity))
 
+    def shrink(self) -> None:
+        """Give up free places behind the last that is held."""
+        while self._owners and not self._owners[-1]:
+            self._owners.pop()
+        self._free = [place for place in self._free if place < self.capacity]
+        heapq.heapify(self._free)
+
     def owners(self, place: int) -> int:
         """How many hold `place`."""
         return self._owners[place]

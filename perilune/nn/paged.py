@@ -273,9 +273,9 @@ class PagedLayer:
         return sum(pool[:0].element_size() * pool.shape[1:].numel() for pool in self._every_pool())
 
     def resize(self, num_pages: int) -> None:
-        """Have `num_pages` pages, new ones filled with zeros: attention must not meet what is not a number."""
-        self._pools = [_grown(pool, num_pages) for pool in self._pools]
-        self._means = None if self._means is None else _grown(self._means, num_pages)
+        """Have the first `num_pages` pages, new ones filled with zeros: attention must not meet what is no number."""
+        self._pools = [resized(pool, num_pages) for pool in self._pools]
+        self._means = None if self._means is None else resized(self._means, num_pages)
 
     def copy_pages(self, sources: Tensor, targets: Tensor) -> None:
         """Copy pages `sources` `[n]` int64 to pages `targets`."""
@@ -314,7 +314,8 @@ class PagedCache:
         """Nothing: lengths belong to the maker."""
 
 
-def _grown(pool: Tensor, size: int) -> Tensor:
-    grown = pool.new_zeros(size, *pool.shape[1:])
-    grown[: pool.shape[0]] = pool
-    return grown
+def resized(pool: Tensor, size: int) -> Tensor:
+    """Copy of the first `size` places of a pool `[n, ...]`, filled up with zeros."""
+    new, kept = pool.new_zeros(size, *pool.shape[1:]), min(size, pool.shape[0])
+    new[:kept] = pool[:kept]
+    return new

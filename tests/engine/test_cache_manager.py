@@ -216,6 +216,26 @@ def test_pages_that_are_not_finite_are_scrubbed_when_the_last_owner_leaves():
     assert m.take_copies().scrubbed == pages
 
 
+def test_pools_that_grow_can_shrink_when_nothing_is_left():
+    m = manager(num_pages=None, num_slots=None, keeps_prefixes=False)
+    first, _ = m.open([1] * 20, 99)
+    m.close(first, scrub=True)
+    m.shrink()
+    assert (m.total_pages, m.slots.capacity) == (0, 0)
+    assert m.take_copies().scrubbed == []
+    assert m.open([1] * 20, 99) is not None
+
+
+def test_a_pool_keeps_what_is_held_when_it_shrinks():
+    pool = Pool(6)
+    places = [pool.take() for _ in range(4)]
+    pool.release(places[0])
+    pool.release(places[3])
+    pool.shrink()
+    assert (pool.capacity, pool.free) == (3, 1)
+    assert pool.take() == 0
+
+
 def test_a_pool_gives_out_the_lowest_place_and_notices_misuse():
     pool = Pool(3)
     assert [pool.take() for _ in range(3)] == [0, 1, 2]

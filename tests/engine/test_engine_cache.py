@@ -244,6 +244,21 @@ def test_weights_that_change_in_place_are_noticed(hybrid):
     assert_same(after, Engine(model, prefix_cache=False).generate([wanted]))
 
 
+def test_the_cache_s_memory_is_given_back(hybrid):
+    engine = make_engine(hybrid)
+    wanted = request(text(30), k=2)
+    before = engine.generate([wanted])
+    assert engine.stats().cache_bytes > 0
+    engine.weights_updated()
+    assert engine.stats().cache_bytes == engine.stats().pages_total == 0
+    assert_same(engine.generate([wanted]), before)
+    fixed = tight_engine(hybrid, 14)
+    size = fixed.stats().cache_bytes
+    fixed.generate([wanted])
+    fixed.weights_updated()
+    assert fixed.stats().cache_bytes == size
+
+
 def test_texts_computed_with_old_weights_are_not_kept():
     engine = make_engine(make_decoder("gqa"), max_tokens_prefill=8)
     engine.add(request(text(40)))
