@@ -20,6 +20,7 @@ import typer
 
 from perilune import __version__
 from perilune.cli_recsys import recsys_app
+from perilune.cli_serve import serve
 from perilune.cli_shared import execute, print_explained, print_summary
 from perilune.cli_swarm import swarm_app
 from perilune.errors import PeriluneError, RecipeError
@@ -43,6 +44,7 @@ moba_app = typer.Typer(
 app.add_typer(moba_app, name="moba")
 app.add_typer(recsys_app, name="recsys")
 app.add_typer(swarm_app, name="swarm")
+app.command(epilog="Example: perilune serve smollm2 --port 8000")(serve)
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, e.g. runs/demo.")]
 StageName = Annotated[str | None, typer.Option(help="Stage whose model to use; the last one by default.")]

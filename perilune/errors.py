@@ -8,6 +8,7 @@ PeriluneError                 caught only in the command line: one line, exit co
   NumericsError               training met NaN or infinity too often: step, quantity, last good checkpoint
   BackendError                an op cannot run on the requested backend: why, and what would
   EngineError                 a generation request is invalid or cannot be served
+    EngineBusyError           it could be served, but not now
 
 Wrong arguments to functions of `ops`, `nn` and `optim` are plain `ValueError` and `TypeError`.
 """
@@ -49,6 +50,10 @@ class BackendError(PeriluneError):
 
 class EngineError(PeriluneError):
     """A generation request cannot be served."""
+
+
+class EngineBusyError(EngineError):
+    """A generation request cannot be served now; it may be later."""
 
 
 def missing_extra(kind: type[_Error], who: str, package: str | None, extra: str) -> _Error:

@@ -1,13 +1,16 @@
 """Drawing tokens so that a request's randomness is its own.
 
 Each draw uses one uniform number that is a hash of (seed, sample, position): nothing is drawn from a shared stream,
-so a response does not depend on which other responses are in the batch, or when they joined it.
+so a response does not depend on which other responses are in the batch, or when they joined it. What a row draws is
+likewise computed from that row alone.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from perilune.engine.distribution import TokenDistribution, Truncation
 
 
 def _signed(value: int) -> int:
@@ -55,47 +58,8 @@ def counter_uniforms(keys: Tensor, positions: Tensor) -> Tensor:
     return _shift_right(bits, 12).to(torch.float64) * 2.0**-52
 
 
-def truncate_probs(probs: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
-    """Zero the probabilities outside each row's top-k and nucleus (top-p); the most likely token always stays.
-
-    Args:
-        probs: `[N, V]` float32, rows sum to 1.
-        top_p: `[N]` float32 in (0, 1]; a token is kept when the probability before it, in descending order, is below.
-        top_k: `[N]` int64; 0 keeps all.
-
-    Returns:
-        `[N, V]`, not renormalized.
-    """
-    ordered, order = probs.sort(dim=-1, descending=True, stable=True)
-    before = ordered.cumsum(dim=-1) - ordered
-    limit = torch.where(top_k > 0, top_k, probs.shape[-1])
-    # Rounding can lift the sum before an unlikely token to 1, so top_p = 1 must not be compared with it.
-    keep = (before < top_p[:, None]) | (top_p[:, None] >= 1)
-    keep &= torch.arange(probs.shape[-1], device=probs.device) < limit[:, None]
-    keep[:, 0] = True
-    return probs * torch.zeros_like(keep).scatter(-1, order, keep)
-
-
-def draw_tokens(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """Inverse-CDF draw: the first token whose cumulative probability exceeds uniform * total.
-
-    A token of probability zero is never drawn: the cumulative sum does not rise there.
-
-    Args:
-        probs: `[N, V]` float32, non-negative, each row with a positive sum.
-        uniforms: `[N]` float64 in [0, 1).
-
-    Returns:
-        `[N]` int64.
-    """
-    cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
-    target = uniforms[:, None] * cumulative[:, -1:]
-    drawn = torch.searchsorted(cumulative, target, right=True)[:, 0]
-    return drawn.clamp(max=probs.shape[-1] - 1)
-
-
 def sample_tokens(
-    logits: Tensor, temperature: Tensor, uniforms: Tensor, truncation: tuple[Tensor, Tensor] | None
+    logits: Tensor, temperature: Tensor, uniforms: Tensor, truncation: Truncation | None = None
 ) -> tuple[Tensor, Tensor]:
     """Draw one token per row and give its log-probability.
 
@@ -103,16 +67,11 @@ def sample_tokens(
         logits: `[N, V]`, any float dtype; computed in float32.
         temperature: `[N]` float32; 0 takes the most likely token and reports log softmax of the plain logits.
         uniforms: `[N]` float64 in [0, 1).
-        truncation: (top_p `[N]`, top_k `[N]`) or None when no row truncates.
+        truncation: None when no row truncates.
 
     Returns:
         tokens `[N]` int64 and logprobs `[N]` float32 under softmax(logits / temperature), before truncation.
     """
-    is_greedy = temperature == 0
-    scaled = logits.float() / torch.where(is_greedy, 1.0, temperature)[:, None]
-    logprobs = scaled.log_softmax(dim=-1)
-    probs = logprobs.exp()
-    if truncation is not None:
-        probs = truncate_probs(probs, *truncation)
-    tokens = torch.where(is_greedy, scaled.argmax(dim=-1), draw_tokens(probs, uniforms))
-    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+    distribution = TokenDistribution(logits, temperature)
+    tokens = distribution.draw(uniforms, truncation)
+    return tokens, distribution.logprobs(tokens)

@@ -12,8 +12,9 @@ from perilune.models.config import ModelConfig
 from perilune.nn import (
     MIXERS,
     MLP,
-    CacheEntry,
+    HasRows,
     HybridCache,
+    LayerCaches,
     Mixer,
     MoBAttention,
     MoE,
@@ -43,7 +44,7 @@ class Block(nn.Module):
         self.ffn = MLP(config.d_model, config.d_ff) if moe is None else MoE(moe, config.d_model)
 
     def forward(
-        self, x: Tensor, layout: SequenceLayout, cache: CacheEntry | None, prompt_lengths: Tensor | None = None
+        self, x: Tensor, layout: SequenceLayout, cache: HasRows | None, prompt_lengths: Tensor | None = None
     ) -> Tensor:
         """Map the residual stream `[T, d]` to the next."""
         # Rounded once, to what the products take; but a router compares its scores in float32.
@@ -70,7 +71,7 @@ class Decoder(nn.Module):
         self,
         tokens: Tensor,
         cu_seqlens: Tensor | SequenceLayout,
-        cache: HybridCache | None = None,
+        cache: LayerCaches | None = None,
         *,
         prompt_lengths: Tensor | None = None,
     ) -> Tensor:
@@ -81,7 +82,7 @@ class Decoder(nn.Module):
         self,
         tokens: Tensor,
         cu_seqlens: Tensor | SequenceLayout,
-        cache: HybridCache | None = None,
+        cache: LayerCaches | None = None,
         *,
         prompt_lengths: Tensor | None = None,
     ) -> Tensor:

@@ -23,25 +23,30 @@ from perilune.nn.mlp import MLP
 from perilune.nn.moba import KeyConv, MoBAttention, zero_key_convs
 from perilune.nn.moe import MoE
 from perilune.nn.norm import RMSNorm
+from perilune.nn.paged import PagedBlocks, PagedCache, PagedLayer, PageRows
 from perilune.nn.qk_clip import QKClipSpec
 from perilune.nn.roles import DeclaresAdamW, DeclaresMatrices, DeclaresQKClip, MatrixLayout, MatrixSplit
 from perilune.nn.rope import Rotary, rotate
+from perilune.nn.stores import BlockStore, HasRows, LayerCaches, TokenStore
 
 __all__ = [
     "MIXERS",
     "MLP",
     "AttentionMode",
     "BlockEntry",
+    "BlockStore",
     "CacheEntry",
     "DeclaresAdamW",
     "DeclaresMatrices",
     "DeclaresQKClip",
     "GQAConfig",
     "GroupedQueryAttention",
+    "HasRows",
     "HybridCache",
     "KDAConfig",
     "KeyConv",
     "KimiDeltaAttention",
+    "LayerCaches",
     "MLAConfig",
     "MatrixLayout",
     "MatrixSplit",
@@ -52,6 +57,10 @@ __all__ = [
     "MoE",
     "MoEConfig",
     "MultiHeadLatentAttention",
+    "PageRows",
+    "PagedBlocks",
+    "PagedCache",
+    "PagedLayer",
     "QKClipSpec",
     "RMSNorm",
     "RopeConfig",
@@ -59,6 +68,7 @@ __all__ = [
     "ShortConv",
     "StateEntry",
     "TokenEntry",
+    "TokenStore",
     "initialize",
     "rotate",
     "zero_key_convs",

@@ -8,6 +8,7 @@ from torch import Tensor
 from perilune.nn.cache_entries import CacheEntry, StateEntry, TokenEntry
 from perilune.nn.config import KEY_CONV_REWIND, MoBAConfig
 from perilune.nn.stepping import is_step
+from perilune.nn.stores import BlockStore
 from perilune.ops.layout import SequenceLayout
 from perilune.ops.moba.routing import mean_keys
 
@@ -61,39 +62,6 @@ class BlockEntry:
     def row_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shapes per token, per block and per row, of the parts that there are."""
         return tuple(shape for part in self._parts() for shape in part.row_shapes)
-
-    def close_blocks(self, dtype: torch.dtype) -> None:
-        """Add the means of blocks that new tokens have completed, rounded to `dtype`."""
-        if self.means is None:
-            return
-        lengths = zip(self.tokens.host_lengths, self.means.host_lengths, strict=True)
-        counts = [tokens // self.block_size - closed for tokens, closed in lengths]
-        if not any(counts):
-            return
-        layout = SequenceLayout.from_lengths(counts, self.means.lengths.device)
-        rows = layout.sequence_ids
-        first = (self.means.lengths[rows] + layout.positions) * self.block_size
-        places = first[:, None] + torch.arange(self.block_size, device=first.device)
-        keys, _ = self.tokens.gather(rows[:, None], places)
-        self.means.extend(layout, mean_keys(keys, dtype))
-
-    def conv_state(self, taps: int) -> Tensor | None:
-        """`[N, Hkv * D, taps - 1]`, the last inputs of the convolution; None without one."""
-        return None if self.inputs is None else self.inputs["keys"][..., 1 - taps :].contiguous()
-
-    def remember(self, keys: Tensor, layout: SequenceLayout) -> None:
-        """Keep the convolution's last inputs, before their tokens are added.
-
-        Args:
-            keys: `[T, Hkv * D]`, its new inputs.
-            layout: how T splits into rows.
-        """
-        if self.inputs is None:
-            return
-        counts = torch.tensor(layout.lengths, dtype=torch.int64, device=keys.device)
-        lowest = self.tokens.lengths + counts - KEY_CONV_REWIND
-        self.inputs["floor"] = torch.maximum(self.inputs["floor"], lowest)
-        self.inputs["keys"] = _last_inputs(self.inputs["keys"], keys, layout)
 
     def check_truncate(self, lengths: Tensor) -> None:
         """Require lengths that rows have had, and behind a convolution recently.
@@ -154,6 +122,43 @@ class BlockEntry:
 
     def _parts(self) -> list[CacheEntry]:
         return [part for part in (self.tokens, self.means, self.inputs) if part is not None]
+
+
+def close_blocks(cache: BlockStore, dtype: torch.dtype) -> None:
+    """Add the means of blocks that new tokens have completed, rounded to `dtype`."""
+    if cache.means is None:
+        return
+    lengths = zip(cache.tokens.host_lengths, cache.means.host_lengths, strict=True)
+    counts = [tokens // cache.block_size - closed for tokens, closed in lengths]
+    if not any(counts):
+        return
+    layout = SequenceLayout.from_lengths(counts, cache.means.lengths.device)
+    rows = layout.sequence_ids
+    first = (cache.means.lengths[rows] + layout.positions) * cache.block_size
+    places = first[:, None] + torch.arange(cache.block_size, device=first.device)
+    keys, _ = cache.tokens.gather(rows[:, None], places)
+    cache.means.extend(layout, mean_keys(keys, dtype))
+
+
+def conv_state(cache: BlockStore, taps: int) -> Tensor | None:
+    """`[N, Hkv * D, taps - 1]`, the last inputs of the convolution; None without one."""
+    return None if cache.inputs is None else cache.inputs["keys"][..., 1 - taps :].contiguous()
+
+
+def remember(cache: BlockStore, keys: Tensor, layout: SequenceLayout) -> None:
+    """Keep the convolution's last inputs, before their tokens are added.
+
+    Args:
+        cache: updated in place.
+        keys: `[T, Hkv * D]`, its new inputs.
+        layout: how T splits into rows.
+    """
+    if cache.inputs is None:
+        return
+    counts = torch.tensor(layout.lengths, dtype=torch.int64, device=keys.device)
+    lowest = cache.tokens.lengths + counts - KEY_CONV_REWIND
+    cache.inputs["floor"] = torch.maximum(cache.inputs["floor"], lowest)
+    cache.inputs["keys"] = _last_inputs(cache.inputs["keys"], keys, layout)
 
 
 def _last_inputs(past: Tensor, x: Tensor, layout: SequenceLayout) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
+from perilune.ops.attention import decode_attention
 from perilune.ops.layout import SequenceLayout
 
 _BLOCK = 64
@@ -92,6 +93,11 @@ class StateEntry:
     def num_sequences(self) -> int:
         """N, rows."""
         return next(iter(self._states.values())).shape[0]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the states."""
+        return tuple(self._states)
 
     @property
     def row_shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -184,14 +190,11 @@ class TokenEntry:
         """Element type of the buffers."""
         return self._buffers[0].dtype
 
-    def push(self, *tokens: Tensor) -> tuple[Tensor, ...]:
+    def push(self, *tokens: Tensor) -> None:
         """Append one token to every row.
 
         Args:
             tokens: for each buffer `[N, ...]`.
-
-        Returns:
-            See `views`.
         """
         self._reserve(self.max_length + 1)
         rows = torch.arange(self.num_sequences, device=self.lengths.device)
@@ -199,7 +202,6 @@ class TokenEntry:
             buffer[rows, self.lengths] = token.detach().to(buffer.dtype)
         self.lengths = self.lengths + 1
         self.host_lengths = tuple(length + 1 for length in self.host_lengths)
-        return self.views()
 
     def extend(self, layout: SequenceLayout, *tokens: Tensor) -> None:
         """Append packed tokens of any number per row.
@@ -219,6 +221,23 @@ class TokenEntry:
     def views(self) -> tuple[Tensor, ...]:
         """Return views `[N, max_length, ...]` of the buffers; row n is valid before `lengths[n]`."""
         return tuple(buffer[:, : self.max_length] for buffer in self._buffers)
+
+    def attend(self, q: Tensor, *, scale: float, value_dim: int | None = None) -> Tensor:
+        """Softmax attention of one query per row over all tokens of the row.
+
+        Args:
+            q: `[N, H, Dk]` in `dtype`.
+            scale: factor of the logits.
+            value_dim: None if keys and values `[Hkv, D]` are two buffers; else a token is one vector, which every head
+                reads as its key, and whose first so many channels are its value.
+
+        Returns:
+            `[N, H, Dv]`.
+        """
+        keys, values = self.views() if value_dim is None else (self.views()[0][:, :, None], None)
+        if values is None:
+            values = keys[..., :value_dim]
+        return decode_attention(q, keys, values, self.lengths, scale=scale)
 
     def packed(self) -> tuple[SequenceLayout, tuple[Tensor, ...]]:
         """Return the layout of all tokens held, and the packed tokens `[sum of lengths, ...]` of each buffer."""

@@ -16,7 +16,8 @@ from perilune.nn.precision import apply_keeping_float32
 from perilune.nn.qk_clip import QKClipSpec
 from perilune.nn.rope import Rotary
 from perilune.nn.stepping import check_rows, is_step, token_positions
-from perilune.ops.attention import decode_attention, varlen_attention
+from perilune.nn.stores import TokenStore
+from perilune.ops.attention import varlen_attention
 from perilune.ops.layout import SequenceLayout
 
 
@@ -41,7 +42,7 @@ class GroupedQueryAttention(nn.Module):
         self,
         x: Tensor,
         layout: SequenceLayout,
-        cache: TokenEntry | None = None,
+        cache: TokenStore | None = None,
         prompt_lengths: Tensor | None = None,
     ) -> Tensor:
         """Mix the tokens of each sequence.
@@ -61,8 +62,8 @@ class GroupedQueryAttention(nn.Module):
         if cache is None:
             o = self._attend(q, k, v, layout, layout)
         elif is_step(layout):
-            keys, values = cache.push(k, v)
-            o = decode_attention(q.to(keys.dtype), keys, values, cache.lengths, scale=self.config.softmax_scale)
+            cache.push(k, v)
+            o = cache.attend(q.to(cache.dtype), scale=self.config.softmax_scale)
         else:
             has_history = cache.max_length > 0
             cache.extend(layout, k, v)
@@ -94,7 +95,7 @@ class GroupedQueryAttention(nn.Module):
         apply_keeping_float32(self, ("max_logits",), lambda: super(GroupedQueryAttention, self)._apply(fn, recurse))
         return self
 
-    def _project(self, x: Tensor, layout: SequenceLayout, cache: TokenEntry | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x: Tensor, layout: SequenceLayout, cache: TokenStore | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[T, H, D]`, keys and values `[T, Hkv, D]`, normalized and rotated if so configured."""
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.config.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -104,7 +105,8 @@ class GroupedQueryAttention(nn.Module):
         if self._rotary is None:
             return q, k, v
         positions = token_positions(layout, cache)
-        return self._rotary.turn(q, positions), self._rotary.turn(k, positions), v
+        q, k = self._rotary.turn(positions, layout, q, k)
+        return q, k, v
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, layout_q: SequenceLayout, layout_k: SequenceLayout) -> Tensor:
         """Attention of packed sequences `[T, H, D]`; records the maximum logits in training."""

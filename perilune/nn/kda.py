@@ -22,6 +22,8 @@ from perilune.ops.kda.gate import log_decay
 from perilune.ops.kda_decode import MAX_TOKENS, kda_decode
 from perilune.ops.layout import SequenceLayout
 
+_FEW_TOKENS = 256
+
 
 class KimiDeltaAttention(nn.Module):
     """Token mixer without softmax whose cache does not grow.
@@ -285,7 +287,12 @@ class GateArguments(TypedDict):
 
 
 def _joint(x: Tensor, projections: list[nn.Linear], sizes: list[int]) -> tuple[Tensor, ...]:
-    """Apply several projections as one product and split the result into `sizes`."""
+    """Apply several projections as one product and split the result into `sizes`.
+
+    Of a few tokens, joining the results moves less than joining the weights.
+    """
+    if not torch.is_grad_enabled() and x.shape[0] <= _FEW_TOKENS:
+        return torch.cat([proj(x) for proj in projections], -1).split(sizes, dim=-1)
     return F.linear(x, torch.cat([proj.weight for proj in projections])).split(sizes, dim=-1)
 
 

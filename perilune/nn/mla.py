@@ -16,7 +16,8 @@ from perilune.nn.qk_clip import QKClipSpec
 from perilune.nn.roles import MatrixLayout
 from perilune.nn.rope import Rotary
 from perilune.nn.stepping import check_rows, is_step, token_positions
-from perilune.ops.attention import decode_attention, varlen_attention
+from perilune.nn.stores import TokenStore
+from perilune.ops.attention import varlen_attention
 from perilune.ops.layout import SequenceLayout
 
 
@@ -53,7 +54,7 @@ class MultiHeadLatentAttention(nn.Module):
         self,
         x: Tensor,
         layout: SequenceLayout,
-        cache: TokenEntry | None = None,
+        cache: TokenStore | None = None,
         prompt_lengths: Tensor | None = None,
     ) -> Tensor:
         """Mix the tokens of each sequence.
@@ -68,12 +69,14 @@ class MultiHeadLatentAttention(nn.Module):
             `[T, d]`.
         """
         positions = self._positions(layout, cache)
-        q, latent = self._query(x, positions), self._latent(x, positions)
+        q, latent = self._query(x), self._latent(x)
+        if positions is not None and self._rotary is not None:
+            q, latent = self._rotate(self._rotary, q, latent, positions, layout)
         if cache is None:
             o = self._expanded(q, latent, layout, layout)
         elif is_step(layout):
-            (latents,) = cache.push(latent)
-            o = self._absorbed(q, latents, cache.lengths)
+            cache.push(latent)
+            o = self._absorbed(q, cache)
         else:
             has_history = cache.max_length > 0
             cache.extend(layout, latent)
@@ -126,30 +129,34 @@ class MultiHeadLatentAttention(nn.Module):
         apply_keeping_float32(self, ("max_logits",), lambda: super(MultiHeadLatentAttention, self)._apply(fn, recurse))
         return self
 
-    def _positions(self, layout: SequenceLayout, cache: TokenEntry | None) -> Tensor | None:
+    def _positions(self, layout: SequenceLayout, cache: TokenStore | None) -> Tensor | None:
         """`[T]` position of each token, after checking the cache; None without rotation."""
         if cache is not None:
             check_rows(layout, cache)
         return None if self._rotary is None else token_positions(layout, cache)
 
-    def _query(self, x: Tensor, positions: Tensor | None) -> Tensor:
+    def _query(self, x: Tensor) -> Tensor:
         """`[T, H, nope + rope]`."""
         config = self.config
         flat: Tensor = self.q_proj(x) if config.q_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        q = flat.unflatten(-1, (config.num_heads, config.query_dim))
-        if positions is None or self._rotary is None:
-            return q
-        nope, rope = q.split([config.nope_dim, config.rope_dim], dim=-1)
-        return torch.cat([nope, self._rotary.turn(rope, positions)], -1)
+        return flat.unflatten(-1, (config.num_heads, config.query_dim))
 
-    def _latent(self, x: Tensor, positions: Tensor | None) -> Tensor:
+    def _latent(self, x: Tensor) -> Tensor:
         """`[T, kv_rank + rope]`: the normalized latent and the shared key, which is what the cache holds."""
         config = self.config
         down: Tensor = self.kv_a_proj_with_mqa(x)
         latent, shared = down.split([config.kv_rank, config.rope_dim], dim=-1)
-        if positions is not None and self._rotary is not None:
-            shared = self._rotary.turn(shared[:, None], positions)[:, 0]
         return torch.cat([self.kv_a_layernorm(latent), shared], -1)
+
+    def _rotate(
+        self, rotary: Rotary, q: Tensor, latent: Tensor, positions: Tensor, layout: SequenceLayout
+    ) -> tuple[Tensor, Tensor]:
+        """Turn the rope channels of queries `[T, H, nope + rope]` and the shared key of `[T, kv_rank + rope]`."""
+        config = self.config
+        nope, rope = q.split([config.nope_dim, config.rope_dim], dim=-1)
+        normed, shared = latent.split([config.kv_rank, config.rope_dim], dim=-1)
+        rope, shared = rotary.turn(positions, layout, rope, shared[:, None])
+        return torch.cat([nope, rope], -1), torch.cat([normed, shared[:, 0]], -1)
 
     def _expanded(self, q: Tensor, latents: Tensor, layout_q: SequenceLayout, layout_k: SequenceLayout) -> Tensor:
         """Attention over expanded keys and values `[T, H, V]`; records the maximum logits in training.
@@ -169,8 +176,8 @@ class MultiHeadLatentAttention(nn.Module):
             torch.maximum(self.max_logits, maxima.detach(), out=self.max_logits)
         return o
 
-    def _absorbed(self, q: Tensor, latents: Tensor, lengths: Tensor) -> Tensor:
-        """One query per row against the cached latents `[N, L, kv_rank + rope]`, without expanding them.
+    def _absorbed(self, q: Tensor, cache: TokenStore) -> Tensor:
+        """One query per row against the cached latents `[kv_rank + rope]`, without expanding them.
 
         q . W_k c = (W_k^T q) . c and sum_s p_s W_v c_s = W_v sum_s p_s c_s.
 
@@ -181,13 +188,8 @@ class MultiHeadLatentAttention(nn.Module):
         w_k, w_v = weight.split([config.nope_dim, config.value_dim], dim=1)
         nope, rope = q.split([config.nope_dim, config.rope_dim], dim=-1)
         absorbed = torch.bmm(nope.transpose(0, 1), w_k).transpose(0, 1)
-        keys = latents[:, :, None]
-        context = decode_attention(
-            torch.cat([absorbed, rope], -1).to(keys.dtype),
-            keys,
-            keys[..., : config.kv_rank],
-            lengths,
-            scale=config.softmax_scale,
+        context = cache.attend(
+            torch.cat([absorbed, rope], -1).to(cache.dtype), scale=config.softmax_scale, value_dim=config.kv_rank
         )
         return torch.bmm(context.to(q.dtype).transpose(0, 1), w_v.transpose(1, 2)).transpose(0, 1)
 

@@ -10,7 +10,7 @@ from typing import Self, TypedDict, get_args
 import torch
 from torch import Tensor, nn
 
-from perilune.nn.block_entry import BlockEntry
+from perilune.nn.block_entry import BlockEntry, close_blocks, conv_state, remember
 from perilune.nn.config import AttentionMode, MoBAConfig, check_choice
 from perilune.nn.heads import head_projections, heads_clip_spec
 from perilune.nn.init import uniform
@@ -18,7 +18,8 @@ from perilune.nn.precision import apply_keeping_float32
 from perilune.nn.qk_clip import QKClipSpec
 from perilune.nn.rope import Rotary
 from perilune.nn.stepping import check_rows, is_step, token_positions
-from perilune.ops.attention import decode_attention, varlen_attention
+from perilune.nn.stores import BlockStore
+from perilune.ops.attention import varlen_attention
 from perilune.ops.conv import short_conv, short_conv_step
 from perilune.ops.layout import SequenceLayout
 from perilune.ops.moba import MobaRouting, moba_attention, moba_decode, moba_route
@@ -59,7 +60,7 @@ class MoBAttention(nn.Module):
         self,
         x: Tensor,
         layout: SequenceLayout,
-        cache: BlockEntry | None = None,
+        cache: BlockStore | None = None,
         prompt_lengths: Tensor | None = None,
     ) -> Tensor:
         """Mix the tokens of each sequence.
@@ -81,13 +82,13 @@ class MoBAttention(nn.Module):
         if cache is None:
             o = self._attend(q, k, v, layout, layout, full_from)
         elif is_step(layout) and not _is_within(cache, full_from):
-            keys, values = cache.tokens.push(k, v)
-            cache.close_blocks(self.config.mean_dtype(k.dtype))
-            o = self._decode(q.to(keys.dtype), keys, values, cache)
+            cache.tokens.push(k, v)
+            close_blocks(cache, self.config.mean_dtype(k.dtype))
+            o = self._decode(q.to(cache.tokens.dtype), cache)
         else:
             has_history = cache.tokens.max_length > 0
             cache.tokens.extend(layout, k, v)
-            cache.close_blocks(self.config.mean_dtype(k.dtype))
+            close_blocks(cache, self.config.mean_dtype(k.dtype))
             layout_k, (k, v) = cache.tokens.packed() if has_history else (layout, (k, v))
             o = self._attend(q, k.to(q.dtype), v.to(q.dtype), layout, layout_k, full_from)
         y: Tensor = self.o_proj(o.flatten(1).to(x.dtype))
@@ -145,19 +146,20 @@ class MoBAttention(nn.Module):
         apply_keeping_float32(self, ("max_logits",), lambda: super(MoBAttention, self)._apply(fn, recurse))
         return self
 
-    def _project(self, x: Tensor, layout: SequenceLayout, cache: BlockEntry | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x: Tensor, layout: SequenceLayout, cache: BlockStore | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[T, H, D]`, keys and values `[T, Hkv, D]`: keys convolved, then both rotated, if so configured."""
         raw: Tensor = self.k_proj(x)
         k = raw
         if self.k_conv is not None:
-            k = self.k_conv(raw, layout, None if cache is None else cache.conv_state(self.config.moba_key_conv))
+            k = self.k_conv(raw, layout, None if cache is None else conv_state(cache, self.config.moba_key_conv))
             if cache is not None:
-                cache.remember(raw, layout)
+                remember(cache, raw, layout)
         q, k, v = (t.unflatten(-1, (-1, self.config.head_dim)) for t in (self.q_proj(x), k, self.v_proj(x)))
         if self._rotary is None:
             return q, k, v
         positions = token_positions(layout, None if cache is None else cache.tokens)
-        return self._rotary.turn(q, positions), self._rotary.turn(k, positions), v
+        q, k = self._rotary.turn(positions, layout, q, k)
+        return q, k, v
 
     def _attend(
         self,
@@ -211,12 +213,12 @@ class MoBAttention(nn.Module):
             "float32_means": config.float32_means,
         }
 
-    def _decode(self, q: Tensor, keys: Tensor, values: Tensor, cache: BlockEntry) -> Tensor:
+    def _decode(self, q: Tensor, cache: BlockStore) -> Tensor:
         """Attention `[N, H, D]` of the newest token of each row."""
         lengths, scale = cache.tokens.lengths, self._heads.softmax_scale
         if self.mode == "full" or cache.means is None:
-            return decode_attention(q, keys, values, lengths, scale=scale)
-        (means,) = cache.means.views()
+            return cache.tokens.attend(q, scale=scale)
+        (keys, values), (means,) = cache.tokens.views(), cache.means.views()
         return moba_decode(
             q,
             keys,
@@ -275,7 +277,7 @@ class KeyConv(nn.Module):
         return {"weight"}
 
 
-def _is_within(cache: BlockEntry, prompt_lengths: Tensor | None) -> bool:
+def _is_within(cache: BlockStore, prompt_lengths: Tensor | None) -> bool:
     """Whether the next token of some row belongs to its prompt."""
     return prompt_lengths is not None and any(map(lt, cache.tokens.host_lengths, prompt_lengths.tolist()))
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from perilune.nn.config import RopeConfig
+from perilune.ops.layout import SequenceLayout
 
 
 def inverse_frequencies(dim: int, config: RopeConfig) -> list[float]:
@@ -66,13 +68,31 @@ class Rotary:
 
         The angle is formed in float64: at position 10^6 float32 is off by 0.06 radians.
         """
-        frequencies = torch.tensor(self.frequencies, dtype=torch.float64, device=positions.device)
+        frequencies = _on_device(self.frequencies, positions.device)
         angles = (positions.to(torch.float64)[:, None] * frequencies)[:, None]
         return torch.polar(torch.full_like(angles, self.amplitude), angles).to(dtype.to_complex())
 
-    def turn(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Rotate `x` `[T, H, D]` by `positions` `[T]`; the result has its dtype."""
-        return rotate(x, self.turns(positions, torch.promote_types(x.dtype, torch.float32)))
+    def turn(self, positions: Tensor, layout: SequenceLayout, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Rotate `inputs` `[T, H, D]` of one dtype by `positions` `[T]`; the results have that dtype.
+
+        Layers that rotate by the same positions of one layout, as those of a forward do, form sines only once.
+        """
+        dtype = torch.promote_types(inputs[0].dtype, torch.float32)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            turns = self.turns(positions, dtype)
+        else:
+            known = layout.shared.get((self, dtype))
+            if known is None or known[0] is not positions:
+                known = layout.shared[self, dtype] = positions, self.turns(positions, dtype)
+            turns = known[1]
+        return tuple(rotate(x, turns) for x in inputs)
+
+
+@cache
+def _on_device(frequencies: tuple[float, ...], device: torch.device) -> Tensor:
+    """Sent once: a captured step cannot wait for the host, nor need any other."""
+    with torch.inference_mode(False):
+        return torch.tensor(frequencies, dtype=torch.float64, device=device)
 
 
 def rotate(x: Tensor, turns: Tensor) -> Tensor:

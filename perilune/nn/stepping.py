@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from perilune.nn.cache_entries import CacheEntry, TokenEntry
+from perilune.nn.stores import HasRows, TokenStore
 from perilune.ops.layout import SequenceLayout
 
 
@@ -18,7 +18,7 @@ def is_draft(layout: SequenceLayout, longest: int) -> bool:
     return layout.is_uniform and layout.max_length <= longest
 
 
-def check_rows(layout: SequenceLayout, entry: CacheEntry) -> None:
+def check_rows(layout: SequenceLayout, entry: HasRows) -> None:
     """Require one sequence per cache row.
 
     Raises:
@@ -31,7 +31,7 @@ def check_rows(layout: SequenceLayout, entry: CacheEntry) -> None:
         )
 
 
-def token_positions(layout: SequenceLayout, cache: TokenEntry | None) -> Tensor:
+def token_positions(layout: SequenceLayout, cache: TokenStore | None) -> Tensor:
     """`[T]` int64 position of each new token in its sequence, counting what the cache holds already."""
     if cache is None:
         return layout.positions

@@ -3,7 +3,7 @@
 Each op is a folder with an oracle and fast paths behind one front door.
 """
 
-from perilune.ops.attention import decode_attention, varlen_attention
+from perilune.ops.attention import PagePlan, decode_attention, paged_decode_attention, varlen_attention
 from perilune.ops.context import ContextLayout
 from perilune.ops.conv import short_conv, short_conv_step
 from perilune.ops.conv.context_parallel import short_conv_context_parallel
@@ -24,6 +24,7 @@ __all__ = [
     "ContextLayout",
     "MobaRouting",
     "MultiGraph",
+    "PagePlan",
     "Routing",
     "SequenceLayout",
     "as_layout",
@@ -44,6 +45,7 @@ __all__ = [
     "moba_route",
     "moe_experts",
     "newton_schulz",
+    "paged_decode_attention",
     "propagate",
     "propagate_mixed",
     "rms_norm",

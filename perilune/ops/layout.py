@@ -6,8 +6,8 @@ built once per forward and handed to every layer, so that lengths are read from 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
 
@@ -27,6 +27,11 @@ class SequenceLayout:
     """Tokens of each sequence."""
     device: torch.device
     """Where the derived index tensors live."""
+    shared: dict[tuple[Hashable, torch.dtype], tuple[Tensor, Tensor]] = field(
+        default_factory=dict[tuple[Hashable, torch.dtype], tuple[Tensor, Tensor]], compare=False, repr=False
+    )
+    """What one layer has computed from some tensor of this layout, (tensor, result), for the next that needs the same;
+    without gradients only."""
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> SequenceLayout:

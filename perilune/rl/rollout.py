@@ -94,8 +94,11 @@ class NativeRolloutEngine:
     def generate(
         self, requests: Sequence[Request], progress: Callable[[int, int], None] | None = None
     ) -> list[Completion]:
-        """Generate with the engine; see `Engine.generate`."""
-        return self._engine.generate(requests, progress)
+        """Generate with the engine, see `Engine.generate`; its cache is emptied, as training needs the memory."""
+        try:
+            return self._engine.generate(requests, progress)
+        finally:
+            self._engine.weights_updated()
 
 
 def collect_groups(

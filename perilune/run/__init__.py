@@ -25,6 +25,7 @@ from perilune.run.recommending import (
 )
 from perilune.run.routing import RecallView, RoutingView, draw_routing, measure_recall
 from perilune.run.schema import FieldDoc, explain
+from perilune.run.serving import ServeOptions, serve_model
 from perilune.run.serving_models import KNOWN_MODELS, ServedModel, find_model, load_served, read_text_parts
 from perilune.run.stages import STAGES
 from perilune.run.swarm_config import SwarmRecipe
@@ -45,6 +46,7 @@ __all__ = [
     "RoutingView",
     "RunDirectory",
     "RunSummary",
+    "ServeOptions",
     "ServedModel",
     "StageContext",
     "SwarmRecipe",
@@ -83,5 +85,6 @@ __all__ = [
     "run_pipeline",
     "run_recipe",
     "run_sweep",
+    "serve_model",
     "serve_recommender",
 ]

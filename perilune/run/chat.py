@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Iterator
 from pathlib import Path
 
 from perilune.data import ChatTemplate, Message, TextTokenizer, encode_chat, split_response
-from perilune.engine import Engine, Request, SamplingParams
+from perilune.engine import Engine, Request, SamplingParams, TextStream
 from perilune.errors import DataError
 from perilune.run.serving_models import load_served
 from perilune.seeding import derive_seed
@@ -69,15 +68,11 @@ class ChatSession:
         return encode_chat(self._tokenizer, self._template, messages)
 
     def _decode(self, request: Request) -> Iterator[str]:
-        # A character's bytes may be spread over several tokens; the decoder holds them back until it is whole.
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        text = TextStream(self._tokenizer, hidden_ids=request.params.stop_ids)
         for token in self._engine.stream(request):
-            if token.token_id not in request.params.stop_ids:
-                text = _printable(decoder.decode(self._tokenizer.decode_bytes([token.token_id])))
-                if text:
-                    yield text
-        rest = _printable(decoder.decode(b"", final=True))
-        if rest:
+            if piece := _printable(text.push([token.token_id]).text):
+                yield piece
+        if rest := _printable(text.finish().text):
             yield rest
 
 
@@ -101,7 +96,7 @@ def open_chat(
     if served.template is None:
         raise DataError(f"{served.title} has no chat template: it was not trained on conversations")
     return ChatSession(
-        Engine(served.model),
+        Engine(served.model, vocab_size=min(served.tokenizer.vocab_size, served.model.config.vocab_size)),
         served.tokenizer,
         served.template,
         title=served.title,

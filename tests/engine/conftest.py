@@ -8,19 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from perilune.nn import HybridCache, StateEntry
 from perilune.ops.layout import as_layout
-
-
-class RecurrentCache:
-    def __init__(self, state):
-        self.state = state
-        self.fed = 0
-
-    def reorder(self, index):
-        self.state = self.state[index]
-
-    def append(self, other):
-        self.state = torch.cat([self.state, other.state])
 
 
 class RecurrentModel(nn.Module):
@@ -34,12 +23,13 @@ class RecurrentModel(nn.Module):
         self.calls = []
 
     def new_cache(self, num_sequences):
-        return RecurrentCache(torch.zeros(num_sequences, self.mix.shape[0]))
+        state = StateEntry(state=torch.zeros(num_sequences, self.mix.shape[0]))
+        return HybridCache([state], torch.zeros(num_sequences, dtype=torch.int64))
 
     def hidden(self, tokens, cu_seqlens, cache=None, *, prompt_lengths=None):
         layout = as_layout(cu_seqlens, tokens)
         self.calls.append(layout.lengths)
-        states = self.new_cache(layout.num_sequences).state if cache is None else cache.state
+        states = (cache or self.new_cache(layout.num_sequences)).entries[0]["state"]
         outputs, last = [], []
         for row, (start, length) in enumerate(zip(layout.starts, layout.lengths, strict=True)):
             state = states[row]
@@ -48,7 +38,7 @@ class RecurrentModel(nn.Module):
                 outputs.append(self.dropout(state))
             last.append(state)
         if cache is not None:
-            cache.state = torch.stack(last)
+            cache.entries[0]["state"] = torch.stack(last)
         return torch.stack(outputs)
 
 

@@ -14,6 +14,7 @@ def request(prompt, name="r", k=1, **params):
 @torch.no_grad()
 def naive(model, prompt, params, sample=0):
     """One token at a time, no cache, no batch."""
+    from perilune.engine.distribution import Truncation
     from perilune.engine.sampling import counter_uniforms, sample_keys, sample_tokens
 
     tokens, logprobs = list(prompt), []
@@ -22,7 +23,7 @@ def naive(model, prompt, params, sample=0):
     for position in range(params.max_new_tokens):
         hidden = model.hidden(torch.tensor(tokens), torch.tensor([0, len(tokens)]))
         uniform = counter_uniforms(key, torch.tensor([position]))
-        truncation = (torch.tensor([params.top_p]), torch.tensor([params.top_k]))
+        truncation = Truncation(*(torch.tensor([value]) for value in (params.top_p, params.top_k, params.min_p)))
         token, logprob = sample_tokens(
             hidden[-1:] @ model.output_weight.T, torch.tensor([params.temperature]), uniform, truncation
         )
@@ -94,13 +95,9 @@ def test_ended_rows_leave_and_waiting_prompts_join(model):
     assert decoded <= sum(lengths) + 3
 
 
-def test_ended_rows_wait_until_they_are_an_eighth_of_the_batch(model):
-    requests = [request([1], str(i), max_new_tokens=2 if i < 3 else 6) for i in range(32)]
-    Engine(model).generate(requests)
-    assert [len(call) for call in model.calls[1:]] == [32] * 5
-    model.calls.clear()
-    Engine(model).generate([request([1], str(i), max_new_tokens=2 if i < 4 else 6) for i in range(32)])
-    assert [len(call) for call in model.calls[1:]] == [32] + [28] * 4
+def test_ended_rows_leave_at_once(model):
+    Engine(model).generate([request([1], str(i), max_new_tokens=2 if i < 3 else 6) for i in range(32)])
+    assert [len(call) for call in model.calls[1:]] == [32] + [29] * 4
 
 
 def test_a_context_limit_ends_a_response(model):

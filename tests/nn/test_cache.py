@@ -64,7 +64,8 @@ def test_lengths_are_known_on_the_host():
 
 def test_push_returns_views_of_what_is_held():
     entry = token_entry((2, 4))
-    values, _ = entry.push(torch.tensor([[7.0], [8.0]]), -torch.tensor([[7.0], [8.0]])[:, None].expand(2, 2, 1))
+    entry.push(torch.tensor([[7.0], [8.0]]), -torch.tensor([[7.0], [8.0]])[:, None].expand(2, 2, 1))
+    values, _ = entry.views()
     assert values.shape == (2, 5, 1)
     assert entry.lengths.tolist() == [3, 5]
     assert values[0, 2] == 7
@@ -75,7 +76,8 @@ def test_unused_places_are_finite():
     entry = token_entry((1, 90))
     entry.reorder(torch.tensor([0, 1, 0]))
     entry.append(token_entry((2,)))
-    values, _ = entry.push(torch.zeros(4, 1), torch.zeros(4, 2, 1))
+    entry.push(torch.zeros(4, 1), torch.zeros(4, 2, 1))
+    values, _ = entry.views()
     assert torch.isfinite(values).all()
 
 
@@ -145,7 +147,8 @@ def test_truncation_takes_the_last_tokens_back():
     assert rows_of(entry) == [expected[0], expected[1][:5], []]
     assert entry.max_length == 5
     value = torch.full((3, 1), 7.0)
-    values, _ = entry.push(value, -value[:, None].expand(3, 2, 1))
+    entry.push(value, -value[:, None].expand(3, 2, 1))
+    values, _ = entry.views()
     assert values.shape == (3, 6, 1)
     assert rows_of(entry) == [[*expected[0], 7], [*expected[1][:5], 7], [7]]
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from perilune.nn import Rotary
+from perilune.nn import Rotary, rotate
 from tests.nn.helpers import CONFIGS, make_mixer, packed_input
 
 
@@ -27,7 +27,7 @@ def test_layer_equals_equations(name):
         )
     if config.use_rope:
         rotary = Rotary.build(config.head_dim, config.rope)
-        q, k = (rotary.turn(t, torch.arange(8)) for t in (q, k))
+        q, k = (rotate(t, rotary.turns(torch.arange(8), t.dtype)) for t in (q, k))
     group = config.num_heads // config.kv_heads
     heads, largest = [], []
     for h in range(config.num_heads):

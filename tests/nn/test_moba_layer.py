@@ -16,8 +16,10 @@ from perilune.nn import (
     MoBAttention,
     Rotary,
     initialize,
+    rotate,
     zero_key_convs,
 )
+from perilune.nn.block_entry import close_blocks
 from perilune.nn.config import KEY_CONV_REWIND
 from perilune.ops.layout import SequenceLayout
 from perilune.ops.moba import moba_attention, routing
@@ -49,7 +51,8 @@ def test_layer_equals_equations(name):
         k = k + F.silu(F.conv1d(past[None], layer.k_conv.weight, groups=k.shape[1]))[0].T
     q, k, v = (t.view(27, -1, config.head_dim) for t in (q, k, v))
     if config.use_rope:
-        q, k = (Rotary.build(config.head_dim, config.rope).turn(t, torch.arange(27)) for t in (q, k))
+        turns = Rotary.build(config.head_dim, config.rope).turns(torch.arange(27), q.dtype)
+        q, k = rotate(q, turns), rotate(k, turns)
     heads, largest = [], []
     for h in range(config.num_heads):
         kv = h // (config.num_heads // config.full.kv_heads)
@@ -181,7 +184,7 @@ def test_steps_inside_blocks_do_not_ask_the_device():
     token = torch.empty(2, config.full.kv_heads, config.head_dim, device="meta")
     for _ in range(config.moba_chunk_size - 1):
         cache.tokens.push(token, token)
-        cache.close_blocks(torch.float32)
+        close_blocks(cache, torch.float32)
     assert cache.means.max_length == 0
 
 

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from perilune.nn import RopeConfig, Rotary
+from perilune.nn import RopeConfig, Rotary, rotate
 from perilune.nn.rope import inverse_frequencies
+from perilune.ops.layout import SequenceLayout
 
 
 def test_products_depend_on_distance_only():
@@ -16,7 +17,7 @@ def test_products_depend_on_distance_only():
     positions = torch.arange(0, 5000, 17)
 
     def turned(x, offset):
-        return rotary.turn(x.expand(len(positions), 1, 8), positions + offset)
+        return rotate(x.expand(len(positions), 1, 8), rotary.turns(positions + offset, x.dtype))
 
     products = (turned(q, 3) * turned(k, 0)).sum((1, 2))
     torch.testing.assert_close(products, products[:1].expand_as(products))
@@ -25,7 +26,7 @@ def test_products_depend_on_distance_only():
 def test_pairs_are_adjacent_channels():
     rotary = Rotary.build(4, RopeConfig(theta=4.0))
     x = torch.tensor([[[1.0, 0.0, 1.0, 0.0]]], dtype=torch.float64)
-    y = rotary.turn(x, torch.tensor([2]))
+    y = rotate(x, rotary.turns(torch.tensor([2]), x.dtype))
     expected = [math.cos(2), math.sin(2), math.cos(1), math.sin(1)]
     torch.testing.assert_close(y.flatten(), torch.tensor(expected, dtype=torch.float64))
 
@@ -80,3 +81,17 @@ def test_bad_scaling_is_refused():
         RopeConfig(scaling="ntk")
     with pytest.raises(ValueError, match="beta_fast must be > beta_slow"):
         RopeConfig(scaling="llama3", beta_fast=1.0)
+
+
+def test_what_layers_share_is_what_each_would_compute():
+    rotary, other = Rotary.build(8, RopeConfig()), Rotary.build(8, RopeConfig(theta=50.0))
+    layout = SequenceLayout.from_lengths([3])
+    x, y = torch.randn(2, 3, 2, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for positions in (torch.tensor([0, 1, 2]), torch.tensor([5, 6, 7])):
+            for one in (rotary, other, rotary):
+                expected = [rotate(t, one.turns(positions, t.dtype)) for t in (x, y)]
+                for found, wanted in zip(one.turn(positions, layout, x, y), expected, strict=True):
+                    assert torch.equal(found, wanted)
+    assert rotary.turn(positions, layout, x)[0].requires_grad is False
+    assert len(layout.shared) == 2

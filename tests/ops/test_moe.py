@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from perilune.errors import BackendError
 from perilune.ops import Routing, balance_bias_update, moe_experts, route, routed_scaling_factor
 from perilune.seeding import make_generator
 from tests.helpers import assert_close
@@ -111,17 +112,40 @@ def test_experts_equal_reference_with_gradients(num_tokens, num_experts, top_k):
 
 
 # three chained products of rounded operands
-@pytest.mark.parametrize(("dtype", "ratio"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
-def test_lower_precision_stays_near_float64(dtype, ratio):
+@pytest.mark.parametrize(
+    ("dtype", "ratio", "backend"),
+    [(torch.float32, 1e-6, "torch"), (torch.bfloat16, 2e-2, "torch"), (torch.bfloat16, 2e-2, "grouped")],
+)
+def test_lower_precision_stays_near_float64(dtype, ratio, backend):
     x, experts = randn(50, 16, dtype=dtype), make_experts(4, 16, 8, dtype)
     routing = route(randn(50, 4, seed=3, dtype=torch.float32), torch.zeros(4), top_k=2)
     exact = Routing(indices=routing.indices, weights=routing.weights.double(), load=routing.load)
     expected = run_with_gradients("reference", x.double(), exact, tuple(w.double() for w in experts))
-    got = run_with_gradients("torch", x, routing, experts)
+    got = run_with_gradients(backend, x, routing, experts)
     assert got["y"].dtype == dtype
     assert got["dweights"].dtype == torch.float32
     for name, reference in expected.items():
         assert_close(name, reference, got[name].double(), ratio)
+
+
+def test_grouped_products_take_idle_experts_and_no_tokens():
+    experts = make_experts(4, 16, 8, torch.bfloat16)
+    for num_tokens in (0, 3):
+        x = randn(num_tokens, 16, dtype=torch.bfloat16)
+        logits = torch.tensor([[5.0, 4.0, -5.0, -6.0]]).expand(num_tokens, 4)
+        routing = route(logits, torch.zeros(4), top_k=2)
+        got = run_with_gradients("grouped", x, routing, experts)
+        assert_close("y", run_with_gradients("reference", x, routing, experts)["y"], got["y"], 2e-2)
+        assert not got["dgate_up"][2:].any()
+
+
+def test_grouped_products_say_what_they_do_not_take():
+    routing = route(torch.zeros(2, 3), torch.zeros(3), top_k=1)
+    x = randn(2, 16, dtype=torch.float32)
+    with pytest.raises(BackendError, match=r"'grouped' takes bfloat16, got torch\.float32; use 'torch'"):
+        moe_experts(x, routing, *make_experts(3, 16, 8, torch.float32), backend="grouped")
+    with pytest.raises(BackendError, match="needs widths that 8 divides, got d=16 and f=3"):
+        moe_experts(x.bfloat16(), routing, *make_experts(3, 16, 3, torch.bfloat16), backend="grouped")
 
 
 def test_gradcheck_through_router_and_experts():

@@ -5,21 +5,11 @@ import torch
 from torch import nn
 
 from perilune.engine import Engine
+from perilune.nn import HybridCache
 from perilune.ops import as_layout
 from perilune.rl import NativeRolloutEngine, Prompt, Score
 
 VOCAB = 24
-
-
-class NoCache:
-    def __init__(self, num_sequences):
-        self.num_sequences = num_sequences
-
-    def reorder(self, index):
-        self.num_sequences = index.numel()
-
-    def append(self, other):
-        self.num_sequences += other.num_sequences
 
 
 class BigramModel(nn.Module):
@@ -32,7 +22,7 @@ class BigramModel(nn.Module):
         self.output_weight = nn.Parameter((torch.randn(VOCAB, 32, generator=generator) * 0.05).to(dtype))
 
     def new_cache(self, num_sequences):
-        return NoCache(num_sequences)
+        return HybridCache([], torch.zeros(num_sequences, dtype=torch.int64))
 
     def hidden(self, tokens, cu_seqlens, cache=None, *, prompt_lengths=None):
         as_layout(cu_seqlens, tokens)

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, int32, int64
 
 from perilune.errors import BackendError
 from perilune.ops.attention.decode import decode_attention_torch
 from perilune.ops.attention.flash import flash_obstacle, varlen_attention_flash
+from perilune.ops.attention.paged import PagePlan, paged_decode_attention_reference, paged_decode_attention_torch
 from perilune.ops.attention.reference import decode_attention_reference, varlen_attention_reference
 from perilune.ops.attention.torch import varlen_attention_torch
-from perilune.ops.backends import HALF_TYPES, note_slower
+from perilune.ops.backends import HALF_TYPES, note_slower, triton_is_default, triton_obstacle
 from perilune.ops.layout import SequenceLayout, as_layout
 from perilune.ops.precision import follow_autocast
 
-__all__ = ["decode_attention", "varlen_attention"]
+__all__ = ["PagePlan", "decode_attention", "paged_decode_attention", "varlen_attention"]
 
 Backend = Literal["auto", "reference", "torch"]
 VarlenBackend = Literal["auto", "reference", "torch", "flash"]
+PagedBackend = Literal["auto", "reference", "torch", "triton"]
 
 
 def varlen_attention(
@@ -126,6 +129,108 @@ def decode_attention(
             return decode_attention_reference(q, keys, values, lengths, factor)
         case _:
             raise ValueError(f"decode_attention: backend must be 'auto', 'reference' or 'torch', got {backend!r}")
+
+
+def paged_decode_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float | None = None,
+    plan: PagePlan | None = None,
+    backend: PagedBackend = "auto",
+) -> Tensor:
+    """`decode_attention` over keys that lie in pages of B tokens, which rows may share.
+
+    Token t of row n is at place t % B of page `tables[n, t // B]`.
+
+    Args:
+        q: `[N, H, Dk]`, floating.
+        keys: `[P, B, Hkv, Dk]`, q's dtype; Hkv divides H. Pages laid out head by head (`[P, Hkv, B, Dk]` transposed)
+            are read without a copy. Places that no row holds are ignored but must be finite.
+        values: `[P, B, Hkv, Dv]`, q's dtype; may be a view into `keys`. Unheld places as for `keys`.
+        tables: `[N, M]` int32, pages of each row; what lies behind a row's last page is ignored but must be in [0, P).
+        lengths: `[N]` int64 or int32, in [0, M B]; a row of length 0 gives zeros.
+        scale: factor of the logits; None means Dk ** -0.5.
+        plan: `PagePlan.build(tables, lengths, B)`, to be shared by the layers of a step: on a CPU it saves copying
+            pages, and the order in which a row's pages are added up is then that of memory. A GPU does not read it.
+        backend: "reference" is a slow loop; "torch" is batched; "triton" reads pages where they are, on a GPU; "auto"
+            is "triton" there and "torch" elsewhere.
+
+    Returns:
+        o `[N, H, Dv]` in q's dtype. Logits and softmax are float32 at least; "triton" rounds probabilities to q's dtype
+        before they meet the values.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, a table or a length is out of range (not checked on a GPU or with a
+            plan), or an unknown backend.
+        BackendError: "triton" cannot serve the call.
+
+    Source: PagedAttention (2309.06180), section 4.1; absorbed decoding: DeepSeek-V2 (2405.04434), section 2.1.
+    """
+    _check_paged(q, keys, values, tables, lengths)
+    if plan is None:
+        _check_tables(tables, lengths, keys.shape[:2])
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    if backend == "auto":
+        backend = (
+            "triton"
+            if triton_is_default("paged_decode_attention", q, keys, obstacle=_strided(keys, values))
+            else "torch"
+        )
+    match backend:
+        case "triton":
+            obstacle = triton_obstacle(q, keys) or _strided(keys, values)
+            if obstacle is not None:
+                raise BackendError(f"paged_decode_attention: backend 'triton' {obstacle}; use 'torch'")
+            from perilune.ops.attention.paged_triton import paged_decode_attention_triton
+
+            return paged_decode_attention_triton(q, keys, values, tables, lengths, factor)
+        case "torch":
+            return paged_decode_attention_torch(q, keys, values, tables, lengths, factor, plan)
+        case "reference":
+            return paged_decode_attention_reference(q, keys, values, tables, lengths, factor)
+        case _:
+            known = "'auto', 'reference', 'torch' or 'triton'"
+            raise ValueError(f"paged_decode_attention: backend must be {known}, got {backend!r}")
+
+
+def _strided(keys: Tensor, values: Tensor) -> str | None:
+    """Say that channels are not side by side, as the end of "backend 'triton' ..."; None if they are."""
+    apart = [name for name, x in (("keys", keys), ("values", values)) if x.stride(-1) != 1 and x.shape[-1] > 1]
+    return f"needs the channels of {' and '.join(apart)} side by side" if apart else None
+
+
+def _check_paged(q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor) -> None:
+    op = "paged_decode_attention"
+    if q.ndim != 3 or keys.ndim != 4 or values.ndim != 4:
+        raise ValueError(
+            f"{op}: q must be [N, H, Dk] and keys, values [P, B, Hkv, D], got {tuple(q.shape)}, {tuple(keys.shape)}, "
+            f"{tuple(values.shape)}"
+        )
+    _check_common(op, q, keys, values)
+    if keys.shape[:3] != values.shape[:3]:
+        raise ValueError(f"{op}: keys {tuple(keys.shape)} and values {tuple(values.shape)} must agree on P, B and Hkv")
+    if tables.ndim != 2 or tables.dtype != int32 or tables.shape[0] != q.shape[0] or lengths.shape != q.shape[:1]:
+        raise ValueError(
+            f"{op}: tables must be [N, M] int32 and lengths [N] with N={q.shape[0]}, got {tables.dtype} of shape "
+            f"{tuple(tables.shape)} and {tuple(lengths.shape)}"
+        )
+    if lengths.dtype not in (int32, int64):
+        raise ValueError(f"{op}: lengths must be int32 or int64, got {lengths.dtype}")
+
+
+def _check_tables(tables: Tensor, lengths: Tensor, pool: Sequence[int]) -> None:
+    """Check values for a pool of (P, B); a plan has been made of them already, and a GPU would be waited for."""
+    if not lengths.numel() or lengths.device.type != "cpu":
+        return
+    num_pages, longest = pool[0], tables.shape[1] * pool[1]
+    if not 0 <= int(lengths.min()) <= int(lengths.max()) <= longest:
+        raise ValueError(f"paged_decode_attention: lengths must be in [0, {longest}], got {lengths.tolist()}")
+    if tables.numel() and not 0 <= int(tables.min()) <= int(tables.max()) < num_pages:
+        raise ValueError(f"paged_decode_attention: tables must name pages in [0, {num_pages}), got {tables.tolist()}")
 
 
 def _check_varlen(q: Tensor, k: Tensor, v: Tensor) -> None:

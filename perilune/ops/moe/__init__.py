@@ -6,15 +6,19 @@ from typing import Literal
 
 from torch import Tensor
 
+from perilune.errors import BackendError
+from perilune.ops.backends import note_slower
 from perilune.ops.moe.balance import balance_bias_update, routed_scaling_factor
+from perilune.ops.moe.grouped import grouped_obstacle, moe_experts_grouped
 from perilune.ops.moe.reference import moe_experts_reference, route_reference
 from perilune.ops.moe.routing import Routing, route_torch
 from perilune.ops.moe.torch import moe_experts_torch
 from perilune.ops.precision import follow_autocast
 
-__all__ = ["Routing", "balance_bias_update", "moe_experts", "route", "routed_scaling_factor"]
+__all__ = ["Routing", "balance_bias_update", "grouped_obstacle", "moe_experts", "route", "routed_scaling_factor"]
 
 Backend = Literal["auto", "reference", "torch"]
+ExpertsBackend = Literal["auto", "reference", "torch", "grouped"]
 
 
 def route(
@@ -69,7 +73,9 @@ def route(
             raise ValueError(f"route: backend must be 'auto', 'reference' or 'torch', got {backend!r}")
 
 
-def moe_experts(x: Tensor, routing: Routing, w_gate_up: Tensor, w_down: Tensor, *, backend: Backend = "auto") -> Tensor:
+def moe_experts(
+    x: Tensor, routing: Routing, w_gate_up: Tensor, w_down: Tensor, *, backend: ExpertsBackend = "auto"
+) -> Tensor:
     """Send each token through its experts and sum their weighted outputs; no token is dropped.
 
     y_t = sum_k w_tk W_down,e (silu(W_gate,e x_t) * (W_up,e x_t)) with e = indices[t, k].
@@ -79,7 +85,8 @@ def moe_experts(x: Tensor, routing: Routing, w_gate_up: Tensor, w_down: Tensor, 
         routing: of the same T tokens to E experts.
         w_gate_up: `[E, 2f, d]`, gate rows first, x's dtype.
         w_down: `[E, d, f]`, x's dtype.
-        backend: "reference" loops over tokens; "torch" and "auto" sort tokens by expert.
+        backend: "reference" loops over tokens; "torch" sorts tokens by expert and has one product for each; "grouped"
+            has one for all (bfloat16); "auto" is "grouped" on a GPU where it takes the call, else "torch".
 
     Returns:
         y `[T, d]` in x's dtype; under autocast everything is brought to its dtype first. Gradients reach x,
@@ -87,18 +94,31 @@ def moe_experts(x: Tensor, routing: Routing, w_gate_up: Tensor, w_down: Tensor, 
 
     Raises:
         ValueError: shapes or dtypes do not fit, or an unknown backend.
+        BackendError: "grouped" cannot serve the call.
 
     Source: Kimi Linear, section 4 (MoE).
     """
     x, w_gate_up, w_down = follow_autocast(x, w_gate_up, w_down)
     _check_experts(x, routing, w_gate_up, w_down)
+    arguments = (x, routing.weights, routing.indices, routing.load, w_gate_up, w_down)
     match backend:
-        case "auto" | "torch":
-            return moe_experts_torch(x, routing.weights, routing.indices, routing.load, w_gate_up, w_down)
+        case "auto":
+            obstacle = grouped_obstacle(x.dtype, w_down)
+            if x.is_cuda and obstacle is not None:
+                note_slower("moe_experts", "torch", f"'grouped' {obstacle}")
+            return (moe_experts_grouped if x.is_cuda and obstacle is None else moe_experts_torch)(*arguments)
+        case "grouped":
+            obstacle = grouped_obstacle(x.dtype, w_down)
+            if obstacle is not None:
+                raise BackendError(f"moe_experts: backend 'grouped' {obstacle}; use 'torch'")
+            return moe_experts_grouped(*arguments)
+        case "torch":
+            return moe_experts_torch(*arguments)
         case "reference":
             return moe_experts_reference(x, routing, w_gate_up, w_down)
         case _:
-            raise ValueError(f"moe_experts: backend must be 'auto', 'reference' or 'torch', got {backend!r}")
+            known = "'auto', 'grouped', 'reference' or 'torch'"
+            raise ValueError(f"moe_experts: backend must be {known}, got {backend!r}")
 
 
 def _check_route(logits: Tensor, bias: Tensor, top_k: int, num_groups: int, topk_groups: int) -> None:

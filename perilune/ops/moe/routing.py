@@ -68,5 +68,12 @@ def route_torch(
     weights = (choice if weight_includes_bias else scores).gather(1, indices)
     if renormalize:
         weights = weights / (weights.sum(-1, keepdim=True) + RENORMALIZE_EPS)
-    load = torch.bincount(indices.flatten(), minlength=logits.shape[1])
+    load = _count(indices.flatten(), logits.shape[1])
     return Routing(indices=indices, weights=weights * scale, load=load)
+
+
+def _count(experts: Tensor, num_experts: int) -> Tensor:
+    """`[E]` int64, how often each expert is named; on a GPU without asking it for anything, as bincount would."""
+    if not experts.is_cuda:
+        return torch.bincount(experts, minlength=num_experts)
+    return experts.new_zeros(num_experts).scatter_add_(0, experts, torch.ones_like(experts))

@@ -1,0 +1,318 @@
+"""The engine behind a server: one thread steps it, asynchronous readers take what it brings them."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from perilune.engine.engine import Engine
+from perilune.engine.requests import EngineStats, FinishReason, Request, SampledToken
+from perilune.engine.tickets import StepOutput
+from perilune.errors import EngineBusyError, EngineError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """New tokens of one sample."""
+
+    sample: int
+    """Index among the samples of the request."""
+    tokens: tuple[SampledToken, ...]
+    """In order; a reader who comes late gets several at once."""
+    finish_reason: FinishReason | None
+    """Set on the sample's last chunk; at "error" there may be no token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceStats:
+    """What a service is doing."""
+
+    engine: EngineStats
+    """As of the last step."""
+    requests: int
+    """Requests that have been accepted and have not ended."""
+    is_draining: bool
+    """Whether new requests are refused."""
+    error: str | None
+    """What ended the loop, if it failed."""
+
+
+class ResponseStream:
+    """The response to one request, as an asynchronous iterator of chunks.
+
+    What is not read yet waits here, at most the response itself, and never holds the engine up.
+    """
+
+    def __init__(self, num_samples: int, cancel: Callable[[ResponseStream], None]) -> None:
+        """Wait for `num_samples` samples; made by `EngineService.submit`."""
+        self._loop = asyncio.get_running_loop()
+        self._cancel = cancel
+        self._tokens: dict[int, list[SampledToken]] = {}
+        self._reasons: dict[int, FinishReason] = {}
+        self._left = num_samples
+        self._error: EngineError | None = None
+        self._is_canceled = False
+        self._news = asyncio.Event()
+        self.cached_tokens = 0
+        """Tokens of the prompt that were in the cache already; known with the first chunk."""
+
+    def cancel(self) -> None:
+        """Stop the generation and the iteration; safe to call at any time, also after the end."""
+        if not self._is_canceled:
+            self._is_canceled = True
+            self._tokens.clear()
+            self._reasons.clear()
+            self._news.set()
+            self._cancel(self)
+
+    def __aiter__(self) -> AsyncIterator[Chunk]:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        while True:
+            if self._is_canceled:
+                raise StopAsyncIteration
+            if self._tokens or self._reasons:
+                return self._next_chunk()
+            if self._error is not None:
+                raise self._error
+            if not self._left:
+                raise StopAsyncIteration
+            self._news.clear()
+            try:
+                await self._news.wait()
+            except asyncio.CancelledError:
+                self.cancel()
+                raise
+
+    def _next_chunk(self) -> Chunk:
+        sample = next(iter(self._tokens or self._reasons))
+        tokens, reason = self._tokens.pop(sample, []), self._reasons.pop(sample, None)
+        self._left -= reason is not None
+        return Chunk(sample=sample, tokens=tuple(tokens), finish_reason=reason)
+
+    def put(self, output: StepOutput) -> None:
+        """Take an output of the engine; in the reader's event loop."""
+        if self._is_canceled:
+            return
+        self.cached_tokens = output.cached_tokens
+        if output.token is not None:
+            self._tokens.setdefault(output.sample, []).append(output.token)
+        if output.completion is not None:
+            self._reasons[output.sample] = output.completion.finish_reason
+        self._news.set()
+
+    def fail(self, error: EngineError) -> None:
+        """End with an error, after what has come before; in the reader's event loop."""
+        self._error = error
+        self._news.set()
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The reader's event loop."""
+        return self._loop
+
+
+class EngineService:
+    """Owns an engine's loop: `submit` from one event loop, everything else happens in a thread.
+
+    >>> import asyncio
+    >>> from perilune.engine import SamplingParams
+    >>> from perilune.models import PRESETS, build_model
+    >>> async def main() -> int:
+    ...     async with EngineService(Engine(build_model(PRESETS["smoke"], seed=0))) as service:
+    ...         stream = service.submit(Request(prompt_ids=[1, 2], params=SamplingParams(max_new_tokens=3)))
+    ...         return sum([len(chunk.tokens) async for chunk in stream])
+    >>> asyncio.run(main())
+    3
+    """
+
+    def __init__(self, engine: Engine, *, max_waiting: int = 256) -> None:
+        """Use `engine`, which nobody else may use from now on.
+
+        Args:
+            engine: serves all requests.
+            max_waiting: most samples that wait for a row; beyond it requests are refused.
+
+        Raises:
+            EngineError: `max_waiting` is negative.
+        """
+        if max_waiting < 0:
+            raise EngineError(f"max_waiting must be >= 0, got {max_waiting}")
+        self._engine = engine
+        self._max_waiting = max_waiting
+        self._condition = threading.Condition()
+        self._commands: deque[Callable[[], None]] = deque()
+        self._streams: dict[int, ResponseStream] = {}
+        self._open: dict[ResponseStream, int] = {}
+        self._keys: dict[ResponseStream, int] = {}
+        self._stats = engine.stats()
+        self._error: EngineError | None = None
+        self._is_draining = self._is_stopping = False
+        self._thread = threading.Thread(target=self._run, name="perilune-engine", daemon=True)
+
+    async def __aenter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._is_draining = True
+        with self._condition:
+            self._is_stopping = True
+            self._condition.notify()
+        await asyncio.to_thread(self._thread.join)
+
+    def submit(self, request: Request) -> ResponseStream:
+        """Accept a request; to be called in an event loop.
+
+        Returns:
+            The response; reading it is up to the caller, who cancels it if nobody will.
+
+        Raises:
+            EngineBusyError: too many requests wait, or the service is being shut down; another time may do.
+            EngineError: the request is invalid, or the engine has failed.
+        """
+        self._engine.check(request)
+        if self._error is not None:
+            raise self._error
+        if self._is_draining or not self._thread.is_alive():
+            raise EngineBusyError("the engine is shutting down" if self._is_draining else "the engine is not running")
+        limit = self._max_waiting + self._engine.options.max_batch
+        stream = ResponseStream(request.num_samples, self._cancel)
+        with self._condition:
+            accepted = sum(self._open.values())
+            if accepted and accepted + request.num_samples > limit:
+                raise EngineBusyError(
+                    f"{accepted} responses are being written or wait and {request.num_samples} more were asked for; "
+                    f"the engine takes {limit}"
+                )
+            self._open[stream] = request.num_samples
+        self._command(lambda: self._add(stream, request))
+        return stream
+
+    def stats(self) -> ServiceStats:
+        """What the service is doing; from any thread."""
+        return ServiceStats(
+            engine=self._stats,
+            requests=len(self._open),
+            is_draining=self._is_draining,
+            error=None if self._error is None else str(self._error),
+        )
+
+    def weights_updated(self) -> None:
+        """See `Engine.weights_updated`; takes effect between two steps."""
+        self._command(self._engine.weights_updated)
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests and wait for the accepted ones.
+
+        Args:
+            timeout_s: longest wait; what is not done then is canceled.
+
+        Returns:
+            Whether all have ended by themselves.
+        """
+        self._is_draining = True
+        loop = asyncio.get_running_loop()
+        end = loop.time() + timeout_s
+        while self._open and self._error is None and loop.time() < end:
+            await asyncio.sleep(min(0.01, timeout_s))
+        with self._condition:
+            left = list(self._open)
+        for stream in left:
+            stream.cancel()
+        return not left
+
+    def _cancel(self, stream: ResponseStream) -> None:
+        self._close(stream)
+        self._command(lambda: self._remove(stream))
+
+    def _command(self, command: Callable[[], None]) -> None:
+        with self._condition:
+            self._commands.append(command)
+            self._condition.notify()
+
+    def _run(self) -> None:
+        """The thread: commands, then a step, as long as there is work; sleeps when there is none."""
+        try:
+            while self._wait():
+                while self._commands:
+                    self._commands.popleft()()
+                if self._engine.has_work:
+                    self._deliver(self._engine.step())
+                self._stats = self._engine.stats()
+        except Exception as error:
+            # whatever it is, readers must not wait for ever
+            self._error = EngineError(f"the engine has failed: {type(error).__name__}: {error}")
+            self._error.__cause__ = error
+            self._abandon(self._error)
+
+    def _wait(self) -> bool:
+        """Sleep until there is something to do; False when the service is left."""
+        with self._condition:
+            while not (self._commands or self._engine.has_work or self._is_stopping):
+                self._condition.wait()
+        if self._is_stopping:
+            self._abandon(EngineError("the engine was shut down before the response was finished"))
+        return not self._is_stopping
+
+    def _add(self, stream: ResponseStream, request: Request) -> None:
+        key = self._engine.add(request)
+        self._streams[key], self._keys[stream] = stream, key
+
+    def _remove(self, stream: ResponseStream) -> None:
+        key = self._keys.pop(stream, None)
+        if key is not None:
+            self._engine.cancel(key)
+            self._streams.pop(key, None)
+
+    def _deliver(self, outputs: list[StepOutput]) -> None:
+        """Hand outputs to their streams, with one wake-up per event loop."""
+        batches: dict[asyncio.AbstractEventLoop, list[tuple[ResponseStream, StepOutput]]] = {}
+        for output in outputs:
+            stream = self._streams.get(output.key)
+            if stream is None:
+                continue
+            batches.setdefault(stream.loop, []).append((stream, output))
+            if output.is_last:
+                del self._streams[output.key], self._keys[stream]
+        for loop, batch in batches.items():
+            _call(loop, lambda batch=batch: self._put(batch))
+
+    def _put(self, batch: list[tuple[ResponseStream, StepOutput]]) -> None:
+        for stream, output in batch:
+            stream.put(output)
+            if output.is_last:
+                self._close(stream)
+
+    def _close(self, stream: ResponseStream) -> None:
+        with self._condition:
+            self._open.pop(stream, None)
+
+    def _abandon(self, error: EngineError) -> None:
+        """Give back what the engine holds, and end every response with an error."""
+        try:
+            for key in list(self._streams):
+                self._engine.cancel(key)
+            self._streams.clear()
+            self._keys.clear()
+            self._stats = self._engine.stats()
+        finally:
+            with self._condition:
+                streams = list(self._open)
+                self._open.clear()
+            for stream in streams:
+                _call(stream.loop, lambda stream=stream: stream.fail(error))
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
+    """Call in an event loop, unless its readers are gone with it."""
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(function)

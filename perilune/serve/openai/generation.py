@@ -1,0 +1,119 @@
+"""An answer in the making: the engine's stream, read, measured, and given back when nobody wants it any more."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncGenerator, Sequence
+
+from perilune.errors import EngineBusyError, EngineError
+from perilune.serve.openai.errors import ApiError
+from perilune.serve.openai.metrics import Metrics
+from perilune.serve.openai.reading import AnswerPiece
+from perilune.serve.openai.requests import Job
+from perilune.serve.openai.service import GenerationService, TokenStream
+
+logger = logging.getLogger(__name__)
+
+RETRY_AFTER_S = 1
+
+
+class Generation:
+    """The answers to one prompt."""
+
+    def __init__(self, job: Job, stream: TokenStream, metrics: Metrics) -> None:
+        self.job = job
+        self._stream, self._metrics = stream, metrics
+        self._begun = time.monotonic()
+        self._is_over = False
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.job.request.prompt_ids)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Those that were in the cache."""
+        return self._stream.cached_tokens
+
+    async def pieces(self) -> AsyncGenerator[tuple[int, list[AnswerPiece]], None]:
+        """Yield the pieces of each sample as they come, and an empty list with its end.
+
+        Raises:
+            ApiError: 500, the model failed.
+        """
+        first: float | None = None
+        unfinished = len(self.job.readers)
+        try:
+            async for chunk in self._stream:
+                now = time.monotonic()
+                if first is None:
+                    first = now
+                    self._metrics.first_token(now - self._begun)
+                    self._metrics.prompt(self.prompt_tokens, self.cached_tokens)
+                reader = self.job.readers[chunk.sample]
+                if reader.finish_reason is not None:
+                    continue
+                pieces = reader.feed(chunk.tokens, chunk.finish_reason)
+                if pieces:
+                    yield chunk.sample, pieces
+                if reader.finish_reason is not None:
+                    self._metrics.finished(reader.finish_reason, reader.num_tokens, now - first)
+                    yield chunk.sample, []
+                    unfinished -= 1
+                    if not unfinished:
+                        return
+        except EngineError as error:
+            logger.warning("request %s failed: %s", self.job.request.id, error)
+            raise ApiError(500, str(error), code="engine_error") from error
+        finally:
+            self.cancel()
+
+    async def whole(self) -> list[list[AnswerPiece]]:
+        """Return all pieces of each sample.
+
+        Raises:
+            ApiError: 500, the model failed.
+        """
+        found: list[list[AnswerPiece]] = [[] for _ in self.job.readers]
+        async for sample, pieces in self.pieces():
+            found[sample] += pieces
+        return found
+
+    def cancel(self) -> None:
+        """Free what it holds; more than once does no harm."""
+        if self._is_over:
+            return
+        self._is_over = True
+        for reader in self.job.readers:
+            if reader.finish_reason is None:
+                self._metrics.finished("canceled", reader.num_tokens, 0.0)
+        self._stream.cancel()
+
+
+def submit_all(service: GenerationService, jobs: Sequence[Job], metrics: Metrics) -> list[Generation]:
+    """Give jobs to the engine: all of them or none.
+
+    Raises:
+        ApiError: 429, too many requests wait; 400, one cannot be served; 503, the engine has failed.
+    """
+    taken: list[Generation] = []
+    try:
+        for job in jobs:
+            stream = service.submit(job.request)
+            taken.append(Generation(job, stream, metrics))
+    except EngineBusyError as error:
+        _give_up(taken)
+        raise ApiError(429, str(error), code="busy", retry_after_s=RETRY_AFTER_S) from error
+    except EngineError as error:
+        _give_up(taken)
+        if service.stats().error is not None:
+            raise ApiError(503, str(error), code="engine_failed") from error
+        raise ApiError(400, str(error), code="invalid_request") from error
+    return taken
+
+
+def _give_up(taken: Sequence[Generation]) -> None:
+    for one in taken:
+        one.cancel()

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from perilune.serve.openai.schema import ChatBody, CompletionBody
+from tests.serve.openai.doubles import FakeService, say
+from tests.serve.openai.test_chat import client_of, events_of
+
+PATH = "/v1/completions"
+TEXT = "on its wäy"
+
+
+@pytest.fixture(scope="module")
+def service() -> FakeService:
+    return FakeService(answer=say(TEXT))
+
+
+@pytest.fixture(scope="module")
+def client(service: FakeService) -> Any:
+    return client_of(service)
+
+
+def ask(client: Any, prompt: Any = "The moon is", **fields: Any) -> tuple[int, Any]:
+    response = client.post(PATH, json={"model": "fake", "prompt": prompt, **fields})
+    return response.status_code, response.json()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        ("ab", [b"ab"]),
+        (["ab", "c"], [b"ab", b"c"]),
+        ([97, 98], [b"ab"]),
+        ([[97], [98, 99]], [b"a", b"bc"]),
+        (["ab", [99]], [b"ab", b"c"]),
+        ("<|im_end|>", [b"<|im_end|>"]),
+    ],
+)
+def test_forms_of_prompts(client: Any, service: FakeService, prompt: Any, prompts: list[bytes]) -> None:
+    service.seen.clear()
+    status, found = ask(client, prompt, n=2, max_tokens=50)
+    assert status == 200
+    assert [bytes(request.prompt_ids) for request in service.seen] == prompts
+    assert [choice["index"] for choice in found["choices"]] == list(range(2 * len(prompts)))
+    assert {choice["text"] for choice in found["choices"]} == {TEXT}
+    assert found["usage"]["prompt_tokens"] == sum(map(len, prompts))
+    assert found["usage"]["completion_tokens"] == 2 * len(prompts) * 12
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["", [], [[]], [""], [1, "a"], [1.5], [-1], [2**40], [10_000], {"a": 1}, None, [True], [["a"]], ["a"] * 65],
+)
+def test_prompts_that_are_none(client: Any, prompt: Any) -> None:
+    status, found = ask(client, prompt)
+    assert status == 400, found
+    assert found["error"]["param"].startswith("prompt")
+
+
+@pytest.mark.parametrize("fields", [{"echo": True}, {"best_of": 3}, {"suffix": "."}, {"logprobs": True}])
+def test_what_is_not_there_is_refused(client: Any, fields: Any) -> None:
+    assert ask(client, **fields)[0] == 400
+
+
+def test_null_is_as_good_as_nothing(client: Any) -> None:
+    for body, path in ((CompletionBody, PATH), (ChatBody, "/v1/chat/completions")):
+        optional = [name for name, field in body.model_fields.items() if not field.is_required()]
+        needed = {"model": "fake", "prompt": "a", "messages": [{"role": "user", "content": "a"}]}
+        response = client.post(path, json=dict.fromkeys(optional) | needed)
+        assert response.status_code == 200, response.text
+
+
+def test_text_is_left_alone(client: Any, service: FakeService) -> None:
+    service.answer = say("<think>a</think><|tool_calls_section_begin|>b")
+    assert ask(client)[1]["choices"][0]["text"] == "<think>a</think><|tool_calls_section_begin|>b"
+    service.answer = say(TEXT)
+    found = ask(client, max_tokens=2)[1]["choices"][0]
+    assert (found["text"], found["finish_reason"]) == ("on", "length")
+
+
+@pytest.mark.parametrize("stop", [None, "w", ["ä", "zz"]])
+def test_streams_add_up(client: Any, stop: Any) -> None:
+    fields = {"prompt": ["a", "b"], "n": 2, "logprobs": 1, "stop": stop, "max_tokens": 50}
+    _, whole = ask(client, **fields)
+    response = client.post(
+        PATH, json={"model": "fake", **fields, "stream": True, "stream_options": {"include_usage": True}}
+    )
+    *events, last = events_of(response.text)
+    assert last["usage"] == whole["usage"]
+    for choice in whole["choices"]:
+        parts = [event["choices"][0] for event in events if event["choices"][0]["index"] == choice["index"]]
+        assert "".join(part["text"] for part in parts) == choice["text"]
+        assert [part["finish_reason"] for part in parts if part["finish_reason"]] == [choice["finish_reason"]]
+        for key in ("tokens", "token_logprobs", "text_offset", "top_logprobs"):
+            assert [one for part in parts for one in part["logprobs"][key]] == choice["logprobs"][key]
+    logprobs = whole["choices"][0]["logprobs"]
+    assert logprobs["text_offset"][:3] == [0, 1, 2]
+    assert len(logprobs["tokens"]) == len(whole["choices"][0]["text"].encode())
+
+
+def test_all_prompts_are_taken_or_none() -> None:
+    service = FakeService(most=2)
+    client = client_of(service)
+    status, found = ask(client, ["a", "b", "c"])
+    assert (status, found["error"]["type"]) == (429, "rate_limit_error")
+    assert not service.open
+    assert ask(client, ["a", "b"])[0] == 200
+
+
+def test_models(client: Any) -> None:
+    (model,) = client.get("/v1/models").json()["data"]
+    assert (model["id"], model["object"], model["max_model_len"]) == ("fake", "model", 2000)
+    assert client.get("/v1/models/fake").json() == model
+    response = client.get("/v1/models/org/other")
+    assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
+    body = json.dumps({"model": "x", "prompt": "a"})
+    assert client.post(PATH, content=body, headers={"content-type": "application/json"}).status_code == 404
