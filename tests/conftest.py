@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 
 import pytest
 
@@ -16,10 +17,13 @@ settings.register_profile("perilune", derandomize=True, max_examples=25, deadlin
 settings.load_profile("perilune")
 
 
-def pytest_configure() -> None:
-    """Share the cores among the workers of pytest-xdist."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Share the cores among the workers of pytest-xdist, and a folder for what they compile."""
     workers = os.environ.get("PYTEST_XDIST_WORKER_COUNT")
     if workers is None:
+        folder = tempfile.TemporaryDirectory(prefix="perilune-tests-")
+        os.environ["PERILUNE_TEST_FOLDER"] = folder.name
+        config.add_cleanup(folder.cleanup)
         return
     import torch
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import hashlib
+import os
 import shutil
 import subprocess
 import tempfile
@@ -16,8 +17,11 @@ from pathlib import Path
 from torch import Tensor
 
 HEADER = Path(__file__).with_name("cuda_emulator.h")
+FOLDER = "PERILUNE_TEST_FOLDER"
+"""Variable of the environment with a folder that all workers of a test run share (tests/conftest.py)."""
+# Most of the time goes into compiling, not into running.
 FLAGS = [
-    *("-std=c++20", "-O1", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-fvisibility=hidden"),
+    *("-std=c++20", "-O0", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-fvisibility=hidden"),
     *("-fno-gnu-unique", "-fsanitize=alignment,bounds"),
 ]
 MESSAGE_BYTES = 1024
@@ -119,12 +123,17 @@ def _digest(source: Path, include: Path, texts: Sequence[str]) -> str:
 
 
 def _compile(source: Path, kernel: str, kinds: str, macros: Sequence[str], include: Path, base: Path) -> ctypes.CDLL:
-    entry, built, library = (base.with_suffix(suffix) for suffix in (".cpp", ".o", ".so"))
+    library = base.with_suffix(".so")
+    if library.exists():  # another worker's
+        return ctypes.CDLL(str(library))
+    own = base.with_name(f"{base.name}-{os.getpid()}")
+    entry, built, linked = (own.with_suffix(suffix) for suffix in (".cpp", ".o", ".so"))
     entry.write_text(_entry(source, kernel, kinds))
     includes = ["-include", str(HEADER), "-I", str(include)]
     _run(["g++", *FLAGS, "-DEMULATED", *macros, *includes, "-c", str(entry), "-o", str(built)])
     # Linked apart and without the sanitizers' library, whose reports the header takes over.
-    _run(["g++", "-shared", "-Wl,-Bsymbolic", str(built), "-o", str(library)])
+    _run(["g++", "-shared", "-Wl,-Bsymbolic", str(built), "-o", str(linked)])
+    linked.replace(library)
     return ctypes.CDLL(str(library))
 
 
@@ -154,7 +163,9 @@ def _run(command: Sequence[str]) -> None:
 
 @cache
 def _folder() -> Path:
-    """A temporary folder that lasts as long as the process."""
+    """A temporary folder that lasts as long as the test run, or as the process outside of one."""
+    if FOLDER in os.environ:
+        return Path(os.environ[FOLDER])
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
     return Path(folder.name)

@@ -19,28 +19,28 @@ PACKED = ("q", "k", "v", "g", "beta")
 ROUNDING = 1e-5
 CASES = {
     "a ragged pack with empty sequences": Case(lengths=(40, 0, 1, 33), chunk_size=32, key_dim=24, value_dim=20),
-    "raw inputs": Case(raw=True, state=False),
-    "bounded gate, grouped values": Case(raw=True, lower_bound=-5.0, groups=2),
+    "raw inputs": Case(raw=True, state=False, heads=1),
+    "bounded gate, grouped values": Case(raw=True, lower_bound=-5.0, groups=2, lengths=(17,)),
     "negative eigenvalues, chunks of 64": Case(
         raw=True, switches={"allow_neg_eigval": True}, chunk_size=64, lengths=(65, 70), heads=1
     ),
     "extreme gates": Case(gate="hundred", heads=1),
-    "masks, identical keys": Case(gate="masks_and_init", keys="identical", chunk_size=64, lengths=(100,)),
-    "spiky gates, correlated keys": Case(gate="spiky", keys="correlated", beta=0.95),
-    "nothing written": Case(beta=0.0, keys="some_zero"),
+    "masks, identical keys": Case(gate="masks_and_init", keys="identical", chunk_size=64, lengths=(100,), heads=1),
+    "spiky gates, correlated keys": Case(gate="spiky", keys="correlated", beta=0.95, heads=1),
+    "nothing written": Case(beta=0.0, keys="some_zero", heads=1),
     "one token": Case(lengths=(1,), scale=1.0),
 }
 SEGMENTED = {
-    "a ragged pack, grouped values": (Case(raw=True, lengths=(50, 0, 1, 17), groups=2, heads=1, value_dim=20), 1),
+    "a ragged pack, grouped values": (Case(raw=True, lengths=(40, 0, 1, 17), groups=2, heads=1, value_dim=20), 1),
     "slow decay": (Case(lengths=(16, 100), gate="tiny", beta=0.5, heads=1), 3),
-    "no decay, identical keys": (Case(gate="zero", keys="identical", lengths=(75,), heads=1, key_dim=24), 1),
-    "extreme gates": (Case(gate="hundred", lengths=(50,), heads=1), 1),
+    "no decay, identical keys": (Case(gate="zero", keys="identical", lengths=(55,), heads=1, key_dim=24), 1),
+    "extreme gates": (Case(gate="hundred", lengths=(40,), heads=1), 1),
     "bounded gate, negative eigenvalues": (
         Case(
             raw=True,
             lower_bound=-0.1,
             switches={"allow_neg_eigval": True},
-            lengths=(90, 17),
+            lengths=(70, 17),
             heads=1,
             state=False,
         ),
@@ -90,20 +90,31 @@ def in_segments(case: Case, tensors: dict[str, Tensor], chunks: int | None, **ch
 
 
 def assert_close_to_the_reference(
-    case: Case, tensors: dict[str, Tensor], limit: float = ROUNDING, segments: int | None = None, **changes: Any
+    case: Case,
+    tensors: dict[str, Tensor],
+    limit: float = ROUNDING,
+    segments: int | None = None,
+    saves: tuple[bool, ...] = (False, True),
+    **changes: Any,
 ) -> dict[str, Tensor]:
+    """For each way of the backward to come by the states: computed again, or saved."""
     wanted = outputs_and_gradients(case, as_dtype(tensors, torch.float64), backend="reference", **changes)
-    for save_states in (False, True):
+    for save_states in saves:
         found = in_segments(case, tensors, segments, save_states=save_states, **changes)
         errors = relative_errors(found, wanted)
         assert all(error < limit for error in errors.values()), (case, save_states, errors)
     return found
 
 
+def saves_of(number: int) -> tuple[bool, ...]:
+    """Both ways for the first case of a table, which has all shapes; one or the other for those after it."""
+    return (False, True) if number == 0 else (number % 2 == 0,)
+
+
 def check_values_and_gradients() -> None:
-    for name, case in CASES.items():
+    for number, (name, case) in enumerate(CASES.items()):
         tensors = as_dtype(case.tensors(), torch.float32)
-        assert_close_to_the_reference(case, tensors, LIMITS.get(name, ROUNDING))
+        assert_close_to_the_reference(case, tensors, LIMITS.get(name, ROUNDING), saves=saves_of(number))
 
 
 def check_without_tokens_states_pass_through() -> None:
@@ -122,7 +133,7 @@ def check_states_with_values_first() -> None:
     case = Case(raw=True, lengths=(20, 0, 13), switches={"state_v_first": True, "return_chunk_states": True})
     tensors = as_dtype(case.tensors(), torch.float32)
     tensors["initial_state"] = tensors["initial_state"].detach().transpose(2, 3).contiguous().requires_grad_()
-    assert_close_to_the_reference(case, tensors)
+    assert_close_to_the_reference(case, tensors, saves=(True,))
     found, wanted = (
         kda(**as_dtype(tensors, dtype), **case.options(), backend=backend)[2].detach()
         for backend, dtype in (("triton", torch.float32), ("reference", torch.float64))
@@ -133,14 +144,15 @@ def check_states_with_values_first() -> None:
 
 def check_uncovered_tokens() -> None:
     """Tokens after the last entry of a tensor of lengths are not touched: theirs are NaN here, their results zeros."""
-    case, end = Case(raw=True, lengths=(20, 9, 11)), 29
-    for dtype in (torch.int32, torch.int64):
+    case, end = Case(raw=True, lengths=(20, 9, 11), heads=1), 29
+    for dtype, save_states in ((torch.int32, False), (torch.int64, True)):
         tensors = {name: x.detach() for name, x in as_dtype(case.tensors(), torch.float32).items()}
         for name in PACKED:
             tensors[name][:, end:] = torch.nan
         tensors["initial_state"] = tensors["initial_state"][:2]
         leaves = as_dtype(tensors, torch.float32)
-        found = assert_close_to_the_reference(case, leaves, cu_seqlens=torch.tensor([0, 20, end], dtype=dtype))
+        cu_seqlens = torch.tensor([0, 20, end], dtype=dtype)
+        found = assert_close_to_the_reference(case, leaves, saves=(save_states,), cu_seqlens=cu_seqlens)
         for name in ("o", "dq", "dk", "dv", "dg", "dbeta"):
             assert found[name][:, :end].any(), name
             assert not found[name][:, end:].any(), name
@@ -155,9 +167,9 @@ def check_chunk_states_of_covered_tokens() -> None:
 
 def check_prefix_invariance() -> None:
     for case, cut in (
-        (Case(raw=True, lengths=(75,), chunk_size=64), 41),
-        (Case(raw=True, lengths=(40,), lower_bound=-5.0, groups=2), 32),
-        (Case(lengths=(40,), gate="masks_and_init"), 17),
+        (Case(raw=True, lengths=(75,), chunk_size=64, heads=1), 41),
+        (Case(raw=True, lengths=(40,), lower_bound=-5.0, groups=2, heads=1), 32),
+        (Case(lengths=(40,), gate="masks_and_init", heads=1), 17),
     ):
         tensors = as_dtype(case.tensors(), torch.float32)
         check_prefix(case, tensors, edited_after(cut, tensors, case.tensors(torch.float32, seed=9)), cut)
@@ -173,18 +185,20 @@ def check_a_batch_is_a_pack() -> None:
     assert torch.equal(batched[1], packed[1])
 
 
-def check_compiled_is_eager(**changes: Any) -> None:
-    case = Case(raw=True, lengths=(20, 0, 1))
+def check_compiled_is_eager() -> None:
+    """One walk and segments, in one graph: it is the compiler that takes long."""
+    case = Case(raw=True, lengths=(20, 0, 1), heads=1)
     tensors = as_dtype(case.tensors(), torch.float32)
 
-    def run(x: dict[str, Tensor]) -> Any:
-        return kda(**x, **case.options(), **changes, backend="triton")
+    def run(x: dict[str, Tensor]) -> list[Tensor]:
+        calls = [kda(**x, **case.options(), segment_chunks=chunks, backend="triton") for chunks in (None, 1)]
+        return [y for call in calls for y in call[:2]]
 
     results = []
     for call in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
-        o, final_state = call(tensors)
-        loss = o.square().sum() + final_state.square().sum()
-        results.append((o, final_state, *torch.autograd.grad(loss, list(tensors.values()))))
+        outputs = call(tensors)
+        grads = [torch.autograd.grad(x.square().sum(), list(tensors.values()), retain_graph=True) for x in outputs[::2]]
+        results.append((*outputs, *(grad for each in grads for grad in each)))
     assert all(torch.equal(eager, compiled) for eager, compiled in zip(*results, strict=True))
 
 
@@ -194,9 +208,9 @@ def constants(case: Case, seed: int = 0) -> dict[str, Tensor]:
 
 def check_segments_equal_the_reference() -> None:
     """They are taken: where anything is left to carry, not all bits are those of one walk."""
-    for name, (case, chunks) in SEGMENTED.items():
+    for number, (name, (case, chunks)) in enumerate(SEGMENTED.items()):
         tensors = as_dtype(case.tensors(), torch.float32)
-        found = assert_close_to_the_reference(case, tensors, segments=chunks)
+        found = assert_close_to_the_reference(case, tensors, segments=chunks, saves=saves_of(number))
         whole = kda(**constants(case), **case.options(), backend="triton")[0]
         assert relative_error(found["o"], whole) < ROUNDING, name
         assert torch.equal(found["o"], whole) == (case.gate == "hundred"), name
@@ -204,7 +218,7 @@ def check_segments_equal_the_reference() -> None:
 
 def check_one_segment_is_one_walk() -> None:
     """But for what the fold hands on."""
-    case = Case(lengths=(40, 0, 17))
+    case = Case(lengths=(40, 0, 17), heads=1)
     tensors = as_dtype(case.tensors(), torch.float32)
     found, whole = (in_segments(case, tensors, chunks) for chunks in (2**40, None))
     for name in whole.keys() - {"final_state", "dinitial_state"}:
@@ -213,16 +227,16 @@ def check_one_segment_is_one_walk() -> None:
 
 
 def check_segments_see_no_later_token() -> None:
-    case = Case(raw=True, lengths=(75,))
+    case = Case(raw=True, lengths=(75,), heads=1)
     tensors = as_dtype(case.tensors(), torch.float32)
     edited = edited_after(41, tensors, case.tensors(torch.float32, seed=9))
     check_prefix(case, tensors, edited, 41, segment_chunks=2)
+    options = {**case.options(), "segment_chunks": 2, "backend": "triton"}
+    whole = kda(**constants(case), **options)[0]
     for cut in (16, 41, 64):
         parts = {name: x.detach()[:, :cut] if name in PACKED else x.detach() for name, x in tensors.items()}
-        options = {**case.options(), "segment_chunks": 2, "backend": "triton"}
-        whole = kda(**constants(case), **options)[0][:, :cut]
         part = kda(**parts, **{**options, "cu_seqlens": SequenceLayout.from_lengths((cut,))})[0]
-        assert torch.equal(part, whole), cut
+        assert torch.equal(part, whole[:, :cut]), cut
 
 
 def check_segments_see_no_other_sequence() -> None:
@@ -246,7 +260,7 @@ def check_segments_see_no_other_sequence() -> None:
 
 
 def check_a_split_at_a_segment_carries_the_state() -> None:
-    case = Case(raw=True, lengths=(85,), lower_bound=-1.0)
+    case = Case(raw=True, lengths=(85,), lower_bound=-1.0, heads=1)
     tensors = constants(case)
     options = {**case.options(), "segment_chunks": 2, "backend": "triton"}
     whole, final_state = kda(**tensors, **options)
@@ -277,7 +291,8 @@ def check_segments_of_uncovered_tokens() -> None:
         tensors[name][:, end:] = torch.nan
     tensors["initial_state"] = tensors["initial_state"][:2]
     leaves = as_dtype(tensors, torch.float32)
-    found = assert_close_to_the_reference(case, leaves, cu_seqlens=torch.tensor([0, 40, end]), segments=1)
+    cu_seqlens = torch.tensor([0, 40, end])
+    found = assert_close_to_the_reference(case, leaves, saves=(False,), cu_seqlens=cu_seqlens, segments=1)
     for name in ("o", "dq", "dk", "dv", "dg", "dbeta"):
         assert not found[name][:, end:].any(), name
     nothing = {**case.options(), "cu_seqlens": torch.zeros(3, dtype=torch.int32), "segment_chunks": 1}
@@ -288,7 +303,7 @@ def check_segments_of_uncovered_tokens() -> None:
 
 def check_memory_is_written_before_it_is_read() -> None:
     """Whatever is allocated is filled with NaN; deterministic algorithms also forbid anything that is not."""
-    case = Case(raw=True, lengths=(40, 0, 33), heads=1)
+    case = Case(raw=True, lengths=(40, 0, 17), heads=1)
     tensors = as_dtype(case.tensors(), torch.float32)
     plain = in_segments(case, tensors, 2)
     torch.use_deterministic_algorithms(True)
@@ -299,10 +314,6 @@ def check_memory_is_written_before_it_is_read() -> None:
             assert all(torch.equal(found[name], plain[name]) for name in plain)
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-def check_a_compiled_call_with_segments_is_eager() -> None:
-    check_compiled_is_eager(segment_chunks=1)
 
 
 SECTIONS = {
@@ -325,7 +336,6 @@ SECTIONS = {
         check_chunk_states_of_segments,
         check_segments_of_uncovered_tokens,
         check_memory_is_written_before_it_is_read,
-        check_a_compiled_call_with_segments_is_eager,
     ),
 }
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -335,35 +332,6 @@ def test_bad_decode_arguments_are_named(change, message):
     arguments = {"q": q, "keys": keys, "values": values, "lengths": torch.tensor([1, 2])} | change
     with pytest.raises(ValueError, match=message):
         decode_attention(**arguments)
-
-
-INTERPRETED = """
-import torch
-from perilune.ops import varlen_attention
-from perilune.ops.attention.triton import max_logits
-from perilune.ops.layout import SequenceLayout
-generator = torch.Generator().manual_seed(0)
-cases = [
-    ([3, 0, 200], [3, 0, 200], 4, 2, 24), ([1, 5], [300, 130], 2, 1, 192), ([], [], 2, 2, 8), ([0], [0], 3, 3, 8),
-]
-for lengths_q, lengths_k, heads, kv_heads, dim in cases:
-    q = torch.randn(sum(lengths_q), heads, dim, generator=generator)
-    k = torch.randn(sum(lengths_k), kv_heads, dim, generator=generator)
-    layouts = SequenceLayout.from_lengths(lengths_q), SequenceLayout.from_lengths(lengths_k)
-    want = varlen_attention(q, k, k, *layouts, scale=0.3, return_max_logits=True, backend="torch")[1]
-    torch.testing.assert_close(max_logits(q, k, *layouts, 0.3), want)
-print("equal")
-"""
-
-
-def test_the_kernel_of_maximum_logits_equals_the_torch_backend_in_its_interpreter():
-    pytest.importorskip("triton", reason="triton is not installed")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", INTERPRETED],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.stdout == "equal\n", done.stderr[-2000:]
 
 
 def test_calls_that_the_flash_kernels_cannot_serve_say_why():

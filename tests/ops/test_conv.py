@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -19,34 +16,6 @@ from tests.helpers import assert_close
 from tests.ops.conv_cases import make, outputs_and_gradients
 
 LENGTHS = [(1,), (3,), (9,), (0, 4, 1, 0, 2, 7), (6, 6, 6), (2, 2), (300, 500)]
-
-INTERPRETED = """
-import itertools, torch
-from perilune.ops import SequenceLayout, short_conv
-from tests.ops.conv_cases import RAGGED, compare, make
-for index, (lengths, taps) in enumerate(itertools.product(RAGGED, (1, 2, 4, 8))):
-    for with_state in (False, True):
-        compare(lengths, 5 + index, taps, with_state, "silu", torch.float32, 1e-6)
-compare(RAGGED[2], 5, 4, True, None, torch.float32, 1e-6)
-for dtype, ratio in ((torch.bfloat16, 8e-3), (torch.float16, 1e-3)):
-    compare((3, 0, 14), 6, 4, True, "silu", dtype, ratio)
-# More tokens than a program takes, so that sequences and windows cross tiles; rows of a wider tensor; more channels.
-compare((40, 1, 37, 66), 3, 4, True, "silu", torch.float32, 1e-6)
-compare((5, 2), 515, 4, True, "silu", torch.float32, 1e-6)
-compare((3, 0, 8), 6, 4, True, "silu", torch.float32, 1e-6, is_slice=True)
-compare((3, 0, 8), 6, 4, True, "silu", torch.float32, 1e-6, outputs=(0,))
-compare((3, 0, 8), 6, 4, True, "silu", torch.float32, 1e-6, outputs=(1,))
-for lengths in ((), (0,), (0, 0)):
-    x, weight, state, layout = make(lengths, dtype=torch.float32)
-    y, last = short_conv(x, weight, layout, state, backend="triton")
-    assert y.shape == (0, 5) and torch.equal(last, state)
-x, weight, state, layout = make((5, 5, 5), dtype=torch.float32)
-want, want_last = short_conv(x, weight, layout, state, "silu", backend="triton")
-x[7], state[1] = float("nan"), float("nan")
-y, last = short_conv(x, weight, layout, state, "silu", backend="triton")
-assert torch.equal(y[:5], want[:5]) and torch.equal(y[10:], want[10:]) and torch.equal(last[::2], want_last[::2])
-print("equal")
-"""
 
 
 @pytest.mark.parametrize(("dtype", "ratio"), [(torch.float64, 1e-13), (torch.float32, 1e-6)])
@@ -65,15 +34,6 @@ def test_fast_path_equals_the_equation(
     for name, a, b in zip(("y", "state", "dx", "dweight", "dstate"), want, got, strict=False):
         assert_close(name, a, b, ratio)
         assert b.dtype == dtype
-
-
-def test_the_triton_kernels_equal_the_equation_in_their_interpreter() -> None:
-    pytest.importorskip("triton", reason="triton is not installed")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.stdout == "equal\n", done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("taps", [1, 2, 4, 7])

@@ -261,6 +261,10 @@ WRITTEN = [
     (False, True, BF16),
 ]
 """Whether outputs and corrections are written, and the dtype of the states that are; last, what a backward wants."""
+ALL = [(WALKS[0], written) for written in WRITTEN]
+ALL += [(WALKS[1], WRITTEN[0]), (WALKS[2], WRITTEN[1]), (WALKS[3], WRITTEN[2]), (WALKS[1], WRITTEN[3])]
+ALL += [(WALKS[2], WRITTEN[4]), (WALKS[3], WRITTEN[4])]
+"""What is written does not depend on widths: all of it for the first, a part for each of the others."""
 
 
 def make_walk(lengths, key_dim, value_dim, dtype, lengths_dtype):
@@ -290,8 +294,10 @@ def make_walk(lengths, key_dim, value_dim, dtype, lengths_dtype):
     return plan, operands, *values, *ends
 
 
-@pytest.mark.parametrize(("lengths", "key_dim", "value_dim", "dtype", "lengths_dtype"), WALKS)
-@pytest.mark.parametrize(("has_outputs", "has_corrections", "kept"), WRITTEN)
+@pytest.mark.parametrize(
+    ("lengths", "key_dim", "value_dim", "dtype", "lengths_dtype", "has_outputs", "has_corrections", "kept"),
+    [(*walk, *written) for walk, written in ALL],
+)
 def test_the_walk_follows_its_equations(
     lengths, key_dim, value_dim, dtype, lengths_dtype, has_outputs, has_corrections, kept
 ):

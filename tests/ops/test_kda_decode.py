@@ -1,9 +1,5 @@
 """The serving step of a KDA layer: backends against the float64 reference, the pools, and the layer itself."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -16,32 +12,6 @@ from tests.ops.kda_decode_cases import GATES, copied, errors, make_inputs
 TOKENS = ("qkv", "g", "beta", "z")
 """Arguments with a row for each sequence and token."""
 SHAPES = [(3, 1, 2, 2, 16, 16), (3, 3, 2, 4, 16, 32), (2, 8, 1, 1, 24, 20), (1, 1, 3, 3, 8, 8)]
-
-INTERPRETED = """
-import sys, torch
-from perilune.ops.kda_decode import kda_decode
-from tests.ops.kda_decode_cases import GATES, copied, errors, make_inputs
-for shape in ((3, 1, 2, 2, 16, 16), (3, 3, 2, 4, 16, 32), (2, 5, 1, 1, 24, 20)):
-    for gate in GATES:
-        inputs = make_inputs(*shape, gated=shape[1] != 3)
-        inputs["slots"][-1] = -1
-        found = errors(inputs, "triton", **gate)
-        assert max(found.values()) < 1e-6, (shape, gate, found)
-for shape, taps in (((6, 2, 1, 1, 16, 16), 2), ((4, 3, 1, 2, 8, 16), 7), ((4, 4, 1, 1, 8, 8), 4)):
-    inputs = make_inputs(*shape, taps=taps, kept=True)
-    inputs["slots"][2] = -1
-    found = errors(inputs, "triton")
-    assert max(found.values()) < 1e-6, (shape, taps, found)
-none, every, plain = copied(inputs), copied(inputs), {**copied(inputs), "keep": None}
-none["keep"], every["keep"] = torch.zeros(4, dtype=torch.int32), torch.full((4,), 4)
-outputs = [kda_decode(**each, backend="triton") for each in (none, every, plain)]
-assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[2])
-for pool in ("states", "conv_states"):
-    assert torch.equal(none[pool], inputs[pool]) and torch.equal(every[pool], plain[pool])
-in_order = {**make_inputs(2, 2, 1, 2, 8, 8), "slots": None}
-assert max(errors(in_order, "triton").values()) < 1e-6
-print("equal")
-"""
 
 
 def rows_of(inputs, first, last):
@@ -60,15 +30,6 @@ def test_torch_equals_the_reference(shape, gate, kept):
 def test_float64_is_not_rounded_on_the_way():
     inputs = copied(make_inputs(3, 2, 2, 4, 16, 16), torch.float64)
     assert max(errors(inputs, "auto").values()) < 1e-12
-
-
-def test_the_triton_kernel_equals_the_reference_in_its_interpreter():
-    pytest.importorskip("triton", reason="triton is not installed")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.stdout == "equal\n", done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])

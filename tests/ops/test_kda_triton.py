@@ -1,31 +1,21 @@
 """The Triton kernels of KDA in their interpreter, and what the front door says where they cannot run."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from perilune.errors import BackendError
 from perilune.ops import SequenceLayout, kda, kda_backend
 from perilune.ops.kda import suggest_segment_chunks
+from tests.ops.interpreter import assert_equal_in_the_interpreter, patient
 from tests.ops.kda_cases import Case, as_dtype
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 
+@patient
 @pytest.mark.parametrize("section", ["walks", "segments"])
 def test_the_kernels_equal_the_reference_in_their_interpreter(section):
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.ops.kda_triton_cases", section],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.stdout == "equal\n", done.stderr[-3000:]
+    assert_equal_in_the_interpreter("kda_triton_cases", section)
 
 
 def test_tensors_that_the_kernels_do_not_take_are_refused_with_the_reason(monkeypatch):

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -22,24 +19,6 @@ from tests.ops.loss_cases import make_inputs, run_with_gradients
 from tests.ops.spies import LargestTensor
 
 PROPERTY = settings(max_examples=25, deadline=None, derandomize=True)
-
-
-INTERPRETED = """
-import itertools
-import torch
-from tests.ops.loss_cases import compare, make_inputs, run_with_gradients
-wide, half = torch.float32, torch.bfloat16
-for sizes in ((0, 5, 4), (1, 1, 3), (7, 2500, 16), (5, 11, 6), (3, 2048, 8)):
-    compare(sizes, (wide, wide))
-    compare(sizes, (wide, wide), autocast=True, chunk_size=3)
-    for dtypes in itertools.product((wide, half), repeat=2):
-        compare(sizes, dtypes, chunk_size=2, temperature=0.7)
-compare((5, 11, 6), (torch.float16, wide))
-hidden, weight, targets = make_inputs(6, dtype=wide)
-got = run_with_gradients("triton", (1e6 * hidden, weight, targets))
-assert all(value.isfinite().all() for value in got.values())
-print("equal")
-"""
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 4, 5, 17])
@@ -137,16 +116,6 @@ def test_logits_of_all_tokens_never_exist(monkeypatch, by_budget):
         linear_cross_entropy(hidden, weight, targets, chunk_size=None if by_budget else chunk).backward()
         linear_logprobs(hidden, weight, targets, chunk_size=None if by_budget else chunk, return_entropy=True)
     assert spy.numel == chunk * vocab
-
-
-def test_the_triton_kernels_equal_the_reference_in_their_interpreter():
-    pytest.importorskip("triton", reason="triton is not installed")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", INTERPRETED],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.stdout == "equal\n", done.stderr[-2000:]
 
 
 def test_calls_that_the_kernels_cannot_serve_say_why(monkeypatch):

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,6 +13,7 @@ from perilune.ops.moba import blockwise, routing
 from perilune.ops.moba.options import POLICIES
 from perilune.seeding import make_generator
 from tests.helpers import assert_close
+from tests.ops.interpreter import assert_equal_in_the_interpreter, patient
 from tests.ops.moba_cases import SHAPES, make_moba, run_moba
 from tests.ops.spies import LargestTensor
 
@@ -383,18 +380,9 @@ def test_the_oracle_refuses_what_it_cannot_hold():
         moba_attention(q, q, q, block_size=20000, topk=1, backend="dense")
 
 
-@pytest.mark.parametrize("section", ["shapes", "slices", "choices", "repetition"])
-def test_the_triton_kernels_equal_the_oracle_in_their_interpreter(section):
-    pytest.importorskip("triton", reason="triton is not installed")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.ops.moba_triton_cases", section],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.stdout == "equal\n", done.stderr[-3000:]
+@patient
+def test_the_triton_kernels_equal_the_oracle_in_their_interpreter():
+    assert_equal_in_the_interpreter("moba_triton_cases")
 
 
 def test_tensors_that_the_kernels_do_not_take_are_refused_with_the_reason(monkeypatch):

@@ -1,9 +1,5 @@
 """Root-mean-square normalization: the fast path against the expression."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -12,34 +8,6 @@ from perilune.nn.norm import RMSNorm, gate_output
 from perilune.ops.norm import rms_norm, rms_norm_gated
 from tests.helpers import assert_close
 from tests.ops.norm_cases import NAMES, make, output_and_gradients
-
-INTERPRETED = """
-import torch
-from perilune.ops.norm import rms_norm, rms_norm_gated
-from tests.ops.norm_cases import GATES, compare, make
-for gate in GATES:
-    for shape in ((1, 1), (5, 2, 7), (33, 128), (3, 300), (70, 4)):
-        compare(shape, gate, torch.float32, 1e-6)
-    compare((9, 24), gate, torch.bfloat16, 8e-3)
-    compare((9, 24), gate, torch.float16, 1e-3)
-    compare((6, 5, 16), gate, torch.float32, 1e-6, is_strided=True)
-for dtype in (torch.float32, torch.bfloat16):
-    x, weight, _ = make((9, 24), dtype)
-    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
-    got = rms_norm(a, weight, 1e-5, dtype=torch.bfloat16, backend="triton")
-    want = rms_norm(b, weight, 1e-5, backend="triton")
-    torch.testing.assert_close(got, want.bfloat16(), rtol=8e-3, atol=0)  # the interpreter cuts off
-    got.backward(x.bfloat16()), want.backward(x.bfloat16().to(dtype))
-    torch.testing.assert_close(a.grad, b.grad)
-x = torch.zeros(0, 3, 8, requires_grad=True)
-y = rms_norm_gated(x, torch.ones(8), x, 1e-5, backend="triton")
-assert y.shape == x.shape
-y.sum().backward()
-x = torch.zeros(2, 8, requires_grad=True)
-rms_norm_gated(x, torch.ones(8), torch.full((2, 8), -1e30), 1e-5, backend="triton").sum().backward()
-assert not x.grad.any()
-print("equal")
-"""
 
 
 @pytest.mark.parametrize("shape", [(3, 8), (2, 5, 7), (1,), (0, 4), (4, 1)])
@@ -76,16 +44,6 @@ def test_the_layer_gates_as_norm_and_gate_one_after_the_other_bitwise(gate, dtyp
         assert torch.equal(layer(x, z, gate), gate_output(layer(x), z, gate))
         assert torch.equal(layer(x, z, "none"), layer(x))
         assert torch.equal(layer(x), rms_norm(x, weight, 1e-5))
-
-
-def test_the_triton_kernels_equal_the_expression_in_their_interpreter():
-    pytest.importorskip("triton", reason="triton is not installed")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", INTERPRETED],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.stdout == "equal\n", done.stderr[-2000:]
 
 
 def test_zero_vector_maps_to_zero_with_finite_gradient():
