@@ -55,8 +55,8 @@ HISTORY = [
 @pytest.fixture(scope="module")
 def client() -> Iterator[TestClient]:
     config = replace(PRESETS["smoke"], vocab_size=TOKENIZER.vocab_size)
-    # Both ways of asking must draw the same tokens, whatever else is in the batch and the cache.
-    engine = Engine(build_model(config, seed=0).eval(), context_limit=1000, cache_bytes=8 << 20, deterministic=True)
+    # Without known prefixes both ways of asking are computed in the same shapes, and so draw the same tokens.
+    engine = Engine(build_model(config, seed=0).eval(), context_limit=1000, cache_bytes=8 << 20, prefix_cache=False)
     served = served_by(
         EngineService(engine),
         tokenizer=TOKENIZER,
@@ -74,8 +74,6 @@ def client() -> Iterator[TestClient]:
     [
         pytest.param({"tools": STRICT, "tool_choice": "required", "parallel_tool_calls": False, "n": 2},
                      {"tool_calls"}, id="one call, n"),
-        pytest.param({"tools": STRICT, "tool_choice": "required", "logit_bias": {str(SECTION + 1): -100.0}},
-                     {"tool_calls", "length"}, id="calls until the limit"),
         pytest.param({"tools": STRICT, "tool_choice": "required", "n": 2, "max_tokens": 120},
                      {"tool_calls", "length"}, id="parallel calls, n"),
         pytest.param({"tools": STRICT, "tool_choice": NAMED, "n": 2}, {"tool_calls"}, id="named, n"),
@@ -108,12 +106,9 @@ def test_a_stream_adds_up(client: TestClient, fields: dict[str, Any], reasons: s
         assert choice["finish_reason"] in reasons
         assert part["logprobs"] == (choice["logprobs"] or {"content": []})["content"]
         check(choice, fields)
-    usage = events[-1]["usage"]
     assert events[-1]["choices"] == []
     assert all(event["usage"] is None for event in events[:-1])
-    for one in (usage, whole["usage"]):
-        del one["prompt_tokens_details"]  # The second time more of the prompt is known.
-    assert usage == whole["usage"]
+    assert events[-1]["usage"] == whole["usage"]
 
 
 def check(choice: dict[str, Any], fields: dict[str, Any]) -> None:
