@@ -194,9 +194,8 @@ class _AnyAnswer:
         except EndpointError as error:
             if error.finish_reason is None:
                 raise
-            message = Message(role="assistant", content=str(error))
             return Reply(
-                message=message,
+                message=Message(role="assistant"),
                 finish_reason=error.finish_reason,
                 usage=error.usage or Usage(),
                 model=request.model,

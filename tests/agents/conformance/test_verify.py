@@ -136,6 +136,23 @@ def test_faults_are_retried_and_bad_answers_are_not(tmp_path: Path) -> None:
     assert (one.finish_reason, one.errors, endpoint.stats.requests) == ("stop", (), 1)
 
 
+def test_an_answer_that_promises_calls_and_has_none_is_wrong(tmp_path: Path) -> None:
+    class Promising:
+        asked = 0
+
+        async def chat(self, request: ChatRequest) -> Any:
+            self.asked += 1
+            raise EndpointError("no call", fault="empty", finish_reason="tool_calls")
+
+        async def close(self) -> None:
+            raise AssertionError("whoever made a client closes it")
+
+    requests, client = read_requests(write(tmp_path / "in", body("x")), model="m"), Promising()
+    found = asyncio.run(verify_tools(client, requests, tmp_path / "out", base_url="u", retry=SOON))
+    assert [(one.is_call, one.errors) for one in found] == [(True, ("there are no usable calls",))]
+    assert (client.asked, report_on(found).schema_accuracy) == (1, 0.0)
+
+
 def refused(status: int) -> Any:
     def policy(request: ChatRequest) -> Message:
         raise EndpointError("no", fault="refused", status=status)
