@@ -23,6 +23,7 @@ from perilune.cli_recsys import recsys_app
 from perilune.cli_serve import serve
 from perilune.cli_shared import execute, print_explained, print_summary
 from perilune.cli_swarm import swarm_app
+from perilune.cli_verify import verify_tools
 from perilune.errors import PeriluneError, RecipeError
 
 if TYPE_CHECKING:
@@ -45,6 +46,10 @@ app.add_typer(moba_app, name="moba")
 app.add_typer(recsys_app, name="recsys")
 app.add_typer(swarm_app, name="swarm")
 app.command(epilog="Example: perilune serve smollm2 --port 8000")(serve)
+app.command(
+    epilog="Example: perilune verify-tools samples.jsonl --base-url http://127.0.0.1:8000/v1 --model kimi-k2 "
+    "--reference moonshot.jsonl --min-f1 0.8 --min-schema-accuracy 1"
+)(verify_tools)
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, e.g. runs/demo.")]
 StageName = Annotated[str | None, typer.Option(help="Stage whose model to use; the last one by default.")]

@@ -67,6 +67,7 @@ def compile_tool_calls(
     name: str | None = None,
     first_index: int = 0,
     is_parallel: bool = True,
+    answer: Mapping[str, object] | None = None,
     after_thinking: bool = False,
 ) -> CompiledGrammar:
     """Grammar of a response that may, must or must not call tools.
@@ -83,8 +84,9 @@ def compile_tool_calls(
         name: the one tool that must be called, once; stands for `required`.
         first_index: calls that the dialog already has; the ids go on from there.
         is_parallel: whether there may be several calls, at most `MAX_CALLS`.
-        after_thinking: as in `GrammarCompiler.json_schema`; with `auto` and `none` reasoning is free text and this has
-            no meaning.
+        answer: JSON Schema of the response where it calls no tool: it then is either the section of calls or this JSON,
+            with no text beside it. None for free text, with or without calls behind it.
+        after_thinking: as in `GrammarCompiler.json_schema`; of free text, reasoning is a part and this has no meaning.
 
     Raises:
         EngineError: a name or a schema is invalid, a tool is declared twice, or there is no tool to call.
@@ -92,6 +94,8 @@ def compile_tool_calls(
     free = "(TEXT" + "".join(f" | <[{token}]>" for token in compiler.thinking_ids or ()) + ")*"
     text_rule = "TEXT: /(?s:.+)/\n"
     if choice == "none" and name is None:
+        if answer is not None:
+            return compiler.json_schema(answer, after_thinking=after_thinking)
         return compiler.compile([_lark("body", f"start: {free}\n{text_rule}")], "tools")
     _check(tools)
     called = [tool for tool in tools if name in (None, tool.name)]
@@ -99,7 +103,9 @@ def compile_tool_calls(
         declared = ", ".join(tool.name for tool in tools) or "none"
         raise EngineError(f"tools: there is no tool {name!r} to call; declared: {declared}")
     is_forced = choice == "required" or name is not None
-    rules = ["start: section" if is_forced else f"start: {free} section?\n{text_rule.strip()}"]
+    is_free = not is_forced and answer is None
+    otherwise = f"start: {free} section?\n{text_rule.strip()}" if is_free else "start: @answer | section"
+    rules = ["start: section" if is_forced else otherwise]
     rules.append(f"section: <[{tokens.section_begin}]> calls_0 <[{tokens.section_end}]>")
     num_calls = MAX_CALLS if is_parallel and name is None else 1
     for number in range(num_calls):
@@ -111,7 +117,9 @@ def compile_tool_calls(
     grammars = [_lark("body", "\n".join(rules))]
     for place, tool in enumerate(called):
         grammars.append({"name": f"arguments_{place}", "json_schema": _arguments_schema(tool)})
-    return compiler.compile(grammars, "tools", after_thinking and is_forced)
+    if answer is not None and not is_forced:
+        grammars.append({"name": "answer", "json_schema": with_json_options(answer)})
+    return compiler.compile(grammars, "tools", after_thinking and not is_free)
 
 
 def _check(tools: Sequence[ToolShape]) -> None:

@@ -26,7 +26,7 @@ from perilune.run.recommending import (
 from perilune.run.routing import RecallView, RoutingView, draw_routing, measure_recall
 from perilune.run.schema import FieldDoc, explain
 from perilune.run.serving import ServeOptions, serve_model
-from perilune.run.serving_models import KNOWN_MODELS, ServedModel, find_model, load_served, read_text_parts
+from perilune.run.serving_models import KNOWN_MODELS, TextModel, find_model, load_served, read_text_parts
 from perilune.run.stages import STAGES
 from perilune.run.swarm_config import SwarmRecipe
 from perilune.run.swarming import load_swarm, open_swarm, recorded_recipe
@@ -47,9 +47,9 @@ __all__ = [
     "RunDirectory",
     "RunSummary",
     "ServeOptions",
-    "ServedModel",
     "StageContext",
     "SwarmRecipe",
+    "TextModel",
     "TrainedRecommender",
     "build_recipe",
     "check_stages",

@@ -15,7 +15,7 @@ from perilune.errors import DataError
 from perilune.run.serving_models import KNOWN_MODELS, load_served
 
 if TYPE_CHECKING:
-    from perilune.run.serving_models import ServedModel as LoadedModel
+    from perilune.run.serving_models import TextModel
     from perilune.serve.openai import ServedModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -134,7 +134,7 @@ def prepare(model: str | Path, options: ServeOptions) -> ServedModel:
     )
 
 
-def context_limit(loaded: LoadedModel, wanted: int | None) -> int:
+def context_limit(loaded: TextModel, wanted: int | None) -> int:
     """Return most tokens of prompt plus answer.
 
     Raises:

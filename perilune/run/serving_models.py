@@ -25,7 +25,7 @@ from perilune.run.loading import load_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServedModel:
+class TextModel:
     """A model and what is needed to use it on conversations."""
 
     model: Decoder
@@ -68,7 +68,7 @@ def load_served(
     stage: str | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-) -> ServedModel:
+) -> TextModel:
     """Load a model.
 
     Args:
@@ -87,7 +87,7 @@ def load_served(
     directory = RunDirectory(path)
     if directory.recipe.is_file():
         loaded = load_model(path, stage)
-        served = ServedModel(
+        served = TextModel(
             model=loaded.model.to(device=device, dtype=dtype or loaded.model.embed_tokens.weight.dtype),
             tokenizer=loaded.tokenizer,
             template=ChatTemplate.perilune(),
@@ -98,7 +98,7 @@ def load_served(
         if stage is not None:
             raise DataError(f"{path} is not a run directory, so it has no stage {stage!r}")
         tokenizer, template = read_text_parts(path)
-        served = ServedModel(
+        served = TextModel(
             model=models.load(path, dtype=dtype, device=device),
             tokenizer=tokenizer,
             template=template,

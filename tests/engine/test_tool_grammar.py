@@ -112,6 +112,17 @@ def test_without_parallel_calls_there_is_one(compiler):
     assert not accepts(grammar, SECTION.format(OSLO + CALL.format("search:1", "{}")))
 
 
+def test_json_in_place_of_free_text(compiler):
+    answer = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+    said, called = '{"ok": true}', SECTION.format(OSLO)
+    for options, good in (({}, (said, called)), ({"choice": "required"}, (called,)), ({"choice": "none"}, (said,))):
+        grammar = compile_tool_calls(compiler, TOKENS, TOOLS, answer=answer, **options)
+        thinking = compile_tool_calls(compiler, TOKENS, TOOLS, answer=answer, after_thinking=True, **options)
+        for text in (said, called, said + called, "{}", "x" + called, ""):
+            assert accepts(grammar, text) == (text in good)
+            assert accepts(thinking, "hm</think>" + text) == (text in good)
+
+
 def test_none_has_text_and_no_calls(compiler):
     grammar = compile_tool_calls(compiler, TOKENS, [], choice="none")
     assert accepts(grammar, "<think>a</think>functions.weather:0 {")

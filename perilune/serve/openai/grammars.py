@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from perilune.data import TextTokenizer
@@ -62,18 +62,18 @@ class Grammars:
         tools = [] if body.tool_choice == "none" else body.tools or []
         if form is None or form.type == "text":
             return self._of_calls(body, tools, end) if tools else None
-        if tools:
-            raise ApiError(
-                400, "response_format cannot be combined with tools; set tool_choice to none", param="response_format"
-            )
         self._check_thinking(end, "response_format")
         schema = {"type": "object"} if form.json_schema is None else form.json_schema.schema_ or {}
         try:
-            return self._get().json_schema(schema, after_thinking=end.starts_in_think)
+            # With tools too, so that what is wrong with the schema is not said of the tools.
+            grammar = self._get().json_schema(schema, after_thinking=end.starts_in_think)
         except EngineError as error:
             raise ApiError(400, str(error), param="response_format") from error
+        return self._of_calls(body, tools, end, answer=schema) if tools else grammar
 
-    def _of_calls(self, body: ChatBody, tools: Sequence[Tool], end: PromptEnd) -> TokenGrammar | None:
+    def _of_calls(
+        self, body: ChatBody, tools: Sequence[Tool], end: PromptEnd, answer: Mapping[str, object] | None = None
+    ) -> TokenGrammar | None:
         choice = body.tool_choice
         name = choice.function.name if isinstance(choice, NamedToolChoice) else None
         is_forced = choice == "required" or name is not None
@@ -94,6 +94,7 @@ class Grammars:
                 name=name,
                 first_index=end.first_call,
                 is_parallel=body.parallel_tool_calls is not False,
+                answer=answer,
                 after_thinking=end.starts_in_think,
             )
         except EngineError as error:

@@ -75,6 +75,29 @@ def test_tools(client: Any, service: FakeService) -> None:
     assert not accepts(grammar_of(client, service, tools=loose), call("[1]"))
 
 
+def test_json_or_tools(client: Any, service: FakeService) -> None:
+    other = {"type": "object", "properties": {"b": {"type": "null"}}, "required": ["b"], "additionalProperties": False}
+    fields = {
+        "tools": STRICT,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": other}},
+    }
+    grammar = grammar_of(client, service, **fields)
+    good = ('{"b": null}', call('{"a": 1}'))
+    for text in good:
+        assert accepts(grammar, text)
+    for text in ('{"a": 1}', call('{"b": null}'), "text", "text" + good[1], good[0] + good[1], good[0] * 2, ""):
+        assert not accepts(grammar, text)
+    grammar = grammar_of(client, service, **fields, chat_template_kwargs={"think": True})
+    for text in good:
+        assert accepts(grammar, "hm</think>" + text)
+        assert not accepts(grammar, "hm</think>so: " + text)
+        assert not accepts(grammar, text)
+    grammar = grammar_of(client, service, **fields, tool_choice="required")
+    assert [accepts(grammar, text) for text in good] == [False, True]
+    grammar = grammar_of(client, service, **fields, tool_choice="none")
+    assert [accepts(grammar, text) for text in good] == [True, False]
+
+
 def test_ids_go_on_counting(client: Any, service: FakeService) -> None:
     asked = {"id": "x", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     history = [
@@ -104,7 +127,8 @@ def test_answers_without_tools_cannot_call_any(client: Any, service: FakeService
             "type": "object", "properties": {"a": {"type": "nothing"}}}}}]}, "tools"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "no"}}}},
          "response_format"),
-        ({"response_format": {"type": "json_object"}, "tools": STRICT}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "no"}}},
+          "tools": STRICT}, "response_format"),
         ({"logit_bias": {"-1": 1}}, "logit_bias"),
         ({"logit_bias": {"9999": 1}}, "logit_bias"),
         ({"logit_bias": {"²": 1}}, "logit_bias"),

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
-import pytest
-
 from perilune.agents.client.dialects.kimi_k2 import KimiK2, with_kimi_ids
-from perilune.agents.client.dialects.measures import schema_accuracy, tool_call_f1
 from perilune.agents.messages import Message
 from perilune.tool_calls import render_calls
 from tests.agents.client.helpers import SEARCH, WEATHER, call, request
@@ -82,17 +79,3 @@ def test_a_call_of_no_known_tool_is_called_by_its_id():
 def test_answers_that_need_no_reading_stay_as_they_are():
     for message in (assistant(call(), content="<think>"), assistant(content="a < b", reasoning="Hm")):
         assert KimiK2(starts_in_think=True).incoming(message, request()) == message
-
-
-def test_f1_of_calling_a_tool():
-    assert tool_call_f1([True, True, False, False], [True, False, True, False]) == 0.5
-    assert tool_call_f1([True, False], [True, False]) == 1.0
-    assert tool_call_f1([False], [False]) is None
-    with pytest.raises(ValueError, match="shorter"):
-        tool_call_f1([True], [])
-
-
-def test_share_of_calls_that_satisfy_their_schema():
-    calls = [call(), call(arguments="{}"), call(arguments="{"), call(arguments="[]"), call(name="nothing")]
-    assert schema_accuracy(calls, TOOLS) == 0.2
-    assert schema_accuracy([], TOOLS) is None
