@@ -185,7 +185,7 @@ def paged_decode_attention(
             obstacle = triton_obstacle(q, keys) or _strided(keys, values)
             if obstacle is not None:
                 raise BackendError(f"paged_decode_attention: backend 'triton' {obstacle}; use 'torch'")
-            from perilune.ops.attention.paged_triton import paged_decode_attention_triton
+            from perilune.ops.attention.triton import paged_decode_attention_triton
 
             return paged_decode_attention_triton(q, keys, values, tables, lengths, factor)
         case "torch":

@@ -13,6 +13,7 @@ from perilune.models.checkpoint.quantization import (
     quantize_fp8,
 )
 from perilune.nn import RopeConfig, Rotary
+from perilune.ops import SequenceLayout
 
 
 def draw(*shape, seed=0):
@@ -97,5 +98,6 @@ def test_turning_halves_is_turning_pairs_reordered():
     cos, sin = angles.cos(), angles.sin()
     first, second = x[:, 0].chunk(2, dim=-1)
     turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-    ours = rotary.turn(torch.stack([pair_halves(row, 1) for row in x[:, 0]])[:, None], positions)[:, 0]
+    paired = torch.stack([pair_halves(row, 1) for row in x[:, 0]])[:, None]
+    ours = rotary.turn(positions, SequenceLayout.from_lengths([x.shape[0]]), paired)[0][:, 0]
     torch.testing.assert_close(torch.stack([halve_pairs(row, 1) for row in ours]), turned)

@@ -135,6 +135,14 @@ def _split_length(length, splits, SHORTEST: tl.constexpr) -> Any:
 
 
 @triton.jit
+def _load(ptr, places, channels, is_there, width) -> Any:
+    """Channels `[D]` of tokens at `places` `[BT]`; zeros for tokens and channels that are not there."""
+    return tl.load(
+        ptr + places[:, None] + channels[None, :], mask=is_there[:, None] & (channels < width)[None, :], other=0.0
+    )
+
+
+@triton.jit
 def _split_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, length_ptr, sum_ptr, weight_ptr, scale,
     k_page, k_token, k_head, v_page, v_token, v_head, pages, splits,
@@ -157,12 +165,11 @@ def _split_kernel(
     in_group = members < G
     heads = kv_head * G + members
     k_channels, v_channels = tl.arange(0, BK), tl.arange(0, BV)
-    q_rows = q_ptr + (row * H + heads)[:, None] * DK
-    q = tl.load(q_rows + k_channels[None, :], mask=in_group[:, None] & (k_channels < K_WIDTH)[None, :], other=0.0)
+    queries = (row * H + heads) * DK
+    q = _load(q_ptr, queries, k_channels, in_group, K_WIDTH)
     if BR > 0:
         rest = tl.arange(0, BR)
-        in_rest = rest < DK - K_WIDTH
-        q_rest = tl.load(q_rows + K_WIDTH + rest[None, :], mask=in_group[:, None] & in_rest[None, :], other=0.0)
+        q_rest = _load(q_ptr + K_WIDTH, queries, rest, in_group, DK - K_WIDTH)
     k_ptr += kv_head.to(tl.int64) * k_head
     v_ptr += kv_head.to(tl.int64) * v_head
     table_ptr += row * pages
@@ -174,27 +181,15 @@ def _split_kernel(
         is_there = tokens < last
         page = tl.load(table_ptr + tokens // B, mask=is_there, other=0).to(tl.int64)
         place = page * k_page + (tokens % B).to(tl.int64) * k_token
-        k = tl.load(
-            k_ptr + place[:, None] + k_channels[None, :],
-            mask=is_there[:, None] & (k_channels < K_WIDTH)[None, :],
-            other=0.0,
-        )
+        k = _load(k_ptr, place, k_channels, is_there, K_WIDTH)
         if IS_SHARED:
             v = k
         else:
             v_place = page * v_page + (tokens % B).to(tl.int64) * v_token
-            v = tl.load(
-                v_ptr + v_place[:, None] + v_channels[None, :],
-                mask=is_there[:, None] & (v_channels < DV)[None, :],
-                other=0.0,
-            )
+            v = _load(v_ptr, v_place, v_channels, is_there, DV)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee")
         if BR > 0:
-            k_rest = tl.load(
-                k_ptr + place[:, None] + K_WIDTH + rest[None, :],
-                mask=is_there[:, None] & in_rest[None, :],
-                other=0.0,
-            )
+            k_rest = _load(k_ptr + K_WIDTH, place, rest, is_there, DK - K_WIDTH)
             logits += tl.dot(q_rest, tl.trans(k_rest), input_precision="ieee")
         logits = tl.where(is_there[None, :], logits * scale, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))
