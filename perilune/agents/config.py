@@ -205,12 +205,16 @@ class DemoConfig:
     """Whether pages are misread now and then, more often the more of them an agent has read."""
     ray: bool = False
     """Whether sub-agents are Ray tasks on a local cluster."""
+    max_critical_steps: int | None = None
+    """Critical steps after which either arm answers with what it has; None for as many as it likes."""
 
     def __post_init__(self) -> None:
         for name, value in {"median_s": self.median_s, "speed": self.speed}.items():
             require(0 < value < math.inf, name, "> 0", value)
         require_at_least(1, concurrency=self.concurrency, rows_per_agent=self.rows_per_agent)
         require_at_least(1, calls_per_turn=self.calls_per_turn)
+        if self.max_critical_steps is not None:
+            require_at_least(1, max_critical_steps=self.max_critical_steps)
         require(8 <= self.rows <= 64, "rows", "in [8, 64]", self.rows)
 
 
