@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from perilune.agents.messages import Message
 
+_NOTES = "[Notes of the work so far, which was dropped to save space]"
 HIDDEN = "[result hidden to save space; call the tool again if it is needed]"
 
 
@@ -36,9 +37,12 @@ def discard_all(messages: Sequence[Message], times: int) -> list[Message]:
 
 
 def summarised(messages: Sequence[Message], summary: str) -> list[Message]:
-    """Return the beginning, and in place of all that followed what the model itself noted of it."""
-    note = f"[Notes of the work so far, which was dropped to save space]\n{summary}"
-    return [*_beginning(messages), Message(role="user", content=note), *_unread(messages)]
+    """Return the beginning, and in place of all that followed what the model itself noted of it.
+
+    Notes that the model wrote before are in what it read, and so in what it notes now; they go.
+    """
+    kept = [m for place, m in enumerate(_beginning(messages)) if place < 2 or not m.content.startswith(_NOTES)]
+    return [*kept, Message(role="user", content=f"{_NOTES}\n{summary}"), *_unread(messages)]
 
 
 def _unread(messages: Sequence[Message]) -> list[Message]:

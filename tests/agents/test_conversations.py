@@ -211,6 +211,16 @@ def test_last_words_and_steers_survive_a_history_that_is_discarded() -> None:
     assert discard_all(history[:2], 1)[0].content == "s"
 
 
+def test_notes_take_the_place_of_earlier_notes() -> None:
+    from perilune.agents.context import summarised
+
+    history = [Message(role="system", content="s"), Message(role="user", content="task")]
+    for n in range(3):
+        history = summarised([*history, says("hm"), Message(role="user", content=f"hurry {n}")], f"notes {n}")
+    assert [m.content for m in history[:2]] == ["s", "task"]
+    assert [m.content.splitlines()[-1] for m in history[2:]] == ["hurry 0", "hurry 1", "notes 2", "hurry 2"]
+
+
 @pytest.mark.parametrize("most", [3, 5, 7])
 def test_a_summary_that_the_budget_does_not_allow_ends_the_agent_as_a_budget_does(tmp_path: Path, most: int) -> None:
     @tool(effect="pure")
