@@ -21,7 +21,7 @@ Weight = Literal["steps", "tokens", "seconds"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Totals:
-    """What a run used."""
+    """What a run used; tokens and money with those of attempts that failed."""
 
     steps: int
     critical_steps: int
@@ -64,8 +64,8 @@ def totals(timeline: Timeline) -> Totals:
         steps=timeline.total_steps,
         critical_steps=critical_steps(timeline),
         tool_calls=sum(len(turn.calls) for turn in turns),
-        prompt_tokens=sum(turn.prompt_tokens for turn in turns),
-        completion_tokens=sum(turn.completion_tokens for turn in turns),
+        prompt_tokens=sum(turn.prompt_tokens + turn.lost_prompt_tokens for turn in turns),
+        completion_tokens=sum(turn.completion_tokens + turn.lost_completion_tokens for turn in turns),
         cost_usd=sum(known) if len(known) == len(costs) else None,
         wall_s=timeline.elapsed_s,
         subagents=len(timeline.agents) - 1,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from perilune.agents.journal import Event
 from perilune.agents.state import ROOT, call_key
@@ -39,7 +40,11 @@ class TurnSpan:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    lost_prompt_tokens: int = 0
+    """Of attempts that failed, as far as it is known what they took."""
+    lost_completion_tokens: int = 0
     cost_usd: float | None = 0.0
+    """Of all attempts; None where the price of one is not known."""
     calls: list[CallSpan] = field(default_factory=list)
 
 
@@ -136,8 +141,10 @@ class TimelineBuilder:
                 agent.turns.append(TurnSpan(number=payload["turn"], started=at))
             case "turn_retry" if agent is not None and agent.turns:
                 agent.turns[-1].retries += 1
+                _lose(agent.turns[-1], payload)
             case "turn_failed" | "turn_lost" if agent is not None and agent.turns:
                 agent.turns[-1].ended = at
+                _lose(agent.turns[-1], payload)
             case "turn_finished" | "turn_summarised" if agent is not None:
                 self._answered(agent, event, at)
             case "tool_finished":
@@ -161,7 +168,8 @@ class TimelineBuilder:
         turn.is_answered = True
         turn.ended, turn.queued_s, turn.total_s = at, payload["queued_s"], payload["total_s"]
         turn.prompt_tokens, turn.cached_tokens = usage["prompt_tokens"], usage["cached_tokens"]
-        turn.completion_tokens, turn.cost_usd = usage["completion_tokens"], payload["cost_usd"]
+        turn.completion_tokens = usage["completion_tokens"]
+        _pay(turn, payload)
         if event.type == "turn_summarised":
             return
         for index, call in enumerate(payload["message"].get("tool_calls") or ()):
@@ -178,3 +186,17 @@ class TimelineBuilder:
         call = self._calls.get(event.payload["call"])
         if call is not None:
             call.ended, call.is_error = at, event.payload["is_error"]
+
+
+def _lose(turn: TurnSpan, payload: Mapping[str, Any]) -> None:
+    """Count what an attempt took that was not answered."""
+    usage = payload.get("usage")
+    if usage is not None:
+        turn.lost_prompt_tokens += usage["prompt_tokens"]
+        turn.lost_completion_tokens += usage["completion_tokens"]
+        _pay(turn, payload)
+
+
+def _pay(turn: TurnSpan, payload: Mapping[str, Any]) -> None:
+    cost = payload["cost_usd"]
+    turn.cost_usd = None if cost is None or turn.cost_usd is None else turn.cost_usd + cost

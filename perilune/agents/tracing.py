@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from perilune.agents.journal import Event
 from perilune.agents.state import ROOT
@@ -171,6 +171,7 @@ class SpanFold:
             attributes["http.response.status_code"] = payload["status"]
         if payload.get("wait_s") is not None:
             attributes["perilune.wait_ms"] = round(1000 * payload["wait_s"], 3)
+        attributes |= _spent(payload)
         if f"chat {event.agent}" in self._open:
             self._sink.note(f"chat {event.agent}", "retry", at, attributes)
 
@@ -178,26 +179,20 @@ class SpanFold:
         payload, agent = event.payload, event.agent
         self._clock[agent] = max(self._clock.get(agent, 0), self._later.pop(agent, 0)) + 1
         self._steps[agent] = self._steps.get(agent, 0) + 1
-        usage = payload["usage"]
         attributes: dict[str, Value] = {
             "gen_ai.response.model": payload["model"],
             "gen_ai.response.finish_reasons": (payload["finish_reason"],),
-            "gen_ai.usage.input_tokens": usage["prompt_tokens"],
-            "gen_ai.usage.output_tokens": usage["completion_tokens"],
-            "gen_ai.usage.cache_read.input_tokens": usage["cached_tokens"],
-            "gen_ai.usage.reasoning.output_tokens": usage["reasoning_tokens"],
+            **_spent(payload),
             "gen_ai.response.time_to_first_chunk": payload["first_token_s"],
             "perilune.queue_ms": round(1000 * payload["queued_s"], 3),
             "perilune.critical_step": self._clock[agent],
         }
-        if payload["cost_usd"] is not None:
-            attributes["perilune.cost_usd"] = payload["cost_usd"]
         if self._captures:
             attributes["gen_ai.output.messages"] = json.dumps([payload["message"]])
         self._end(f"chat {agent}", at, attributes)
 
     def _unanswered(self, event: Event, at: float) -> None:
-        self._end(f"chat {event.agent}", at, {}, str(event.payload.get("fault", "lost")))
+        self._end(f"chat {event.agent}", at, _spent(event.payload), str(event.payload.get("fault", "lost")))
 
     def _tool_started(self, event: Event, at: float) -> None:
         payload, agent = event.payload, event.agent
@@ -359,3 +354,19 @@ def tracing_from_environment() -> Iterator[Callable[[str], Tracing]]:
 
 def _nanoseconds(at: float) -> int:
     return round(at * 1e9)
+
+
+def _spent(payload: Mapping[str, Any]) -> dict[str, Value]:
+    """What an attempt took, as far as it is known."""
+    usage = payload.get("usage")
+    if usage is None:
+        return {}
+    found: dict[str, Value] = {
+        "gen_ai.usage.input_tokens": usage["prompt_tokens"],
+        "gen_ai.usage.output_tokens": usage["completion_tokens"],
+        "gen_ai.usage.cache_read.input_tokens": usage["cached_tokens"],
+        "gen_ai.usage.reasoning.output_tokens": usage["reasoning_tokens"],
+    }
+    if payload["cost_usd"] is not None:
+        found["perilune.cost_usd"] = payload["cost_usd"]
+    return found

@@ -89,9 +89,12 @@ const Fold = (() => {
         cached: 0, completion: 0, cost: 0, calls: [], seq: 0 };
       agent.turns.push(agent.open);
     },
-    turn_retry(run, p, agent, at) { if (agent && agent.open) { agent.open.retries.push({ at, ...p }); agent.retries++; } },
-    turn_failed(run, p, agent, at, event) { if (agent) close(agent, at, p.fault, event); },
-    turn_lost(run, p, agent, at, event) { if (agent) close(agent, at, "lost", event); },
+    turn_retry(run, p, agent, at) {
+      if (agent) pay(agent, p);
+      if (agent && agent.open) { agent.open.retries.push({ at, ...p }); agent.retries++; }
+    },
+    turn_failed(run, p, agent, at, event) { if (agent) { pay(agent, p); close(agent, at, p.fault, event); } },
+    turn_lost(run, p, agent, at, event) { if (agent) { pay(agent, p); close(agent, at, "lost", event); } },
     turn_finished: answered,
     turn_summarised: answered,
     tool_started(run, p, agent, at) { const call = run.calls.get(p.call); if (call) call.started = at; },
@@ -101,6 +104,13 @@ const Fold = (() => {
     },
   };
 
+  // What an attempt took counts, whether it was answered or not.
+  function pay(agent, p) {
+    if (!p.usage) return;
+    agent.prompt += p.usage.prompt_tokens; agent.cached += p.usage.cached_tokens; agent.completion += p.usage.completion_tokens;
+    agent.cost = p.cost_usd === null || agent.cost === null ? null : agent.cost + p.cost_usd;
+  }
+
   function answered(run, p, agent, at, event) {
     if (!agent || !agent.turns.length) return;
     const turn = agent.turns[agent.turns.length - 1], usage = p.usage;
@@ -108,8 +118,7 @@ const Fold = (() => {
       cached: usage.cached_tokens, completion: usage.completion_tokens, cost: p.cost_usd, seq: event.seq });
     agent.open = null;
     agent.steps++;
-    agent.prompt += turn.prompt; agent.cached += turn.cached; agent.completion += turn.completion;
-    agent.cost = turn.cost === null || agent.cost === null ? null : agent.cost + turn.cost;
+    pay(agent, p);
     if (event.type === "turn_summarised") return;
     (p.message.tool_calls || []).forEach((asked, index) => {
       const call = { key: `${agent.id}:${turn.n}:${index}`, name: asked.function.name, started: at, ended: null, error: false,
