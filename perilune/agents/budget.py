@@ -38,12 +38,15 @@ class Budget:
     reserved: dict[Quantity, float] = field(default_factory=lambda: dict.fromkeys(QUANTITIES, 0.0))
 
     def shares(self, sharers: int) -> dict[Quantity, float]:
-        """Return what each of so many agents may use of what is left; calls in whole numbers, at least one."""
+        """Return what each of so many agents may use of what is left; calls in whole numbers, at least one.
+
+        Whoever starts them has a share too: it has to make something of what they found.
+        """
         found: dict[Quantity, float] = {}
         for name in QUANTITIES:
-            left = self.left(name)
-            if left < math.inf:
-                found[name] = math.ceil(left / sharers) if name in ("llm_calls", "tool_calls") else left / sharers
+            share = self.left(name) / (sharers + 1)
+            if share < math.inf:
+                found[name] = max(1, math.floor(share)) if name in ("llm_calls", "tool_calls") else share
         return found
 
     def child(self, owner: str, limits: Mapping[Quantity, float] | None = None) -> Budget:
@@ -62,18 +65,21 @@ class Budget:
         own = self.limits.get(quantity, math.inf) - self.used[quantity] - self.reserved[quantity]
         return max(0.0, own if self.parent is None else min(own, self.parent.left(quantity)))
 
-    def reserve(self, amounts: Amounts, *, is_last: bool = False) -> Reservation:
+    def reserve(self, amounts: Amounts, *, is_last: bool = False, spare: Amounts | None = None) -> Reservation:
         """Set amounts aside until they are settled.
 
         Args:
             amounts: the most that will be used.
             is_last: for an agent's last words, which may use what is kept for them.
+            spare: what must be left beside them.
 
         Raises:
             BudgetExceeded: a node has less left; nothing is reserved then.
         """
+        both = {name: amount + (spare or {}).get(name, 0.0) for name, amount in amounts.items()}
         for node in self._path():
             node._check(amounts, is_last)
+            node._check(both, True)
         for node in self._path():
             for name, amount in amounts.items():
                 node.reserved[name] += amount
@@ -85,9 +91,10 @@ class Budget:
             for name, amount in amounts.items():
                 node.used[name] += amount
 
-    def clipped(self, quantity: Quantity, wanted: float, *, is_last: bool = False) -> float:
+    def clipped(self, quantity: Quantity, wanted: float, *, is_last: bool = False, spare: float = 0.0) -> float:
         """Return as much of `wanted` as `reserve` grants."""
-        kept = 0.0 if is_last else max(KEPT_FOR_LAST_WORDS * x.limits.get(quantity, 0.0) for x in self._path())
+        kept = max(KEPT_FOR_LAST_WORDS * node.limits.get(quantity, 0.0) for node in self._path())
+        kept = 0.0 if is_last else max(kept, spare)
         return min(wanted, max(0.0, self.left(quantity) - kept))
 
     def fullest(self) -> tuple[Quantity, float]:

@@ -40,13 +40,21 @@ class AgentLimits:
     """Calls; calls that are wrong count too."""
     timeout_s: float | None = None
     """Seconds from its first admitted call to a model."""
+    usd: float | None = None
+    """Money, by the price table; this and tokens with what those use that it starts."""
+    tokens_in: int | None = None
+    """Tokens of prompts."""
+    tokens_out: int | None = None
+    """Tokens of completions."""
     context: ContextConfig = field(default_factory=ContextConfig)
     """Its history."""
 
     def __post_init__(self) -> None:
         for name, value in {"max_steps": self.max_steps, "max_tool_calls": self.max_tool_calls}.items():
             require(value is None or value >= 1, name, ">= 1", value)
-        require(self.timeout_s is None or 0 < self.timeout_s < math.inf, "timeout_s", "> 0", self.timeout_s)
+        for name in ("timeout_s", "usd", "tokens_in", "tokens_out"):
+            value = getattr(self, name)
+            require(value is None or 0 < value < math.inf, name, "> 0", value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,6 +173,11 @@ class SwarmConfig:
     that tools write are not looked at."""
     allow_unknown_cost: bool = False
     """Whether a budget in money is accepted for a model without a known price; its calls then cost nothing."""
+
+    @property
+    def limits_money(self) -> bool:
+        """Whether the run or an agent has a budget in money."""
+        return any(limits.usd is not None for limits in (self.budget, self.orchestrator, self.subagent))
 
     def __post_init__(self) -> None:
         require_at_least(1, max_agents_total=self.max_agents_total, max_agents_running=self.max_agents_running)

@@ -42,6 +42,8 @@ _WHY: dict[Status, str] = {
 _STUCK_AFTER = 12
 _DEFAULT_MAX_TOKENS = 4_096
 """What is reserved of an answer whose length is not limited."""
+_LAST_WORDS_TOKENS = 1_024
+"""What is kept for last words, and for what the turn before adds to their prompt, if that is not known to be more."""
 
 RunCalls = Callable[[AgentState], Awaitable[None]]
 
@@ -222,7 +224,12 @@ class _Turns:
         runtime, agent = self._runtime, self._agent
         sampling, budget = runtime.config.sampling, runtime.budget_of(agent)
         most = _DEFAULT_MAX_TOKENS if sampling.max_tokens is None else sampling.max_tokens
-        allowed = budget.clipped("tokens_out", most, is_last=agent.last_words is not None)
+        is_last, price = agent.last_words is not None, runtime.endpoint.price
+        spare = min(_LAST_WORDS_TOKENS, budget.left("tokens_out") / 4)
+        allowed = budget.clipped("tokens_out", most, is_last=is_last, spare=spare)
+        if is_last and price is not None and price.completion > 0:  # a short answer is more than none
+            money = budget.left("usd") - self._context_tokens() * price.prompt / 1e6
+            allowed = min(allowed, money / price.completion * 1e6)
         if allowed < most:
             sampling = replace(sampling, max_tokens=max(1, int(allowed)))
         return ChatRequest(
@@ -235,14 +242,25 @@ class _Turns:
         )
 
     def _reserve(self, request: ChatRequest) -> Reservation:
-        budget, price = self._runtime.budget_of(self._agent), self._runtime.endpoint.price
-        prompt = self._context_tokens()
+        budget, prompt = self._runtime.budget_of(self._agent), self._context_tokens()
         wanted = request.sampling.max_tokens
         completion = _DEFAULT_MAX_TOKENS if wanted is None else wanted
+        amounts = self._amounts(prompt, completion)
+        if self._agent.last_words is not None:
+            return budget.reserve(amounts, is_last=True)
+        # An agent that would have nothing left to tell what it found with tells it now.
+        grown = max(_LAST_WORDS_TOKENS, self._agent.added_tokens if self._agent.context_tokens else 0)
+        spare = self._amounts(prompt + grown, min(_LAST_WORDS_TOKENS, completion))
+        del spare["tokens_out"]  # kept by `_request`
+        return budget.reserve(amounts, spare=spare)
+
+    def _amounts(self, prompt: int, completion: int) -> dict[Quantity, float]:
+        """The most that a turn takes."""
+        price = self._runtime.endpoint.price
         amounts: dict[Quantity, float] = {"tokens_in": prompt, "tokens_out": completion, "llm_calls": 1}
         if price is not None:
             amounts["usd"] = (prompt * price.prompt + completion * price.completion) / 1e6
-        return budget.reserve(amounts, is_last=self._agent.last_words is not None)
+        return amounts
 
     def _settle(self, reservation: Reservation, reply: Reply | None, attempts: _Attempts) -> None:
         usage, price = attempts.lost if reply is None else attempts.lost + reply.usage, self._runtime.endpoint.price
@@ -297,7 +315,8 @@ class _Attempts:
             self.queued_s += place.queued_s
             if self.count:  # the turn's reservation is of one attempt
                 budget, is_last = self._runtime.budget_of(self._agent), self._agent.last_words is not None
-                budget.reserve({"llm_calls": 1}, is_last=is_last).settle({"llm_calls": 1})
+                spare: dict[Quantity, float] = {"llm_calls": 0 if is_last else 1}
+                budget.reserve({"llm_calls": 1}, is_last=is_last, spare=spare).settle({"llm_calls": 1})
             self.count += 1
             if self._timeout_s is not None and self._scope.when() is None:
                 self._scope.reschedule(asyncio.get_running_loop().time() + self._timeout_s)

@@ -189,17 +189,47 @@ class Runtime:
         return self.config.orchestrator if agent.id == ROOT else self.config.subagent
 
     def budget_of(self, agent: AgentState) -> Budget:
-        """Return an agent's budget: of a sub-agent, its share of what its parent has left when it begins."""
+        """Return an agent's budget: of a sub-agent, its share of what its parent has left when it begins.
+
+        Neither is more than its own limits leave.
+        """
         found = self.budgets.get(agent.id)
         if found is None:
+            own = self._own_limits(agent)
             if agent.parent is None:
-                found = self.budget.child(agent.id)
+                found = self.budget.child(agent.id, own)
             else:
                 parent = self.state.agents[agent.parent]
                 turn = next((turn for turn, group in parent.groups.items() if agent.id in group), parent.turns - 1)
-                found = self.budget_of(parent).child(agent.id, self._share(parent, turn))
+                share = self._share(parent, turn)
+                least = {name: min(amount, share.get(name, amount)) for name, amount in own.items()}
+                found = self.budget_of(parent).child(agent.id, {**share, **least})
             self.budgets[agent.id] = found
         return found
+
+    def _own_limits(self, agent: AgentState) -> dict[Quantity, float]:
+        """What an agent's limits leave to it: in a run that goes on, without what it used before."""
+        limits = self.limits_of(agent)
+        wanted: dict[Quantity, float | None] = {
+            "usd": limits.usd,
+            "tokens_in": limits.tokens_in,
+            "tokens_out": limits.tokens_out,
+        }
+        used = self._used(agent)
+        return {name: max(0.0, most - used[name]) for name, most in wanted.items() if most is not None}
+
+    def _used(self, agent: AgentState) -> dict[Quantity, float]:
+        """What an agent has used, and those that it started."""
+        usage = agent.usage
+        used: dict[Quantity, float] = {
+            "usd": agent.cost_usd or 0.0,
+            "tokens_in": usage.prompt_tokens,
+            "tokens_out": usage.completion_tokens,
+        }
+        for child in agent.children:
+            below = self._used(self.state.agents[child])
+            used = {name: amount + below[name] for name, amount in used.items()}
+        return used
 
     def _share(self, parent: AgentState, turn: int) -> Mapping[Quantity, float]:
         """What each sub-agent of a group may use: the same for all, whoever asks first."""

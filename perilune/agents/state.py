@@ -206,7 +206,7 @@ class RunState:
         agent.last = event.seq
         if event.type in _OF_AGENT:
             _OF_AGENT[event.type](agent, event)
-        if event.type in ("turn_retry", "turn_finished", "turn_summarised", "turn_failed", "turn_lost"):
+        if event.type in _ATTEMPTS and event.payload.get("fault") != "budget":  # then nobody was asked
             self.llm_calls += 1
 
     def _spawn(self, event: Event) -> None:
@@ -433,6 +433,7 @@ def _agent_finished(agent: AgentState, event: Event) -> None:
     agent.is_running, agent.calls, agent.open_turn = False, {}, 0
 
 
+_ATTEMPTS = frozenset(("turn_retry", "turn_finished", "turn_summarised", "turn_failed", "turn_lost"))
 _OF_AGENT = {
     "agent_started": _agent_started,
     "turn_started": _turn_started,

@@ -69,11 +69,11 @@ class Swarm:
         for tool in self.tools:
             if tool.name in SWARM_TOOLS:
                 raise ValueError(f"the name {tool.name} is that of a tool of every swarm; call yours otherwise")
-        unknown = self.config.budget.usd is not None and self.endpoint.price is None
+        unknown = self.config.limits_money and self.endpoint.price is None
         if unknown and not self.config.allow_unknown_cost:
             raise ValueError(
-                f"budget.usd is set, but the price of {self.endpoint.model} is not known; give Endpoint a price, or "
-                "set allow_unknown_cost"
+                f"a budget in usd is set, but the price of {self.endpoint.model} is not known; give Endpoint a price, "
+                "or set allow_unknown_cost"
             )
 
     async def start(self, task: str, journal: Path, *, run_id: str | None = None) -> SwarmRun:

@@ -149,9 +149,9 @@ def _price(recipe: SwarmRecipe) -> Price | None:
     if given is not None:
         return Price(prompt=given.prompt, completion=given.completion, cached=given.cached)
     price = known_price(model)
-    if price is None and recipe.swarm.budget.usd is not None and not recipe.swarm.allow_unknown_cost:
+    if price is None and recipe.swarm.limits_money and not recipe.swarm.allow_unknown_cost:
         raise RecipeError(
-            f"swarm.budget.usd is {recipe.swarm.budget.usd:g}, but the price of {model} is not known; give it in US "
+            f"there is a budget in usd, but the price of {model} is not known; give it in US "
             "dollars of a million tokens (--set endpoint.price.prompt=1 --set endpoint.price.completion=3), or do "
             "without (--set swarm.allow_unknown_cost=true)"
         )
