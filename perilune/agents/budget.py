@@ -38,15 +38,16 @@ class Budget:
     reserved: dict[Quantity, float] = field(default_factory=lambda: dict.fromkeys(QUANTITIES, 0.0))
 
     def shares(self, sharers: int) -> dict[Quantity, float]:
-        """Return what each of so many agents may use of what is left; calls in whole numbers, at least one.
+        """Return what each of so many agents may use of what is left, calls in whole numbers.
 
-        Whoever starts them has a share too: it has to make something of what they found.
+        Whoever starts them has a share too: it has to make something of what they found. All shares together are never
+        more than there is, or agents in other processes, which cannot see each other, would overspend.
         """
         found: dict[Quantity, float] = {}
         for name in QUANTITIES:
             share = self.left(name) / (sharers + 1)
             if share < math.inf:
-                found[name] = max(1, math.floor(share)) if name in ("llm_calls", "tool_calls") else share
+                found[name] = math.floor(share) if name in ("llm_calls", "tool_calls") else share
         return found
 
     def child(self, owner: str, limits: Mapping[Quantity, float] | None = None) -> Budget:

@@ -43,7 +43,7 @@ def test_a_child_has_its_share_of_what_is_left_and_what_it_leaves_is_for_all() -
     assert run.child("late").left("usd") == 7.5
     assert Budget("free").child("c").left("usd") == math.inf
     assert Budget("run", {"llm_calls": 30.0}).shares(10) == {"llm_calls": 2}
-    assert Budget("run", {"llm_calls": 3.0}).shares(10) == {"llm_calls": 1}
+    assert Budget("run", {"llm_calls": 3.0}).shares(10) == {"llm_calls": 0}
 
 
 def test_what_must_be_left_beside_is_not_reserved() -> None:

@@ -66,7 +66,7 @@ async def _drive(job: Job, desk: Any, client: Any, registry: ToolRegistry) -> No
     agent = runtime.state.agents[job.agent_id]
     driving = asyncio.create_task(_to_the_end(runtime, agent, calls))
     runtime.scopes[agent.id] = driving
-    listening = asyncio.create_task(_listen(runtime, job.task, desk))
+    listening = asyncio.create_task(_listen(runtime, job.agent_id, job.task, desk))
     try:
         await asyncio.wait((driving, listening), return_when=asyncio.FIRST_COMPLETED)
     finally:
@@ -88,15 +88,30 @@ async def _to_the_end(runtime: Runtime, agent: AgentState, calls: Calls) -> None
         await drive(runtime, agent, tools_of(runtime, agent), calls.run)
 
 
-async def _listen(runtime: Runtime, task: str, desk: Any) -> None:
+async def _listen(runtime: Runtime, job_agent: str, task: str, desk: Any) -> None:
     """Do what the run says; ends with an error when it is gone."""
     while True:
         for instruction in await desk.listen.remote(task):
             agent = runtime.state.agents.get(instruction.agent_id)
             if instruction.order == "cancel":
-                runtime.cancel(instruction.agent_id, instruction.text)
+                _cancel(runtime, instruction.agent_id, job_agent, instruction.text)
             elif agent is not None and agent.status is None:
                 runtime.emit("steered", agent.id, {"text": instruction.text})
+
+
+def _cancel(runtime: Runtime, agent_id: str, job_agent: str, why: str) -> None:
+    """End an agent. If it is for good, the run has written it down; if the run is only stopped, nothing must be.
+
+    The task's own agent is told to end in both cases. If it is for good, the run finishes it.
+    """
+    agent = runtime.state.agents.get(agent_id)
+    if agent is None or agent.status is not None:
+        return
+    if agent_id != job_agent:
+        runtime.cancelled[agent_id] = why
+    scope = runtime.scopes.get(agent_id)
+    if scope is not None:
+        scope.cancel()
 
 
 def _runtime(job: Job, line: Line, client: Any, registry: ToolRegistry) -> Runtime:
