@@ -76,9 +76,15 @@ class McpConfig:
     """Patterns of its tools that are offered."""
     effects: dict[str, Effect] | None = None
     """What repeating a tool would do, by name; side_effect for those that are not named."""
+    env: tuple[str, ...] = ()
+    """Environment variables that the program is given too; without them PATH, HOME and a few more."""
+    api_key_env: str | None = None
+    """Environment variable that holds a key, sent as a bearer token to `url`."""
 
     def __post_init__(self) -> None:
         require((self.url is None) == bool(self.command), "url", "given without command, or the other way", self.url)
+        require(not (self.env and self.url), "env", "given with command only", self.env)
+        require(not (self.api_key_env and self.command), "api_key_env", "given with url only", self.api_key_env)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +96,7 @@ class ToolsConfig:
     read_only: bool = False
     """Whether they may only read there."""
     corpus: str | None = None
-    """Directory of texts that they may search."""
+    """Directory whose `.txt` and `.md` files they may search."""
     fetch: bool = False
     """Whether they may read web pages; addresses of private networks are refused."""
     allow_hosts: tuple[str, ...] = ()

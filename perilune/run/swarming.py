@@ -74,7 +74,7 @@ def recorded_recipe(journal: Path, run_id: str | None = None) -> Tree:
 
 def _still_true(recorded: Mapping[str, Any], tree: Tree) -> Tree:
     """What was recorded, without what holds for that endpoint alone: another address must not be sent its key."""
-    found, point = dict(recorded), dict(recorded.get("endpoint", {}))
+    found, point = _with_same_servers(recorded, tree), dict(recorded.get("endpoint", {}))
     new = tree.get("endpoint")
     if not isinstance(new, Mapping) or not point:
         return found
@@ -83,6 +83,29 @@ def _still_true(recorded: Mapping[str, Any], tree: Tree) -> Tree:
     if new.get("model", point["model"]) != point["model"]:
         point.pop("price", None)
     return {**found, "endpoint": point}
+
+
+def _with_same_servers(recorded: Mapping[str, Any], tree: Tree) -> Tree:
+    """What was recorded, without keys of MCP servers that are others now."""
+    tools, new = dict(recorded.get("tools", {})), tree.get("tools", {})
+    wanted = new.get("mcp", {}) if isinstance(new, Mapping) else {}
+    if not tools.get("mcp") or not isinstance(wanted, Mapping):
+        return dict(recorded)
+    kept = {
+        name: {key: value for key, value in server.items() if key not in ("env", "api_key_env")}
+        if _names_another(server, wanted.get(name))
+        else server
+        for name, server in tools["mcp"].items()
+    }
+    return {**recorded, "tools": {**tools, "mcp": kept}}
+
+
+def _names_another(server: Mapping[str, Any], wanted: object) -> bool:
+    return isinstance(wanted, Mapping) and any(wanted.get(key, server.get(key)) != server.get(key) for key in _PLACES)
+
+
+_PLACES = ("command", "url")
+"""What says which MCP server is meant."""
 
 
 @asynccontextmanager
@@ -159,11 +182,7 @@ def _price(recipe: SwarmRecipe) -> Price | None:
 
 
 def _client(config: EndpointConfig, limiter: Limiter) -> ChatClient:
-    key = None
-    if config.api_key_env is not None:
-        key = os.environ.get(config.api_key_env)
-        if not key:
-            raise RecipeError(f"endpoint.api_key_env: the environment variable {config.api_key_env} is not set")
+    key = None if config.api_key_env is None else _secret("endpoint.api_key_env", config.api_key_env)
     kind = HttpClient if config.transport == "aiohttp" else OpenAiSdkClient
     dialect = KimiK2() if config.dialect == "kimi_k2" else None
     return kind(config.base_url, key, stream=config.stream, dialect=dialect, on_limits=limiter.learn)
@@ -174,7 +193,7 @@ async def _tools(config: ToolsConfig) -> AsyncIterator[list[Tool]]:
     found: list[Tool] = [artifact_tool()]
     if config.files is not None:
         found += file_tools(_directory("files", config.files), is_read_only=config.read_only)
-    corpus = None if config.corpus is None else Corpus.from_folder(_directory("corpus", config.corpus))
+    corpus = None if config.corpus is None else _corpus(config.corpus)
     if corpus is not None:
         found += search_tools(corpus)
     if config.fetch:
@@ -196,9 +215,34 @@ async def _tools(config: ToolsConfig) -> AsyncIterator[list[Tool]]:
 
 def _server(name: str, config: ToolsConfig) -> McpServer:
     wanted = config.mcp[name]
+    headers: dict[str, str] = {}
+    if wanted.api_key_env is not None:
+        headers["Authorization"] = f"Bearer {_secret(f'tools.mcp.{name}.api_key_env', wanted.api_key_env)}"
     return McpServer(
-        name=name, command=wanted.command, url=wanted.url, tools=wanted.tools, effects=wanted.effects or {}
+        name=name,
+        command=wanted.command,
+        env={variable: _secret(f"tools.mcp.{name}.env", variable) for variable in wanted.env},
+        url=wanted.url,
+        headers=headers,
+        tools=wanted.tools,
+        effects=wanted.effects or {},
     )
+
+
+def _secret(key: str, variable: str) -> str:
+    """What an environment variable holds that a recipe names."""
+    found = os.environ.get(variable)
+    if not found:
+        raise RecipeError(f"{key}: the environment variable {variable} is not set")
+    return found
+
+
+def _corpus(name: str) -> Corpus:
+    corpus = Corpus.from_folder(_directory("corpus", name))
+    if not len(corpus):
+        corpus.close()
+        raise DataError(f"tools.corpus: {name} holds no .txt and no .md files")
+    return corpus
 
 
 def _directory(key: str, name: str) -> Path:

@@ -10,6 +10,9 @@ from aiohttp import web
 
 from perilune.agents import ChatRequest, Message, Swarm
 from perilune.agents.swarm import SwarmRun
+from perilune.agents.tools.artifacts import MemoryArtifacts
+from perilune.agents.tools.base import ToolContext
+from perilune.agents.tools.mcp import McpServer, McpTools
 from perilune.errors import DataError, RecipeError
 from perilune.run import load_swarm, open_swarm, recorded_recipe
 
@@ -112,6 +115,54 @@ def test_what_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         opened(load_swarm(None, ["endpoint.api_key_env=NOT_SET"], POINT))
     with pytest.raises(DataError, match=r"tools\.files: nowhere/at/all is not a directory"):
         opened(load_swarm(None, ["tools.files=nowhere/at/all"], POINT))
+
+
+def test_a_corpus_is_of_text_and_markdown_and_never_empty(tmp_path: Path) -> None:
+    recipe = load_swarm(None, [f"tools.corpus={tmp_path}"], POINT)
+    (tmp_path / "a.pdf").write_text("no text")
+    with pytest.raises(DataError, match=r"tools\.corpus: .* holds no \.txt and no \.md files"):
+        opened(recipe)
+    (tmp_path / "b.md").write_text("# Lima\nThe capital of Peru.")
+
+    async def search(swarm: Swarm) -> str:
+        tool = next(tool for tool in swarm.tools if tool.name == "search")
+        context = ToolContext(run_id="r", agent_id="root", call_id="c", artifacts=MemoryArtifacts())
+        return (await tool.run({"queries": ["capital"]}, context)).text
+
+    assert "b.md" in opened(recipe, search)
+
+
+def test_mcp_servers_are_given_the_variables_that_the_recipe_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[McpServer] = []
+
+    async def connect(servers: list[McpServer]) -> object:
+        seen.extend(servers)
+        return type("NoTools", (), {"tools": (), "close": lambda self: asyncio.sleep(0)})()
+
+    monkeypatch.setattr(McpTools, "connect", connect)
+    monkeypatch.setenv("TOKEN", "t-1")
+    monkeypatch.setenv("KEY", "k-1")
+    monkeypatch.delenv("NOT_SET", raising=False)
+    opened(load_swarm(None, ['tools.mcp.a={command = ["x"], env = ["TOKEN"]}'], POINT))
+    opened(load_swarm(None, ['tools.mcp.b={url = "http://localhost/mcp", api_key_env = "KEY"}'], POINT))
+    assert [(dict(s.env), dict(s.headers)) for s in seen] == [
+        ({"TOKEN": "t-1"}, {}),
+        ({}, {"Authorization": "Bearer k-1"}),
+    ]
+    with pytest.raises(RecipeError, match=r"tools\.mcp\.a\.env: the environment variable NOT_SET is not set"):
+        opened(load_swarm(None, ['tools.mcp.a={command = ["x"], env = ["NOT_SET"]}'], POINT))
+    for wrong in ('{url = "http://a", env = ["A"]}', '{command = ["x"], api_key_env = "A"}'):
+        with pytest.raises(RecipeError, match="must be given with"):
+            load_swarm(None, [f"tools.mcp.a={wrong}"], POINT)
+
+
+def test_another_mcp_server_is_not_sent_the_recorded_key() -> None:
+    own = {"url": "http://one/mcp", "api_key_env": "KEY"}
+    recorded = {**POINT, "tools": {"mcp": {"a": own, "b": {"command": ["x"], "env": ["TOKEN"]}}}}
+    same = load_swarm(None, ['tools.mcp.a.tools=["search"]'], {}, recorded).tools.mcp
+    assert (same["a"].api_key_env, same["b"].env) == ("KEY", ("TOKEN",))
+    other = load_swarm(None, ["tools.mcp.a.url=http://two/mcp", 'tools.mcp.b.command=["y"]'], {}, recorded).tools.mcp
+    assert (other["a"].url, other["a"].api_key_env, other["b"].env) == ("http://two/mcp", None, ())
 
 
 def test_a_budget_of_money_without_a_price_says_how_to_give_one() -> None:
