@@ -77,7 +77,8 @@ class Budget:
         Raises:
             BudgetExceeded: a node has less left; nothing is reserved then.
         """
-        both = {name: amount + (spare or {}).get(name, 0.0) for name, amount in amounts.items()}
+        kept = spare or {}
+        both: Amounts = {name: amount + kept.get(name, 0.0) for name, amount in amounts.items()}
         for node in self._path():
             node._check(amounts, is_last)
             node._check(both, True)

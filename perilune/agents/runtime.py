@@ -202,8 +202,10 @@ class Runtime:
                 parent = self.state.agents[agent.parent]
                 turn = next((turn for turn, group in parent.groups.items() if agent.id in group), parent.turns - 1)
                 share = self._share(parent, turn)
-                least = {name: min(amount, share.get(name, amount)) for name, amount in own.items()}
-                found = self.budget_of(parent).child(agent.id, {**share, **least})
+                limits = dict(share)
+                for name, amount in own.items():
+                    limits[name] = min(amount, share.get(name, amount))
+                found = self.budget_of(parent).child(agent.id, limits)
             self.budgets[agent.id] = found
         return found
 
