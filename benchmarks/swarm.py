@@ -9,7 +9,9 @@ With --demo N, N seeds of `perilune swarm demo`: one agent against a swarm on a 
 lognormal time on a compressed clock. What it is compared with is also an agent that makes four calls a turn, and both
 arms also misread (the more, the more pages they have read), so that F1 is not 1 whatever they do.
 
-    python benchmarks/swarm.py [--agents 100] [--calls 16] [--rounds 3] [--peer-python PATH] [--demo 5]
+With --tui, what the terminal view takes of a core beside such a swarm: 10 % at most.
+
+    python benchmarks/swarm.py [--agents 100] [--calls 16] [--rounds 3] [--peer-python PATH] [--demo 5] [--tui]
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import spread, write_result
+from swarm_view import show_view, view_load
 
 from perilune.agents import Arm, ChatRequest, DemoConfig, DemoResult, Message, ToolCall, run_demo
 from perilune.agents.client import mock_process
@@ -34,6 +37,7 @@ from perilune.agents.client import mock_process
 CLIENTS = Path(__file__).with_name("swarm_clients.py")
 OURS, TRACED, PEERS = "perilune", "perilune, traced", ("openai-agents", "pydantic-ai")
 TARGET_MS, TARGET_RATIO, TARGET_MB, TARGET_SPEEDUP, TARGET_ERROR = 2.0, 4.0, 1024, 4.5, 0.1
+VIEW_S, VIEW_ROUNDS = 10.0, 3
 
 
 def adder(request: ChatRequest) -> Message:
@@ -221,6 +225,7 @@ def main() -> None:
     parser.add_argument("--alive", type=int, default=300, help="agents whose memory is measured")
     parser.add_argument("--peer-python", default=sys.executable, help="an interpreter that has the peers")
     parser.add_argument("--demo", type=int, default=0, metavar="N", help="seeds of the demonstration")
+    parser.add_argument("--tui", action="store_true", help="measure the terminal view of --agents agents")
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--speed", type=float, default=10.0, help="how much faster than real time its model is")
     parser.add_argument("--name", default="swarm", help="of the file of results")
@@ -233,6 +238,8 @@ def main() -> None:
     if arguments.demo:
         record["demo"] = demos(arguments.demo, DemoConfig(rows=arguments.rows, speed=arguments.speed))
         record["speedup"] = spread(tuple(run["speedup"] for run in record["demo"]["one call a turn"]))
+    if arguments.tui:
+        record["view"] = view_load(arguments.agents, VIEW_S, VIEW_ROUNDS)
     path = write_result(arguments.name, record)
     print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
     if "overhead" in record:
@@ -240,6 +247,8 @@ def main() -> None:
         show_memory(record["memory"])
     if "demo" in record:
         show_demos(record["demo"])
+    if "view" in record:
+        show_view(record["view"])
     print(path)
 
 

@@ -2,15 +2,54 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import typer
 
 if TYPE_CHECKING:
     from perilune.run import LoadedRecipe, RunSummary
+
+
+def flatten_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command with the fields of a dataclass as options in place of a parameter that is one.
+
+    Typer knows parameters alone; so commands share a group of options as a class of `Annotated` fields with defaults.
+
+    Raises:
+        TypeError: two parameters or fields have one name.
+    """
+    groups: dict[str, tuple[type, list[str]]] = {}
+    flat: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        kind = parameter.annotation
+        if not (isinstance(kind, type) and is_dataclass(kind)):
+            flat.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        hints = get_type_hints(kind, include_extras=True)
+        groups[parameter.name] = (kind, [one.name for one in fields(kind)])
+        flat += [
+            inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=hints[one.name])
+            for one in fields(kind)
+        ]
+    names = [parameter.name for parameter in flat]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise TypeError(f"{command.__name__}: {', '.join(twice)} stand twice among its options")
+
+    def called(**values: Any) -> None:
+        for name, (kind, members) in groups.items():
+            values[name] = kind(**{member: values.pop(member) for member in members})
+        command(**values)
+
+    called.__name__, called.__doc__, called.__module__ = command.__name__, command.__doc__, command.__module__
+    called.__annotations__ = {parameter.name: parameter.annotation for parameter in flat}
+    vars(called)["__signature__"] = inspect.Signature(flat)
+    return called
 
 
 def execute(loaded: LoadedRecipe[Any], run_dir: Path | None, *, quiet: bool) -> RunSummary:

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import shlex
 import sys
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from perilune.cli_shared import print_explained
-from perilune.errors import RecipeError
+from perilune.cli_shared import flatten_options, print_explained
+from perilune.cli_swarm_options import (
+    AllowChanges,
+    ChangeOptions,
+    LimitOptions,
+    PointOptions,
+    ShownOptions,
+    Trace,
+    View,
+    load_recipe,
+)
 
 if TYPE_CHECKING:
     from perilune.agents import RunResult, Swarm, SwarmRun
@@ -31,61 +39,23 @@ JOURNAL = Path("runs/swarm.db")
 JournalPath = Annotated[Path, typer.Argument(metavar="JOURNAL", help="A journal, e.g. runs/swarm.db.")]
 RunId = Annotated[str | None, typer.Option("--run", help="Run of the journal; the newest by default.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
-Config = Annotated[Path | None, typer.Option(help="A recipe, e.g. recipes/swarm.toml.")]
-BaseUrl = Annotated[
-    str | None, typer.Option("--base-url", "--endpoint", help="Address of the endpoint, e.g. http://127.0.0.1:8000/v1.")
-]
-Model = Annotated[str | None, typer.Option(help="Name of the model there.")]
-KeyVariable = Annotated[str | None, typer.Option("--api-key-env", help="Environment variable that holds the key.")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change of the recipe, e.g. tools.python=monty.")
-]
-Limits = Annotated[
-    str | None,
-    typer.Option(
-        "--budget", help="Limits of the run over all its starts, e.g. usd=1,tool_calls=1500,tokens_out=200000,wall=20m."
-    ),
-]
-UnknownCost = Annotated[
-    bool,
-    typer.Option("--allow-unknown-cost", help="Accept usd=... for a model whose price is not known: it costs nothing."),
-]
-MaxAgents = Annotated[
-    int | None, typer.Option(min=1, help="Sub-agents at most; each takes a call of swarm.orchestrator.max_tool_calls.")
-]
-Concurrency = Annotated[int | None, typer.Option(min=1, help="Calls to the model at a time, at most.")]
-Files = Annotated[str | None, typer.Option(help="Directory whose files the agents may read and write.")]
-AllowChanges = Annotated[
-    bool, typer.Option("--allow-changes", help="Go on even without a tool that the run had, or with other rules.")
-]
-Trace = Annotated[bool, typer.Option("--trace", help="Send spans where OpenTelemetry's OTEL_* variables say.")]
-View = Annotated[
-    Literal["auto", "tui", "lines", "none"],
-    typer.Option("--ui", help="What is shown meanwhile; auto: tui in a terminal, lines elsewhere."),
-]
 
 
 @swarm_app.command(
     epilog='Example: perilune swarm run "List the ten largest cities of Peru with their population" '
     "--base-url https://api.moonshot.ai/v1 --model kimi-k2.5 --api-key-env MOONSHOT_API_KEY --budget usd=1,wall=20m"
 )
+@flatten_options
 def run(
     task: Annotated[
         str | None, typer.Argument(metavar="TASK", help="What is to be done; - reads it from stdin.")
     ] = None,
-    config: Config = None,
-    base_url: BaseUrl = None,
-    model: Model = None,
-    api_key_env: KeyVariable = None,
-    budget: Limits = None,
-    allow_unknown_cost: UnknownCost = False,
-    max_agents: MaxAgents = None,
-    concurrency: Concurrency = None,
-    files: Files = None,
-    overrides: Overrides = None,
+    *,
+    point: PointOptions,
+    limits: LimitOptions,
+    change: ChangeOptions,
     journal: Annotated[Path, typer.Option(help="File that keeps what happens.")] = JOURNAL,
-    trace: Trace = False,
-    ui: View = "auto",
+    shown: ShownOptions,
     explain: Annotated[str | None, typer.Option(metavar="PATH", help="Print the recipe's keys under PATH.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -98,33 +68,26 @@ def run(
     text = sys.stdin.read() if task == "-" else task
     if not (text or "").strip():
         raise typer.BadParameter("say what is to be done; it is empty", param_hint="TASK")
-    options = _options(base_url, model, api_key_env, budget, allow_unknown_cost, max_agents, concurrency, files)
-    recipe = _load(config, overrides, options)
+    recipe = load_recipe(point, change, limits)
 
     async def begin(swarm: Swarm) -> SwarmRun:
         journal.parent.mkdir(parents=True, exist_ok=True)
         return await swarm.start(text or "", journal)
 
-    _drive(recipe, journal, trace, ui, as_json, begin)
+    _drive(recipe, journal, shown, as_json, begin)
 
 
 @swarm_app.command(epilog="Example: perilune swarm resume runs/swarm.db --budget usd=5,wall=1h")
+@flatten_options
 def resume(
     journal: JournalPath = JOURNAL,
     run_id: RunId = None,
-    config: Config = None,
-    base_url: BaseUrl = None,
-    model: Model = None,
-    api_key_env: KeyVariable = None,
-    budget: Limits = None,
-    allow_unknown_cost: UnknownCost = False,
-    max_agents: MaxAgents = None,
-    concurrency: Concurrency = None,
-    files: Files = None,
-    overrides: Overrides = None,
+    *,
+    point: PointOptions,
+    limits: LimitOptions,
+    change: ChangeOptions,
     allow_changes: AllowChanges = False,
-    trace: Trace = False,
-    ui: View = "auto",
+    shown: ShownOptions,
     as_json: AsJson = False,
 ) -> None:
     """Go on with a run that was killed or stopped; of a finished one, print the result.
@@ -133,31 +96,27 @@ def resume(
     """
     from perilune.run import recorded_recipe
 
-    options = _options(base_url, model, api_key_env, budget, allow_unknown_cost, max_agents, concurrency, files)
-    recipe = _load(config, overrides, options, recorded_recipe(journal, run_id))
+    recipe = load_recipe(point, change, limits, recorded_recipe(journal, run_id))
 
     async def begin(swarm: Swarm) -> SwarmRun:
         return await swarm.resume(journal, run_id=run_id, allow_changes=allow_changes)
 
-    _drive(recipe, journal, trace, ui, as_json, begin)
+    _drive(recipe, journal, shown, as_json, begin)
 
 
 @swarm_app.command(
     epilog="Example: perilune swarm replay runs/swarm.db --run 3f2a --fork-at 120 --model other --base-url URL"
 )
+@flatten_options
 def replay(
     journal: JournalPath = JOURNAL,
     run_id: RunId = None,
     fork_at: Annotated[int | None, typer.Option(help="Event after which a new run goes on, live.")] = None,
-    config: Config = None,
-    base_url: BaseUrl = None,
-    model: Model = None,
-    api_key_env: KeyVariable = None,
-    files: Files = None,
-    overrides: Overrides = None,
+    *,
+    point: PointOptions,
+    change: ChangeOptions,
     allow_changes: AllowChanges = False,
-    trace: Trace = False,
-    ui: View = "auto",
+    shown: ShownOptions,
     as_json: AsJson = False,
 ) -> None:
     """Run a recorded run again from its journal alone, or fork it at an event to go on with another model."""
@@ -171,13 +130,12 @@ def replay(
 
     found = find_run(journal, run_id)
     new = f"{found.run_id}-fork-{uuid.uuid4().hex[:6]}"
-    options = _options(base_url, model, api_key_env, None, False, None, None, files)
-    recipe = _load(config, overrides, options, recorded_recipe(journal, found.run_id))
+    recipe = load_recipe(point, change, recorded=recorded_recipe(journal, found.run_id))
 
     async def begin(swarm: Swarm) -> SwarmRun:
         return await resume_fork(swarm, journal, found.run_id, fork_at, new, allow_changes=allow_changes)
 
-    _drive(recipe, journal, trace, ui, as_json, begin)
+    _drive(recipe, journal, shown, as_json, begin)
 
 
 @swarm_app.command(epilog="Example: perilune swarm runs runs/swarm.db")
@@ -283,6 +241,37 @@ def serve(
         run_app(app, listener, on_ready=lambda address: print(f"{address}/", file=sys.stderr))
 
 
+@swarm_app.command(epilog="Example: perilune swarm stdio --base-url http://127.0.0.1:8000/v1 --model my-model")
+@flatten_options
+def stdio(
+    *,
+    point: PointOptions,
+    limits: LimitOptions,
+    change: ChangeOptions,
+    journal: Annotated[Path, typer.Option(help="File that keeps what happens.")] = JOURNAL,
+    trace: Trace = False,
+) -> None:
+    """Serve another program: JSON-RPC 2.0, a message a line, requests on stdin, answers and events on stdout.
+
+    Methods are initialize, prompt, cancel, steer, approve, answer and replay (docs/swarm.md). The end of stdin stops a
+    run so that it can be resumed.
+    """
+    from perilune.agents.tracing import tracing_from_environment
+    from perilune.agents.wire import serve_stdio
+    from perilune.run import open_swarm
+
+    recipe = load_recipe(point, change, limits)
+    journal.parent.mkdir(parents=True, exist_ok=True)
+
+    async def act(tracing: Callable[[str], Tracing] | None) -> bool:
+        async with open_swarm(recipe, is_interactive=True, trace=tracing) as swarm:
+            return await serve_stdio(swarm, journal)
+
+    with tracing_from_environment() if trace else nullcontext() as tracing:
+        if asyncio.run(act(tracing)):
+            raise typer.Exit(130)
+
+
 @swarm_app.command(epilog="Example: perilune swarm demo --rows 64")
 def demo(
     rows: Annotated[int, typer.Option(min=8, help="Rows of the table that is asked for.")] = 64,
@@ -320,79 +309,10 @@ def demo(
         raise typer.Exit(1)
 
 
-def _options(
-    base_url: str | None,
-    model: str | None,
-    api_key_env: str | None,
-    budget: str | None,
-    allow_unknown_cost: bool,
-    max_agents: int | None,
-    concurrency: int | None,
-    files: str | None,
-) -> dict[str, Any]:
-    """The recipe that the options say."""
-    wanted = {"base_url": base_url, "model": model, "api_key_env": api_key_env}
-    endpoint: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
-    if concurrency is not None:
-        endpoint |= {"concurrency": min(8, concurrency), "max_concurrency": concurrency}
-    swarm: dict[str, Any] = {} if budget is None else {"budget": _budget(budget)}
-    if allow_unknown_cost:
-        swarm["allow_unknown_cost"] = True
-    if max_agents is not None:
-        swarm |= {"max_agents_total": max_agents, "max_agents_running": min(100, max_agents)}
-    found = {"endpoint": endpoint, "swarm": swarm, "tools": {} if files is None else {"files": files}}
-    return {name: table for name, table in found.items() if table}
-
-
-def _budget(text: str) -> dict[str, float | int]:
-    units = {"s": 1, "m": 60, "h": 3600}
-    found: dict[str, float | int] = {}
-    for part in text.split(","):
-        name, _, value = part.strip().partition("=")
-        scale = units.get(value[-1:], 0) if name == "wall" else 0
-        try:
-            number = float(value[:-1] if scale else value) * (scale or 1)
-        except ValueError:
-            number = math.nan
-        is_real = name in ("usd", "wall")
-        if not math.isfinite(number) or not (is_real or number.is_integer()):
-            kind = "number" if is_real else "whole number"
-            raise typer.BadParameter(
-                f"want name={kind}, such as usd=1 or wall=20m, got {part.strip()!r}", param_hint="--budget"
-            )
-        found["wall_s" if name == "wall" else name] = number if is_real else int(number)
-    return found
-
-
-_OF_OPTIONS = {
-    "endpoint.base_url is missing": "say --base-url, e.g. http://127.0.0.1:8000/v1",
-    "endpoint.model is missing": "say --model, its name there",
-}
-
-
-def _load(
-    config: Path | None,
-    overrides: list[str] | None,
-    options: dict[str, Any],
-    recorded: Mapping[str, Any] | None = None,
-) -> SwarmRecipe:
-    """Read the recipe; what is missing is named as the option that gives it."""
-    from perilune.run import load_swarm
-
-    try:
-        return load_swarm(config, overrides or [], options, recorded)
-    except RecipeError as error:
-        text = str(error)
-        for fault, option in _OF_OPTIONS.items():
-            text = text.replace(f"{fault}; it is required", f"{fault}; {option}")
-        raise RecipeError(text) from error
-
-
 def _drive(
     recipe: SwarmRecipe,
     journal: Path,
-    trace: bool,
-    ui: str,
+    shown: ShownOptions,
     as_json: bool,
     begin: Callable[[Swarm], Coroutine[Any, Any, SwarmRun]],
 ) -> None:
@@ -400,15 +320,15 @@ def _drive(
     from perilune.agents.tracing import tracing_from_environment
     from perilune.run import open_swarm
 
-    is_interactive = _shows_terminal(ui, as_json)
+    is_interactive = _shows_terminal(shown.ui, as_json)
 
     async def act(tracing: Callable[[str], Tracing] | None) -> RunResult:
         async with open_swarm(recipe, is_interactive=is_interactive, trace=tracing) as swarm:
             run = await begin(swarm)
-            await _watcher(ui, is_interactive)("", run)
+            await _watcher(shown.ui, is_interactive)("", run)
             return await run.result()
 
-    with tracing_from_environment() if trace else nullcontext() as tracing:
+    with tracing_from_environment() if shown.trace else nullcontext() as tracing:
         result = asyncio.run(act(tracing))
     _print_result(result, journal, as_json)
 

@@ -12,6 +12,12 @@ PeriluneError                 caught only in the command line: one line, exit co
 Wrong arguments to functions of `ops`, `nn` and `optim` are plain `ValueError` and `TypeError`.
 """
 
+from __future__ import annotations
+
+from typing import TypeVar
+
+_Error = TypeVar("_Error", bound="PeriluneError")
+
 
 class PeriluneError(Exception):
     """Base of every error that is the user's to mend; its text is one clear line."""
@@ -43,3 +49,15 @@ class BackendError(PeriluneError):
 
 class EngineError(PeriluneError):
     """A generation request cannot be served."""
+
+
+def missing_extra(kind: type[_Error], who: str, package: str | None, extra: str) -> _Error:
+    """Return what to raise where an optional package is not installed.
+
+    Args:
+        kind: of error.
+        who: needs it, with the verb: "serving needs".
+        package: its name; of an ImportError, `error.name`.
+        extra: of perilune's extras, the one that has it.
+    """
+    return kind(f"{who} the optional package {package}; install it with: pip install 'perilune[{extra}]'")

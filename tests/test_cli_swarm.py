@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from perilune import cli_swarm
 from perilune.agents import Arm, DemoResult, Message, ToolCall, Totals, list_runs, load_events
 from perilune.agents.client import MockEndpoint
 from perilune.cli import app
+from perilune.cli_shared import flatten_options
+from perilune.cli_swarm_options import ChangeOptions, LimitOptions, PointOptions, load_recipe
 
 COMMANDS = sorted(typer.main.get_command(app).commands["swarm"].commands)
 
@@ -208,9 +211,17 @@ def test_an_unknown_price_can_be_accepted_or_given(cli, tmp_path):
 
 @pytest.mark.parametrize(("wanted", "expected"), [(4, (4, 4)), (300, (8, 300))])
 def test_concurrency_is_the_most_not_the_start(wanted, expected):
-    options = cli_swarm._options("http://x/v1", "m", None, None, False, None, wanted, None)
-    point = cli_swarm._load(None, None, options).endpoint
+    asked = PointOptions(base_url="http://x/v1", model="m")
+    point = load_recipe(asked, ChangeOptions(), LimitOptions(concurrency=wanted)).endpoint
     assert (point.concurrency, point.max_concurrency) == expected
+
+
+def test_options_that_stand_twice_are_refused():
+    def command(point: PointOptions, model: str = ""):
+        """Do nothing."""
+
+    with pytest.raises(TypeError, match="command: model stand twice among its options"):
+        flatten_options(command)
 
 
 def test_somebody_can_be_asked_only_where_the_terminal_view_is_shown(monkeypatch):
@@ -264,3 +275,28 @@ def test_spans_go_to_the_exporter_that_the_environment_names(cli, tmp_path, monk
     assert {span.name for span in exporter.get_finished_spans()} == {
         "invoke_workflow swarm", "invoke_agent orchestrator", "chat mock",
     }  # fmt: skip
+
+
+def test_another_program_asks_by_lines_and_leaves_a_run_to_resume(tmp_path):
+    def policy(request):
+        arguments = json.dumps({"question": "Shall I?"})
+        return Message(role="assistant", tool_calls=(ToolCall(id="c", name="ask_human", arguments=arguments),))
+
+    journal = tmp_path / "new" / "a.db"
+    with served(policy) as url:
+        command = [sys.executable, "-m", "perilune.cli", "swarm", "stdio", "--base-url", url, "--model", "mock"]
+        command += ["--journal", str(journal), "--set", "tools.ask_human=true"]
+        server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for number, method, params in ((1, "initialize", {}), (2, "prompt", {"task": "go"})):
+            asked = {"jsonrpc": "2.0", "id": number, "method": method, "params": params}
+            server.stdin.write(json.dumps(asked).encode() + b"\n")
+        server.stdin.flush()
+        lines = map(json.loads, iter(server.stdout.readline, b""))
+        assert next(lines)["result"]["tools"] == ["read_artifact", "ask_human"]
+        question = next(m["params"] for m in lines if m["params"]["type"] == "question_asked")
+        assert question["payload"]["text"] == "Shall I?"
+        rest, errors = server.communicate(timeout=60)
+    told = [json.loads(line) for line in rest.splitlines()]
+    assert (told[-1]["id"], told[-1]["result"]["status"]) == (2, "stopped")
+    assert (server.returncode, errors) == (0, b"")
+    assert list_runs(journal)[0].status == "stopped"

@@ -7,7 +7,7 @@ budget      what may be used; limiter: how fast an endpoint is asked; context: h
 client      models: HTTP, scripted, replayed, disturbed; dialects: tool calls in raw text
 tools       what agents can do: functions, files, the web, search, Python in a sandbox, MCP, people
 replaying   runs again: from the journal alone, or forked; timeline, critical, simulate: where the time went
-views       runs to look at: terminal, web, files; tracing: OpenTelemetry
+views       runs to look at: terminal, web, files; wire: for other programs; tracing: OpenTelemetry
 scale       sub-agents as tasks of a Ray cluster
 policies    models that are Python functions; demo: one agent against a swarm, without an endpoint
 """

@@ -123,7 +123,7 @@ class RunState:
     consents: list[Mapping[str, Any]] = field(default_factory=list)
     """Requests for consent and their resolutions, in order."""
     questions: dict[str, str] = field(default_factory=dict)
-    """Questions to people by call, until they are answered."""
+    """Questions to people by call, until they are answered or nobody waits for it any more."""
     answers: dict[str, str] = field(default_factory=dict)
     """What people answered, by call."""
     warnings: set[tuple[str, str]] = field(default_factory=set)
@@ -149,9 +149,14 @@ class RunState:
 
     @property
     def approvals(self) -> dict[str, Mapping[str, Any]]:
-        """Requests for consent that nobody has answered, by id."""
+        """Requests for consent that nobody has answered, of agents that still wait for it, by id."""
         answered = {entry["id"] for entry in self.consents if "name" not in entry}
-        return {e["id"]: e for e in self.consents if "name" in e and e["id"] not in answered}
+        asked = [entry for entry in self.consents if "name" in entry and entry["id"] not in answered]
+        return {entry["id"]: entry for entry in asked if self._is_alive(entry["agent"])}
+
+    def _is_alive(self, agent_id: str) -> bool:
+        agent = self.agents.get(agent_id)
+        return agent is not None and agent.status is None
 
     @property
     def root(self) -> AgentState:
@@ -204,6 +209,11 @@ class RunState:
         if agent is None:
             return
         agent.last = event.seq
+        if event.type == "tool_finished":
+            self.questions.pop(event.payload["call"], None)
+        elif event.type == "agent_finished":
+            for call in agent.calls:
+                self.questions.pop(call, None)
         if event.type in _OF_AGENT:
             _OF_AGENT[event.type](agent, event)
         if event.type in _ATTEMPTS and event.payload.get("fault") != "budget":  # then nobody was asked
@@ -252,6 +262,11 @@ def result_text(payload: Mapping[str, Any]) -> str:
 def call_key(agent_id: str, turn: int, index: int) -> str:
     """Return the name of a call: unique in a run, and the same again when the run is resumed."""
     return f"{agent_id}:{turn}:{index}"
+
+
+def agent_of_call(key: str) -> str:
+    """Return whose call has a name that `call_key` gave."""
+    return key.rsplit(":", 2)[0]
 
 
 def _run_started(state: RunState, payload: Mapping[str, Any]) -> None:

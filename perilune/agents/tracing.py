@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from perilune.agents.journal import Event
 from perilune.agents.state import ROOT
-from perilune.errors import PeriluneError
+from perilune.errors import PeriluneError, missing_extra
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span, Tracer
@@ -319,7 +319,7 @@ def otel_tracing(run_id: str, tracer: Tracer | None = None, *, capture_content: 
     try:
         from opentelemetry import trace
     except ImportError as error:
-        raise PeriluneError("tracing needs OpenTelemetry; install it with: pip install 'perilune[trace]'") from error
+        raise missing_extra(PeriluneError, "tracing needs", error.name, "trace") from error
     found = trace.get_tracer("perilune.agents") if tracer is None else tracer
     return Tracing(OtelSink(found), run_id, capture_content=capture_content)
 
@@ -338,7 +338,7 @@ def tracing_from_environment() -> Iterator[Callable[[str], Tracing]]:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
-        raise PeriluneError("tracing needs OpenTelemetry; install it with: pip install 'perilune[trace]'") from error
+        raise missing_extra(PeriluneError, "tracing needs", error.name, "trace") from error
     if not found:
         raise PeriluneError(
             f"OTEL_TRACES_EXPORTER: no exporter {name} is installed; otlp is there after "

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perilune.errors import BackendError
+from perilune.errors import BackendError, missing_extra
 from perilune.nn import AttentionMode
 from perilune.nn.config import check_choice, check_positive
 from perilune.ops import SequenceLayout, moba_attention, varlen_attention
@@ -90,9 +90,7 @@ def register_moba(
         from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
         from transformers.modeling_utils import AttentionInterface
     except ImportError as error:
-        raise BackendError(
-            "register_moba: transformers is not installed, or too old; install it with: pip install 'perilune[hf]'"
-        ) from error
+        raise missing_extra(BackendError, "register_moba needs", "transformers (a recent one)", "hf") from error
     for full_name, settings in zip((name, f"{name}_naive"), chosen, strict=True):
         AttentionInterface.register(full_name, partial(_attend, settings))
         AttentionMaskInterface.register(full_name, partial(_forward_mask, causal_mask_function))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from perilune.errors import DataError
+from perilune.errors import DataError, missing_extra
 from perilune.files import replacing
 from perilune.recsys.data import NONE
 from perilune.recsys.evaluation import users_at_once
@@ -113,7 +113,5 @@ def _import_polars():
     try:
         import polars as pl
     except ImportError as error:
-        raise DataError(
-            "an export needs the optional package polars; install it with: pip install 'perilune[recsys]'"
-        ) from error
+        raise missing_extra(DataError, "an export needs", "polars", "recsys") from error
     return pl

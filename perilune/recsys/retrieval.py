@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from perilune.errors import DataError
+from perilune.errors import DataError, missing_extra
 from perilune.recsys.recommender import Recommender
 
 if TYPE_CHECKING:
@@ -162,7 +162,4 @@ def _import_faiss() -> Any:
     try:
         return importlib.import_module("faiss")
     except ImportError as error:
-        raise DataError(
-            "an index of candidates needs the optional package faiss-cpu; install it with: "
-            "pip install 'perilune[recsys]'"
-        ) from error
+        raise missing_extra(DataError, "an index of candidates needs", "faiss-cpu", "recsys") from error

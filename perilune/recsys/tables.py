@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from perilune.errors import DataError
+from perilune.errors import DataError, missing_extra
 
 if TYPE_CHECKING:
     import polars as pl
@@ -116,9 +116,7 @@ def open_table(path: Path, *, separator: str | None = None, header: Sequence[str
     try:
         import polars as pl
     except ImportError as error:
-        raise DataError(
-            "event logs need the optional package polars; install it with: pip install 'perilune[recsys]'"
-        ) from error
+        raise missing_extra(DataError, "event logs need", "polars", "recsys") from error
     is_parquet = path.suffix in (".parquet", ".pq")
     try:
         with path.open("rb"):

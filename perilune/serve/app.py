@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from perilune import __version__
-from perilune.errors import DataError, EngineError, PeriluneError, RecipeError, UnknownIdError
+from perilune.errors import DataError, EngineError, PeriluneError, RecipeError, UnknownIdError, missing_extra
 
 if TYPE_CHECKING:
     from fastapi import APIRouter, FastAPI
@@ -63,7 +63,7 @@ def create_app(
         from fastapi.exceptions import RequestValidationError
         from starlette.exceptions import HTTPException
     except ImportError as error:
-        raise missing_extra(error) from error
+        raise missing_extra(EngineError, "serving needs", error.name, "serve") from error
 
     app = FastAPI(title=title, version=__version__)
 
@@ -122,7 +122,7 @@ def run_app(app: "FastAPI", listener: socket.socket, *, on_ready: Callable[[str]
     try:
         import uvicorn
     except ImportError as error:
-        raise missing_extra(error) from error
+        raise missing_extra(EngineError, "serving needs", error.name, "serve") from error
     settings = uvicorn.Config(app, log_level="warning", limit_concurrency=MAX_CONNECTIONS)
     listener.listen(settings.backlog)
     if on_ready is not None:
@@ -130,13 +130,6 @@ def run_app(app: "FastAPI", listener: socket.socket, *, on_ready: Callable[[str]
         on_ready(f"http://[{host}]:{port}" if listener.family == socket.AF_INET6 else f"http://{host}:{port}")
     with suppress(KeyboardInterrupt):
         uvicorn.Server(settings).run(sockets=[listener])
-
-
-def missing_extra(error: ImportError) -> EngineError:
-    """Return what to raise where the web packages are not installed."""
-    return EngineError(
-        f"serving needs the optional package {error.name}; install it with: pip install 'perilune[serve]'"
-    )
 
 
 def _answer(status: int, kind: str, message: str, **more: object) -> "JSONResponse":

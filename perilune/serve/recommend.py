@@ -17,8 +17,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from perilune.errors import EngineError, missing_extra
 from perilune.recsys.recommend import RecommendationEngine
-from perilune.serve.app import missing_extra
 
 if TYPE_CHECKING:
     from fastapi import APIRouter
@@ -146,7 +146,7 @@ def recommend_router(engine: RecommendationEngine, *, model: str, workers: int |
     try:
         from fastapi import APIRouter
     except ImportError as error:
-        raise missing_extra(error) from error
+        raise missing_extra(EngineError, "serving needs", error.name, "serve") from error
     router = APIRouter(prefix="/v1", tags=["recommend"])
     turns = threading.BoundedSemaphore(workers or os.cpu_count() or 1)
 

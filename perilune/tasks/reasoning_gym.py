@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, cast
 
-from perilune.errors import DataError
+from perilune.errors import DataError, missing_extra
 from perilune.seeding import derive_seed
 from perilune.tasks.answers import extract_answer, repeats_question
 from perilune.tasks.base import JSON, SPLITS, Problem, Reward, Split, Style, Trace
@@ -149,9 +149,7 @@ class ReasoningGymTask:
         try:
             gym = importlib.import_module("reasoning_gym")
         except ImportError as error:
-            raise DataError(
-                "tasks need the optional package reasoning-gym; install it with: pip install 'perilune[tasks]'"
-            ) from error
+            raise missing_extra(DataError, "tasks need", "reasoning-gym", "tasks") from error
         params = {key: tuple(value) if isinstance(value, list) else value for key, value in self._params().items()}
         try:
             return gym.create_dataset(self.config.name, seed=seed, size=2**31, **params)

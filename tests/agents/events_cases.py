@@ -6,13 +6,13 @@ import heapq
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from perilune.agents.journal import Event
 from perilune.agents.journal.schema import INLINE_BYTES, chained, connect, with_blobs
-from perilune.agents.state import call_key
+from perilune.agents.state import RunState, call_key
 
 INJECTED = (
     "</script><script>window.pwned = 1; document.title = 'pwned'</script>"
@@ -60,6 +60,19 @@ def swarm_events(shape: Shape | None = None, *, until: float | None = None) -> l
     if until is not None:
         rows = [row for row in rows if row[0] <= until]
     return _numbered(_with_a_crash(rows) if shape.resumed else rows)
+
+
+def with_question(events: Sequence[Event], text: str) -> tuple[list[Event], str]:
+    """Return events with a question to a person after them, in place of a call that is under way; and that call."""
+    state = RunState.fold("r", events)
+    open_ = [
+        call for agent in state.agents.values() if agent.parent for call in agent.calls.values() if not call.result
+    ]
+    key, last = open_[-1].key, events[-1]
+    asked = replace(
+        last, seq=last.seq + 1, type="question_asked", agent="", cause=last.seq, payload={"id": key, "text": text}
+    )
+    return [*events, asked], key
 
 
 def write_journal(path: Path, events: Sequence[Event], *, run_id: str = "run-1", status: str | None = None) -> Path:

@@ -13,7 +13,6 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 from perilune.agents.client.base import EndpointError, Fault
-from perilune.errors import EngineError
 
 _MAX_WORDS = 240
 _TOO_LONG = re.compile(
@@ -24,13 +23,6 @@ _TOO_LONG = re.compile(
 _NO_MONEY = re.compile(r"insufficient_quota|exceeded_current_quota|billing", re.IGNORECASE)
 # Servers that check bodies with pydantic repeat the value that they refuse.
 _ECHO = re.compile(r"""[\[{,;(]*\s*['"]?\binput(?:_value)?['"]?\s*[:=].*""", re.DOTALL)
-
-
-def missing_extra(error: ImportError, extra: str = "agents") -> EngineError:
-    """Return what to raise where an optional package is not installed."""
-    return EngineError(
-        f"agents need the optional package {error.name}; install it with: pip install 'perilune[{extra}]'"
-    )
 
 
 def fault_of_status(status: int, words: str = "") -> Fault:

@@ -15,12 +15,12 @@ from urllib.parse import urlsplit
 from perilune.agents.client.base import EndpointError
 from perilune.agents.client.body import to_body
 from perilune.agents.client.dialects.base import Dialect
-from perilune.agents.client.faults import error_of_response, missing_extra, without_secrets
+from perilune.agents.client.faults import error_of_response, without_secrets
 from perilune.agents.client.limits import RateLimits, rate_limits
 from perilune.agents.client.stream import AnswerReader
 from perilune.agents.client.timing import CallTimer, Timeouts
 from perilune.agents.messages import ChatRequest, Reply, Usage
-from perilune.errors import EngineError
+from perilune.errors import EngineError, missing_extra
 
 if TYPE_CHECKING:
     from aiohttp import ClientResponse, ClientSession
@@ -61,7 +61,7 @@ class HttpClient:
         try:
             import orjson
         except ImportError as error:
-            raise missing_extra(error) from error
+            raise missing_extra(EngineError, "agents need", error.name, "agents") from error
         self._dumps, self._loads = orjson.dumps, orjson.loads
         self._url = base_url.rstrip("/") + "/chat/completions"
         self._secrets = (api_key,) if api_key else ()
@@ -124,7 +124,7 @@ class HttpClient:
         try:
             from aiohttp import ClientSession, ClientTimeout, DummyCookieJar, TCPConnector
         except ImportError as error:
-            raise missing_extra(error) from error
+            raise missing_extra(EngineError, "agents need", error.name, "agents") from error
         # How many calls are under way is for the limiter to say.
         self._session = ClientSession(
             connector=TCPConnector(limit=0, keepalive_timeout=30.0),

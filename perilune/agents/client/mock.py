@@ -19,11 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from perilune.agents.client.base import EndpointError
 from perilune.agents.client.body import from_body
-from perilune.agents.client.faults import missing_extra
 from perilune.agents.client.latency import LatencyModel, ScaledClock, unit
 from perilune.agents.client.scripted import Policy, answer
 from perilune.agents.messages import Reply
-from perilune.errors import EngineError
+from perilune.errors import EngineError, missing_extra
 
 if TYPE_CHECKING:
     from aiohttp.web import AppRunner, Request, StreamResponse
@@ -126,7 +125,7 @@ class MockEndpoint:
         try:
             from aiohttp import web
         except ImportError as error:
-            raise missing_extra(error) from error
+            raise missing_extra(EngineError, "agents need", error.name, "agents") from error
         app = web.Application(client_max_size=_MAX_BODY_BYTES)
         app.router.add_post("/v1/chat/completions", self._complete)
         app.router.add_get("/v1/models", self._models)

@@ -15,12 +15,13 @@ from typing import Any
 from perilune.agents.client.base import EndpointError
 from perilune.agents.client.body import to_body
 from perilune.agents.client.dialects.base import Dialect
-from perilune.agents.client.faults import error_in_stream, error_of_response, missing_extra
+from perilune.agents.client.faults import error_in_stream, error_of_response
 from perilune.agents.client.http import check_base_url
 from perilune.agents.client.limits import RateLimits, rate_limits
 from perilune.agents.client.stream import AnswerReader
 from perilune.agents.client.timing import CallTimer, Timeouts
 from perilune.agents.messages import ChatRequest, Reply
+from perilune.errors import EngineError, missing_extra
 
 
 class OpenAiSdkClient:
@@ -45,7 +46,7 @@ class OpenAiSdkClient:
         try:
             self._openai: Any = importlib.import_module("openai")
         except ImportError as error:
-            raise missing_extra(error, "openai") from error
+            raise missing_extra(EngineError, "agents need", error.name, "openai") from error
         self._timeouts = timeouts or Timeouts()
         self._client: Any = self._openai.AsyncOpenAI(
             base_url=base_url,

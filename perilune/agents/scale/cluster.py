@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
-from perilune.errors import PeriluneError
+from perilune.errors import PeriluneError, missing_extra
 
 _STORE_BYTES = 10**8
 _BUSY_S = 0.3
@@ -26,9 +26,7 @@ def import_ray() -> ModuleType:
     try:
         import ray  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise PeriluneError(
-            "sub-agents as Ray tasks need the optional package ray; install it with: pip install 'perilune[scale]'"
-        ) from error
+        raise missing_extra(PeriluneError, "sub-agents as Ray tasks need", error.name, "scale") from error
     return ray
 
 

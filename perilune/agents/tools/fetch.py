@@ -15,7 +15,7 @@ from perilune.agents.tools.addresses import CheckedResolver, NetworkRules
 from perilune.agents.tools.base import Tool, ToolContext, ToolError, ToolOutput
 from perilune.agents.tools.function import in_thread, tool
 from perilune.agents.tools.html_text import text_of_html
-from perilune.agents.tools.validation import missing_extra
+from perilune.errors import missing_extra
 
 MAX_BYTES = 2_000_000
 MAX_REDIRECTS = 5
@@ -43,7 +43,7 @@ def fetch_tools(
     try:
         import aiohttp  # noqa: F401 - so that its absence shows at the start
     except ImportError as error:
-        raise missing_extra(error, "agents") from error
+        raise missing_extra(ToolError, "this tool needs", error.name, "agents") from error
     web = _Web(rules or NetworkRules(), max_bytes, timeout_s)
     tools = [tool(effect="pure", timeout_s=timeout_s + 5)(web.fetch)]
     if is_post_allowed:

@@ -21,7 +21,8 @@ from perilune.agents.tools.base import Effect, Tool, ToolContext, ToolError, Too
 from perilune.agents.tools.mcp_content import answer_form, output_of
 from perilune.agents.tools.references import inline_references
 from perilune.agents.tools.registry import describe_error, qualified_name
-from perilune.agents.tools.validation import Validator, missing_extra
+from perilune.agents.tools.validation import Validator
+from perilune.errors import missing_extra
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ class McpTools:
         try:
             import mcp  # noqa: F401
         except ImportError as error:
-            raise missing_extra(error, "mcp") from error
+            raise missing_extra(ToolError, "this tool needs", error.name, "mcp") from error
         names = [server.name for server in servers]
         if len(set(names)) != len(names):
             raise ToolError(f"two MCP servers have one name: {', '.join(sorted(names))}")

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from perilune.agents.tools.base import ToolError
+from perilune.errors import missing_extra
 
 MAX_ARGUMENT_CHARS = 10_000_000
 """Longer arguments are refused unread."""
@@ -150,12 +151,5 @@ def _import() -> tuple[Any, Any]:
         import referencing
         import referencing.exceptions
     except ImportError as error:
-        raise missing_extra(error, "agents") from error
+        raise missing_extra(ToolError, "this tool needs", error.name, "agents") from error
     return jsonschema, referencing
-
-
-def missing_extra(error: ImportError, extra: str) -> ToolError:
-    """Return what to raise where an optional package is not installed."""
-    return ToolError(
-        f"this tool needs the optional package {error.name}; install it with: pip install 'perilune[{extra}]'"
-    )

@@ -6,7 +6,7 @@ text     trees, critical paths, costs and differences of runs for the command li
 web      pages and a stream of events for `perilune.serve`
 page     the same page as one text, with or without a run's data in it
 export   JSONL, self-contained HTML, OTLP/JSON
-tui      a terminal that follows a run and steers it
+tui      a terminal that follows a run and steers it; board: what it shows; dialogs: what it asks
 
 Everything shown is in the journal too. What models and tools said is data: it is escaped wherever it is shown.
 """

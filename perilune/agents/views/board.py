@@ -16,7 +16,7 @@ from rich.text import Text
 from perilune.agents.journal import Event
 from perilune.agents.journal.tailing import Tail
 from perilune.agents.messages import Message
-from perilune.agents.state import ROOT, AgentState, RunState
+from perilune.agents.state import ROOT, AgentState, RunState, agent_of_call
 from perilune.agents.views.model import activity_of, in_tree_order, note_fault, printable
 from perilune.agents.views.text import money, style_of
 from perilune.errors import PeriluneError
@@ -25,9 +25,11 @@ Piece = tuple[str, str]
 """Text and rich's style."""
 
 COLUMNS: tuple[tuple[str, int], ...] = (
-    ("agent", 18), ("profile", 14), ("state", 26), ("steps", 6), ("calls", 6), ("tokens", 10), ("cost", 10),
+    ("agent", 16), ("profile", 13), ("state", 0), ("steps", 6), ("calls", 6), ("tokens", 10), ("cost", 9),
 )  # fmt: skip
+"""Names and widths; the state has what the others leave."""
 _MOST_CHARS = 4_000
+_LEAST_STATE_CHARS = 16
 
 
 class WatchedRun(Protocol):
@@ -52,6 +54,10 @@ class WatchedRun(Protocol):
 
     async def approve(self, request_id: str, allowed: bool, *, for_run: bool = False) -> bool:
         """Answer a request for approval."""
+        ...
+
+    async def answer(self, call: str, text: str) -> None:
+        """Answer a question."""
         ...
 
 
@@ -123,9 +129,13 @@ class JournalRun:
         """Refuse: the run is another process's."""
         raise _read_only()
 
+    async def answer(self, call: str, text: str) -> None:
+        """Refuse: the run is another process's."""
+        raise _read_only()
+
 
 def _read_only() -> PeriluneError:
-    return PeriluneError("this is a journal: whoever runs the swarm can cancel, steer and approve")
+    return PeriluneError("this is a journal: whoever runs the swarm can cancel, steer, approve and answer")
 
 
 class Board:
@@ -177,8 +187,20 @@ class Board:
         one = waiting[0]
         return one["id"], one.get("agent", ""), one["name"], one["arguments"]
 
-    def line(self, index: int) -> list[Piece]:
-        """Return an agent's line."""
+    @property
+    def question(self) -> tuple[str, str, str] | None:
+        """The next question to a person, of the agent under the cursor if there is one: call, agent, text."""
+        chosen = self.selected
+        asked = [(call, agent_of_call(call), text) for call, text in self.run.state.questions.items()]
+        return min(asked, key=lambda one: chosen is None or one[1] != chosen.id, default=None)
+
+    def line(self, index: int, width: int = 90) -> list[Piece]:
+        """Return an agent's line.
+
+        Args:
+            index: of the agent.
+            width: in characters; the state of the agent is cut to it.
+        """
         agent = self.agents[index]
         activity, detail = activity_of(agent, self.run.state, self._faults.get(agent.id))
         words = f"{activity}: {printable(detail)}" if detail and activity != "done" else activity
@@ -193,16 +215,20 @@ class Board:
         )
         styles = ("bold", "", style_of(activity), "", "", "", "")
         return [
-            (_fit(cell, width, is_number=place > 2), style)
-            for place, (cell, (_, width), style) in enumerate(zip(cells, COLUMNS, styles, strict=True))
+            (_fit(cell, wide, is_number=place > 2), style)
+            for place, (cell, wide, style) in enumerate(zip(cells, _widths(width), styles, strict=True))
         ]
 
-    def head(self) -> str:
-        """Return the line above the agents."""
-        return "".join(_fit(name, width, is_number=place > 2) for place, (name, width) in enumerate(COLUMNS))
+    def head(self, width: int = 90) -> str:
+        """Return the line above the agents, for lines of that width."""
+        names = (name for name, _ in COLUMNS)
+        return "".join(
+            _fit(name, wide, is_number=place > 2)
+            for place, (name, wide) in enumerate(zip(names, _widths(width), strict=True))
+        )
 
     def summary(self) -> Text:
-        """Return the run in three lines: what it is, what it used, what waits for a person."""
+        """Return the run in lines: what it is, what it used, what holds it up, what waits for a person."""
         state = self.run.state
         usage, agents = state.usage, state.agents
         ended = sum(agent.status is not None for agent in agents.values())
@@ -211,11 +237,13 @@ class Board:
         status = state.status or ("running" if self._is_driven() else "interrupted")
         first = Text.assemble((state.run_id, "bold"), "  ", (status, "bold"), f"  {printable(_one_line(state.task))}")
         second = Text(
-            f"{steps:,} steps, {critical:,} critical   {state.tool_calls:,} calls   "
-            f"{usage.prompt_tokens:,} tokens in, {usage.completion_tokens:,} out   {money(state.cost_usd)}   "
-            f"{state.elapsed_s:.0f} s   {ended}/{len(agents)} agents ended"
+            f"{ended}/{len(agents)} agents ended   {steps:,} steps, {critical:,} critical   "
+            f"{state.tool_calls:,} calls   {money(state.cost_usd)}   {state.elapsed_s:.0f} s   "
+            f"{usage.prompt_tokens:,} tokens in, {usage.completion_tokens:,} out"
         )
-        return Text("\n", no_wrap=True, overflow="ellipsis").join([first, second, self._notices()])
+        return Text("\n", no_wrap=True, overflow="ellipsis").join(
+            [first, second, *self._conditions(), *self._notices()]
+        )
 
     def _is_driven(self) -> bool:
         if isinstance(self.run, JournalRun) and time.monotonic() - self._checked >= 1.0:
@@ -226,19 +254,27 @@ class Board:
         one = self.limiter
         return () if one is None else (one.in_flight, one.window, one.waiting)
 
-    def _notices(self) -> Text:
+    def _conditions(self) -> list[Text]:
+        """What holds the run up, if anything does: its endpoint, and budgets."""
         found: list[Piece] = []
-        request = self.request
-        if request is not None:
-            count = len(self.run.state.approvals)
-            more = f" and {count - 1} more" if count > 1 else ""
-            found.append((f"{request[1]} asks to run {printable(request[2])}{more}: press a   ", "bold yellow"))
         if self.limiter is not None:
             in_flight, window, waiting = self._flow()
             found.append((f"endpoint: {in_flight} of {window} in flight, {waiting} waiting   ", ""))
         found += [(f"budget of {quantity} nearly used ({owner})   ", "yellow") for owner, quantity in
                   sorted(self.run.state.warnings)]  # fmt: skip
-        return Text.assemble(*(found or [("", "")]))
+        return [Text.assemble(*found)] if found else []
+
+    def _notices(self) -> list[Text]:
+        """What waits for a person, each with its key in front, where a narrow terminal does not cut it off."""
+        found: list[Text] = []
+        request, question = self.request, self.question
+        if request is not None:
+            more = _more(len(self.run.state.approvals))
+            found.append(_notice("a", f"{request[1]} asks to run {printable(request[2])}{more}"))
+        if question is not None:
+            more = _more(len(self.run.state.questions))
+            found.append(_notice("r", f"{question[1]} asks{more}: {printable(_one_line(question[2]))}"))
+        return found
 
     def talk(self, agent_id: str) -> Text:
         """Return what an agent's model has before it, and the calls that are under way."""
@@ -269,6 +305,19 @@ def _spoken(message: Message) -> Text:
 def _clipped(text: str) -> str:
     left_out = len(text) - _MOST_CHARS
     return printable(text) if left_out <= 0 else printable(text[:_MOST_CHARS]) + f"\n[{left_out:,} more characters]"
+
+
+def _widths(total: int) -> list[int]:
+    rest = max(_LEAST_STATE_CHARS, total - sum(width for _, width in COLUMNS))
+    return [width or rest for _, width in COLUMNS]
+
+
+def _more(count: int) -> str:
+    return f" (and {count - 1} more)" if count > 1 else ""
+
+
+def _notice(key: str, words: str) -> Text:
+    return Text.assemble((f" {key} ", "bold reverse yellow"), (f" {words}", "bold yellow"))
 
 
 def _one_line(text: str) -> str:

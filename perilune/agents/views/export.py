@@ -15,6 +15,7 @@ from perilune import __version__
 from perilune.agents.critical import critical_path
 from perilune.agents.journal import Event, find_run, load_events
 from perilune.agents.journal.tailing import Tail
+from perilune.agents.state import agent_of_call
 from perilune.agents.tracing import Attributes, SpanFold, Value
 from perilune.agents.views.model import RunData, lean
 from perilune.agents.views.transcript import entry_dicts, transcript
@@ -74,7 +75,7 @@ def _concerned(event: Event, agents: Mapping[str, Any]) -> list[str]:
     """Whose transcript an event belongs to."""
     if event.agent:
         return [event.agent]
-    agent = event.payload.get("agent") or str(event.payload.get("id", "")).rsplit(":", 2)[0]
+    agent = event.payload.get("agent") or agent_of_call(str(event.payload.get("id", "")))
     return [agent] if event.type.startswith("approval") and agent in agents else []
 
 

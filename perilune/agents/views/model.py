@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 from perilune.agents.critical import Totals, totals
 from perilune.agents.journal import Event, find_run, load_events
-from perilune.agents.state import ROOT, AgentState, RunState
+from perilune.agents.state import ROOT, AgentState, RunState, agent_of_call
 from perilune.agents.timeline import Timeline
 
 Activity = Literal[
-    "queued", "thinking", "retrying", "rate limited", "tool", "approval", "sub-agents", "idle", "done", "failed",
-    "cancelled", "limit",
+    "queued", "thinking", "retrying", "rate limited", "tool", "approval", "question", "sub-agents", "idle", "done",
+    "failed", "cancelled", "limit",
 ]  # fmt: skip
 """What an agent is about; the last four are ends. limit: it was stopped by a limit and gave what it had."""
 
@@ -114,6 +114,9 @@ def activity_of(agent: AgentState, state: RunState, fault: str | None = None) ->
     open_calls = [call for call in agent.calls.values() if call.result is None]
     if any(request.get("agent") == agent.id for request in state.approvals.values()):
         return "approval", next(r["name"] for r in state.approvals.values() if r.get("agent") == agent.id)
+    asked = next((text for call, text in state.questions.items() if agent_of_call(call) == agent.id), None)
+    if asked is not None:
+        return "question", _cut(asked) or ""
     tools = [call.call.name for call in open_calls if call.call.name != "assign_task"]
     if tools:
         return "tool", tools[0] if len(tools) == 1 else f"{tools[0]} +{len(tools) - 1}"
@@ -224,6 +227,8 @@ _LEAN: Mapping[str, Any] = {
     "asked_for_more": _without("text"),
     "context_compacted": _without("summary"),
     "approval_requested": _without("arguments"),
+    "question_asked": _without(),
+    "question_answered": _without("text"),
     "agent_finished": _without("result"),
     "run_finished": _without("answer"),
 }

@@ -25,6 +25,7 @@ _STYLES: Mapping[Activity, str] = {
     "rate limited": "magenta",
     "tool": "yellow",
     "approval": "bold yellow",
+    "question": "bold yellow",
     "sub-agents": "dim",
     "idle": "dim",
     "done": "green",

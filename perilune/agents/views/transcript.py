@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from perilune.agents.journal import Event
-from perilune.agents.state import call_key, result_text
+from perilune.agents.state import agent_of_call, call_key, result_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,9 +49,7 @@ def transcript(agent_id: str, events: Iterable[Event], *, most: int | None = Non
             found.append(
                 _entry(event, "note", event.payload["arguments"], title=f"asks to run {event.payload['name']}")
             )
-        elif (
-            event.type == "approval_resolved" and event.payload["id"].rpartition(":")[0].rpartition(":")[0] == agent_id
-        ):
+        elif event.type == "approval_resolved" and agent_of_call(event.payload["id"]) == agent_id:
             word = "allowed" if event.payload["allowed"] else "denied"
             found.append(_entry(event, "note", f"by {event.payload['by']}", title=word))
     return found if most is None else [_shortened(entry, most) for entry in found]

@@ -1,11 +1,12 @@
 """The terminal that follows a run and steers it, with Textual, which is imported when `swarm_app` is called.
 
-Keys: arrows choose an agent, Enter opens its conversation, a answers a request for approval, s says something to the
-agent, x cancels it, X cancels the run, q leaves (the run goes on if it is another's).
+Keys: arrows choose an agent, Enter opens its conversation, a answers a request for approval, r a question, s says
+something to the agent, x cancels it, X cancels the run, q leaves (the run goes on if it is another's).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Coroutine, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -14,25 +15,24 @@ from rich.style import Style
 
 from perilune.agents.state import ROOT
 from perilune.agents.views.board import Board, Piece, WatchedRun, Window
+from perilune.agents.views.dialogs import DIALOG_CSS, dialog_class, words_class
 from perilune.agents.views.model import printable
-from perilune.errors import PeriluneError
+from perilune.errors import PeriluneError, missing_extra
 
 if TYPE_CHECKING:
     from textual.app import App
-    from textual.screen import ModalScreen, Screen
+    from textual.screen import Screen
     from textual.scroll_view import ScrollView
 
 REDRAW_S = 0.25
 """Seconds between redraws, however many events come."""
 
 _CSS = """
-#summary { height: 3; padding: 0 1; background: $panel; text-wrap: nowrap; text-overflow: ellipsis; }
+#summary { height: auto; padding: 0 1; background: $panel; text-wrap: nowrap; text-overflow: ellipsis; }
 #head { height: 1; padding: 0 1; color: $text-muted; }
 AgentList { height: 1fr; padding: 0 1; scrollbar-gutter: stable; }
+#who { height: 1; padding: 0 1; background: $panel; }
 #talk { padding: 0 1; }
-Dialog, Steer { align: center middle; }
-#box { width: 80; max-width: 95%; height: auto; max-height: 80%; padding: 1 2; }
-#box { background: $surface; border: round $primary; }
 """
 
 
@@ -49,9 +49,7 @@ def swarm_app(run: WatchedRun, *, limiter: Window | None = None) -> App[None]:
     try:
         import textual
     except ImportError as error:
-        raise PeriluneError(
-            "the terminal view needs Textual; install it with: pip install 'perilune[agents]'"
-        ) from error
+        raise missing_extra(PeriluneError, "the terminal view needs", error.name, "agents") from error
     del textual
     return _app_class()(Board(run, limiter))
 
@@ -79,6 +77,10 @@ def _list_class() -> type[ScrollView]:
             super().__init__()
             self.board = board
 
+        @property
+        def line_width(self) -> int:
+            return self.scrollable_content_region.width
+
         def sync(self) -> None:
             size = Size(self.size.width, len(self.board.agents))
             if self.virtual_size != size:
@@ -101,7 +103,7 @@ def _list_class() -> type[ScrollView]:
             if index >= len(self.board.agents):
                 return Strip.blank(self.size.width, self.rich_style)
             chosen = index == self.board.cursor
-            line = _segments(self.board.line(index), chosen, self.rich_style)
+            line = _segments(self.board.line(index, self.line_width), chosen, self.rich_style)
             return Strip(line).adjust_cell_length(self.size.width, line[-1].style)
 
     return AgentList
@@ -118,66 +120,8 @@ def _style(name: str, chosen: bool) -> Style:
 
 
 @cache
-def _dialog_class() -> type[ModalScreen[str]]:
-    from rich.text import Text
-    from textual.app import ComposeResult
-    from textual.containers import VerticalScroll
-    from textual.screen import ModalScreen
-    from textual.widgets import Static
-
-    class Dialog(ModalScreen[str]):
-        """A question that one key answers; Escape answers nothing."""
-
-        def __init__(self, question: str, body: str, answers: dict[str, str]) -> None:
-            super().__init__()
-            self.question, self.body, self.answers = question, body, answers
-
-        def compose(self) -> ComposeResult:
-            keys = "   ".join(f"{key} {word}" for key, word in self.answers.items())
-            text = Text.assemble((f"{self.question}\n\n", "bold"), self.body, (f"\n\n{keys}   Esc back", "dim"))
-            with VerticalScroll(id="box"):
-                yield Static(text)
-
-        def on_key(self, event: Any) -> None:
-            if event.character in self.answers:
-                event.stop()
-                self.dismiss(event.character)
-            elif event.key == "escape":
-                event.stop()
-                self.dismiss("")
-
-    return Dialog
-
-
-@cache
-def _steer_class() -> type[ModalScreen[str]]:
-    from textual.app import ComposeResult
-    from textual.containers import Vertical
-    from textual.screen import ModalScreen
-    from textual.widgets import Input, Label
-
-    class Steer(ModalScreen[str]):
-        """A line to say to an agent."""
-
-        BINDINGS = [("escape", "dismiss('')", "back")]  # noqa: RUF012
-
-        def __init__(self, agent: str) -> None:
-            super().__init__()
-            self.agent = agent
-
-        def compose(self) -> ComposeResult:
-            with Vertical(id="box"):
-                yield Label(f"Say to {self.agent}; its model reads it in its next turn", markup=False)
-                yield Input(id="words")
-
-        def on_input_submitted(self, event: Input.Submitted) -> None:
-            self.dismiss(event.value.strip())
-
-    return Steer
-
-
-@cache
 def _talk_class() -> type[Screen[None]]:
+    from rich.text import Text
     from textual.app import ComposeResult
     from textual.containers import VerticalScroll
     from textual.screen import Screen
@@ -193,6 +137,8 @@ def _talk_class() -> type[Screen[None]]:
             self.board, self.agent, self.last = board, agent, -1
 
         def compose(self) -> ComposeResult:
+            agent = self.board.run.state.agents[self.agent]
+            yield Static(Text.assemble((agent.id, "bold"), f"  {printable(agent.profile)}"), id="who")
             with VerticalScroll():
                 yield Static(id="talk", markup=False)
             yield Footer()
@@ -224,11 +170,12 @@ def _app_class() -> Any:
     class SwarmApp(App[None]):
         """A run in a terminal."""
 
-        CSS = _CSS
+        CSS = _CSS + DIALOG_CSS
         ENABLE_COMMAND_PALETTE = False
         BINDINGS = [  # noqa: RUF012
-            ("enter", "open", "conversation"), ("a", "approve", "approve/deny"), ("s", "steer", "steer"),
-            ("x", "cancel", "cancel agent"), ("X", "cancel_run", "cancel run"), ("q", "quit", "quit"),
+            ("enter", "open", "open"), ("a", "act('approve')", "approve/deny"), ("r", "act('reply')", "reply"),
+            ("s", "act('steer')", "steer"), ("x", "act('cancel')", "cancel agent"),
+            ("X", "act('cancel_run')", "cancel run"), ("q", "quit", "quit"),
         ]  # fmt: skip
 
         def __init__(self, board: Board) -> None:
@@ -238,7 +185,7 @@ def _app_class() -> Any:
 
         def compose(self) -> ComposeResult:
             yield Static(id="summary", markup=False)
-            yield Static(self.board.head(), id="head", markup=False)
+            yield Static(id="head", markup=False)
             yield self.list
             yield Footer()
 
@@ -252,26 +199,25 @@ def _app_class() -> Any:
                 self.draw()
 
         def draw(self) -> None:
-            summary = self.screen_stack[0].query_one("#summary", Static)
-            summary.update(self.board.summary())
+            self.screen_stack[0].query_one("#summary", Static).update(self.board.summary())
             self.list.sync()
 
+        def on_resize(self) -> None:
+            self.call_after_refresh(self.draw_head)
+
+        def draw_head(self) -> None:
+            self.screen_stack[0].query_one("#head", Static).update(self.board.head(self.list.line_width))
+
+        def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+            del parameters
+            return action != "open" or len(self.screen_stack) == 1
+
         def action_open(self) -> None:
-            if self.board.selected is not None and len(self.screen_stack) == 1:
+            if self.board.selected is not None:
                 self.push_screen(_new(_talk_class(), self.board, self.board.selected.id))
 
-        def action_approve(self) -> None:
-            self.run_worker(_approve(self, self.board))
-
-        def action_steer(self) -> None:
-            self.run_worker(_steer(self, self.board))
-
-        def action_cancel(self) -> None:
-            chosen = self.board.selected
-            self.run_worker(_cancel(self, self.board, ROOT if chosen is None else chosen.id))
-
-        def action_cancel_run(self) -> None:
-            self.run_worker(_cancel(self, self.board, ROOT))
+        def action_act(self, what: str) -> None:
+            self.run_worker(_ACTS[what](self, self.board))
 
     return SwarmApp
 
@@ -282,7 +228,7 @@ def _new(kind: Any, *values: object) -> Any:
 
 
 async def _ask(app: App[None], question: str, body: str, answers: dict[str, str]) -> str:
-    return await app.push_screen_wait(_new(_dialog_class(), question, body, answers)) or ""
+    return await app.push_screen_wait(_new(dialog_class(), question, body, answers)) or ""
 
 
 async def _approve(app: App[None], board: Board) -> None:
@@ -297,14 +243,41 @@ async def _approve(app: App[None], board: Board) -> None:
         await _try(app, board.run.approve(name, answer != "n", for_run=answer == "r"), "it was answered already")
 
 
+async def _reply(app: App[None], board: Board) -> None:
+    question = board.question
+    if question is None:
+        app.notify("nobody asks anything")
+        return
+    call, agent, text = question
+    said = await app.push_screen_wait(_new(words_class(), f"{agent} asks", printable(text)[:4000]))
+    if said:
+        await _try(app, board.run.answer(call, said), "nobody waits for this answer any more")
+
+
 async def _steer(app: App[None], board: Board) -> None:
     chosen = board.selected
     if chosen is None or chosen.status is not None:
         app.notify("this agent has ended" if chosen is not None else "there is no agent yet")
         return
-    text = await app.push_screen_wait(_new(_steer_class(), chosen.id))
+    text = await app.push_screen_wait(
+        _new(words_class(), f"Say to {chosen.id}", "Its model reads it in its next turn.")
+    )
     if text:
-        await _try(app, board.run.steer(text, chosen.id), "")
+        await _try(app, board.run.steer(text, chosen.id), "there is no such agent any more")
+
+
+async def _cancel_chosen(app: App[None], board: Board) -> None:
+    chosen = board.selected
+    await _cancel(app, board, ROOT if chosen is None else chosen.id)
+
+
+async def _cancel_run(app: App[None], board: Board) -> None:
+    await _cancel(app, board, ROOT)
+
+
+_ACTS: Mapping[str, Callable[[App[None], Board], Coroutine[Any, Any, None]]] = {
+    "approve": _approve, "reply": _reply, "steer": _steer, "cancel": _cancel_chosen, "cancel_run": _cancel_run,
+}  # fmt: skip
 
 
 async def _cancel(app: App[None], board: Board, agent: str) -> None:
@@ -321,5 +294,7 @@ async def _try(app: App[None], action: Any, otherwise: str) -> None:
     try:
         if await action is False:
             app.notify(otherwise)
-    except (PeriluneError, ValueError, KeyError) as error:
+    except KeyError:
+        app.notify(otherwise)
+    except (PeriluneError, ValueError) as error:
         app.notify(str(error), severity="error", markup=False)

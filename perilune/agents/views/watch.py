@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from perilune.agents.journal import Event
+from perilune.agents.signals import on_stop_signals
 from perilune.agents.swarm import SwarmRun
 from perilune.report import Progress
 
@@ -79,18 +79,11 @@ class _Lines:
 @contextmanager
 def _stopped_by_signals(run: SwarmRun, progress: Progress) -> Iterator[None]:
     """The first Ctrl-C or SIGTERM stops the run in order, a second one at once."""
-    loop, tasks = asyncio.get_running_loop(), set[asyncio.Task[None]]()
+    tasks = set[asyncio.Task[None]]()
 
-    def stop(number: signal.Signals) -> None:
+    def stop() -> None:
         progress.note("stopping; once more to stop at once")
-        loop.remove_signal_handler(number)
-        tasks.add(loop.create_task(run.stop()))
+        tasks.add(asyncio.create_task(run.stop()))
 
-    kinds = (signal.SIGINT, signal.SIGTERM)
-    for kind in kinds:
-        loop.add_signal_handler(kind, stop, kind)
-    try:
+    with on_stop_signals(stop):
         yield
-    finally:
-        for kind in kinds:
-            loop.remove_signal_handler(kind)

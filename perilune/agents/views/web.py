@@ -25,7 +25,7 @@ from perilune.agents.views import page
 from perilune.agents.views.model import RunData, agent_rows, lean
 from perilune.agents.views.text import totals_dict
 from perilune.agents.views.transcript import entry_dicts, transcript
-from perilune.errors import UnknownIdError
+from perilune.errors import EngineError, UnknownIdError, missing_extra
 
 if TYPE_CHECKING:
     from fastapi import APIRouter, Response
@@ -177,9 +177,7 @@ def swarm_router(
     try:
         from fastapi import APIRouter, Depends, Header, HTTPException
     except ImportError as error:
-        from perilune.serve.app import missing_extra
-
-        raise missing_extra(error) from error
+        raise missing_extra(EngineError, "serving needs", error.name, "serve") from error
 
     runs = Runs([places] if isinstance(places, Path) else places)
 

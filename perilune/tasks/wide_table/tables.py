@@ -12,7 +12,7 @@ from functools import cache
 from types import ModuleType
 from typing import Any, Literal
 
-from perilune.errors import DataError
+from perilune.errors import DataError, missing_extra
 
 Kind = Literal["text", "number", "date", "url"]
 
@@ -126,9 +126,7 @@ def _import(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise DataError(
-            f"wide tables need the optional package {name}; install it with: pip install 'perilune[agents]'"
-        ) from error
+        raise missing_extra(DataError, "wide tables need", name, "agents") from error
 
 
 _COUNTRIES = (

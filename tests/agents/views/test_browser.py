@@ -15,10 +15,11 @@ import pytest
 
 from perilune.agents.critical import critical_path, speedups, totals
 from perilune.agents.journal import Journal
+from perilune.agents.state import agent_of_call
 from perilune.agents.timeline import Timeline
 from perilune.agents.views.export import export_html
 from perilune.agents.views.web import swarm_router
-from tests.agents.events_cases import INJECTED, Shape, swarm_events, write_journal
+from tests.agents.events_cases import INJECTED, Shape, swarm_events, with_question, write_journal
 from tests.agents.views.browser import CHROMIUM, Tab, browser, serving
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
@@ -220,6 +221,7 @@ def test_a_live_run_grows_on_the_page(tmp_path: Path, look: Any) -> None:
     from perilune.serve.app import create_app
 
     path, events = tmp_path / "live.db", swarm_events()
+    asked, call = with_question(events[:100], "<b>Which?")
     journal = Journal(path, "live")
     journal.register("task", "m")
 
@@ -234,7 +236,12 @@ def test_a_live_run_grows_on_the_page(tmp_path: Path, look: Any) -> None:
         await tab.until("document.getElementById('state').textContent == 'running' && view.run.agents.size == 9")
         assert await tab.value("document.querySelectorAll('.bar.open').length") >= 8
         before = await tab.until("document.querySelectorAll('.entry').length")
+        write(asked[100:])
+        await tab.until("document.getElementById('alerts').textContent.includes('asks: <b>Which?')")
+        activity = await tab.value(f"view.run.activity(view.run.agents.get({json.dumps(agent_of_call(call))}))")
+        assert activity == ["question", "<b>Which?"]
         write(events[100:])
+        assert await tab.until("view.run.questions.size == 0")
         journal.close()
         await tab.until("document.getElementById('state').textContent == 'completed'")
         await tab.until(f"document.querySelectorAll('.entry').length > {before}")

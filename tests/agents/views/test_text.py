@@ -2,16 +2,18 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from perilune.agents.critical import critical_path, totals
+from perilune.agents.state import RunState, agent_of_call
 from perilune.agents.timeline import Timeline
 from perilune.agents.views import text
 from perilune.agents.views.model import RunData, agent_rows, lean, printable
 from perilune.agents.views.transcript import transcript
-from tests.agents.events_cases import INJECTED, Shape, swarm_events
+from tests.agents.events_cases import INJECTED, Shape, swarm_events, with_question
 
 
 def shown(view: text.TextView) -> str:
@@ -46,6 +48,33 @@ def test_a_run_under_way_says_what_each_is_about() -> None:
     assert {"thinking", "tool"} <= set(found.values())
     waiting = RunData.of("r", swarm_events(until=28.4))
     assert next((row.activity, row.detail) for row in agent_rows(waiting)) == ("approval", "publish")
+    events, call = with_question(swarm_events(until=9.0), "Which year?")
+    asking = {row.agent: (row.activity, row.detail) for row in agent_rows(RunData.of("r", events))}
+    assert asking[agent_of_call(call)] == ("question", "Which year?")
+
+
+@pytest.mark.parametrize("end", ["question_answered", "tool_finished", "agent_finished"])
+def test_a_question_is_over_when_nobody_waits_for_its_answer(end: str) -> None:
+    events, call = with_question(swarm_events(until=9.0), "Which year?")
+    state, agent, last = RunState.fold("r", events), agent_of_call(call), events[-1]
+    assert state.questions == {call: "Which year?"}
+    payloads = {
+        "question_answered": {"id": call, "text": "1998"},
+        "tool_finished": {"call": call, "name": "ask_human", "text": "late", "is_error": True, "elapsed_s": 1.0},
+        "agent_finished": {"status": "cancelled", "result": "", "error": None},
+    }
+    owner = "" if end == "question_answered" else agent
+    state.apply(replace(last, seq=last.seq + 1, type=end, agent=owner, payload=payloads[end]))
+    assert state.questions == {}
+
+
+def test_a_request_for_consent_of_an_agent_that_ended_waits_for_nobody() -> None:
+    events = swarm_events(until=28.4)
+    state, last = RunState.fold("r", events), events[-1]
+    assert list(state.approvals) == ["root:3:0"]
+    ended = {"status": "cancelled", "result": "", "error": None}
+    state.apply(replace(last, seq=last.seq + 1, type="agent_finished", agent="root", payload=ended))
+    assert state.approvals == {}
 
 
 def test_a_refused_attempt_shows_as_rate_limited() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ import pytest
 
 from perilune.agents.journal import Event, Journal
 from perilune.agents.limiter import Limiter
-from perilune.agents.state import RunState
+from perilune.agents.state import RunState, agent_of_call
 from perilune.agents.views.board import Board, JournalRun
 from perilune.agents.views.tui import REDRAW_S, swarm_app
 from perilune.errors import PeriluneError
-from tests.agents.events_cases import INJECTED, Shape, swarm_events, write_journal
+from tests.agents.events_cases import INJECTED, Shape, swarm_events, with_question, write_journal
 
 pytest.importorskip("textual")
 
@@ -47,6 +48,11 @@ class FakeRun:
     async def approve(self, request_id: str, allowed: bool, *, for_run: bool = False) -> bool:
         self.done.append(("approve", request_id, allowed, for_run))
         return True
+
+    async def answer(self, call: str, text: str) -> None:
+        if call not in self.state.questions:
+            raise KeyError(call)
+        self.done.append(("answer", call, text))
 
 
 def lines(board: Board) -> list[str]:
@@ -127,7 +133,7 @@ def test_a_request_for_approval_is_shown_and_answered(key: str, expected: tuple[
     run = FakeRun(swarm_events(until=28.4))
 
     async def visit(app: Any, pilot: Any) -> None:
-        assert "root asks to run publish: press a" in app.board.summary().plain
+        assert " a  root asks to run publish" in app.board.summary().plain
         await pilot.press("a")
         await pilot.pause()
         assert "table.md" in app.export_screenshot()
@@ -136,6 +142,64 @@ def test_a_request_for_approval_is_shown_and_answered(key: str, expected: tuple[
 
     drive(run, visit)
     assert run.done == [("approve", "root:3:0", *expected)]
+
+
+def test_a_question_is_shown_and_answered_in_words() -> None:
+    """One of another agent than that under the cursor; Escape, and nothing but spaces, are no answer."""
+    events, call = with_question(swarm_events(until=9.0), "Which [b]year[/b]?")
+    run = FakeRun(events)
+
+    async def visit(app: Any, pilot: Any) -> None:
+        assert f" r  {agent_of_call(call)} asks: Which [b]year[/b]?" in app.board.summary().plain
+        for keys in (("escape",), ("space", "enter"), (*"1998", "enter")):
+            await pilot.press("r")
+            await pilot.pause()
+            assert "Which&#160;[b]year[/b]?" in app.export_screenshot()
+            await pilot.press(*keys)
+            await pilot.pause()
+            assert len(app.screen_stack) == 1
+
+    drive(run, visit)
+    assert run.done == [("answer", call, "1998")]
+
+
+def test_the_question_of_the_agent_under_the_cursor_comes_first() -> None:
+    events, call = with_question(swarm_events(until=9.0), "Second?")
+    first = replace(events[-1], payload={"id": "root/1:9:0", "text": "First?"})
+    board = Board(FakeRun([*events[:-1], first, replace(events[-1], seq=events[-1].seq + 1)]))
+    assert board.question == ("root/1:9:0", "root/1", "First?")
+    assert " r  root/1 asks (and 1 more): First?" in board.summary().plain
+    board.cursor = next(n for n, agent in enumerate(board.agents) if agent.id == agent_of_call(call))
+    assert board.question == (call, agent_of_call(call), "Second?")
+
+
+def test_what_nobody_asks_or_waits_for_any_more_is_said() -> None:
+    events, call = with_question(swarm_events(until=9.0), "Which?")
+    run = FakeRun(events)
+
+    async def visit(app: Any, pilot: Any) -> None:
+        await pilot.press("r")
+        await pilot.pause()
+        run.feed(
+            [replace(events[-1], seq=len(events) + 1, type="question_answered", payload={"id": call, "text": "x"})]
+        )
+        await pilot.press("x", "enter")
+        await pilot.pause()
+        await pilot.press("r")
+        await pilot.pause()
+        said = [notification.message for notification in app._notifications]
+        assert said == ["nobody waits for this answer any more", "nobody asks anything"]
+
+    drive(run, visit)
+    assert run.done == []
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_lines_fit_the_terminal_down_to_76_columns(width: int) -> None:
+    events, _ = with_question(swarm_events(Shape(groups=(10,), slots=4), until=9.0), "Which? " * 30)
+    board = Board(FakeRun(events))
+    made = ["".join(text for text, _ in board.line(index, width)) for index in range(len(board.agents))]
+    assert {len(line) for line in [*made, board.head(width)]} == {max(76, width)}
 
 
 def test_a_running_agent_is_steered_and_one_that_ended_is_not() -> None:
@@ -201,6 +265,8 @@ def test_a_journal_is_followed_and_cannot_be_steered(tmp_path: Path) -> None:
     run.close()
     with pytest.raises(PeriluneError, match="this is a journal"):
         asyncio.run(run.steer("x"))
+    with pytest.raises(PeriluneError, match="this is a journal"):
+        asyncio.run(run.answer("root:0:0", "x"))
 
 
 def test_injected_markup_breaks_no_line(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from perilune.agents.client.faults import missing_extra
 from perilune.agents.messages import ToolCall
+from perilune.errors import EngineError, missing_extra
 
 
 def tool_call_f1(called: Sequence[bool], reference: Sequence[bool]) -> float | None:
@@ -44,7 +44,7 @@ def schema_accuracy(calls: Iterable[ToolCall], tools: Sequence[Mapping[str, Any]
     try:
         from jsonschema import Draft202012Validator
     except ImportError as error:
-        raise missing_extra(error) from error
+        raise missing_extra(EngineError, "agents need", error.name, "agents") from error
     known = {tool["function"]["name"]: Draft202012Validator(tool["function"].get("parameters") or {}) for tool in tools}
     verdicts = [call.name in known and _satisfies(known[call.name], call.arguments) for call in calls]
     return sum(verdicts) / len(verdicts) if verdicts else None

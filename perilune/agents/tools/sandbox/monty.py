@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from perilune.agents.tools.base import ToolError
 from perilune.agents.tools.sandbox.base import MAX_OUTPUT_BYTES, Limits, Outcome
-from perilune.agents.tools.validation import missing_extra
+from perilune.errors import missing_extra
 
 _MAX_VALUE_CHARS = 16_000
 _GRACE_S = 1.0
@@ -28,7 +29,7 @@ class MontySandbox:
         try:
             import pydantic_monty
         except ImportError as error:
-            raise missing_extra(error, "agents") from error
+            raise missing_extra(ToolError, "this tool needs", error.name, "agents") from error
         self._monty: Any = pydantic_monty
         self.limits = limits or Limits()
         self.max_sessions = max_sessions

@@ -7,7 +7,7 @@ const Fold = (() => {
 
   class Run {
     constructor() {
-      Object.assign(this, { agents: new Map(), calls: new Map(), approvals: new Map(), warnings: [], seq: 0, at: 0,
+      Object.assign(this, { agents: new Map(), calls: new Map(), approvals: new Map(), questions: new Map(), warnings: [], seq: 0, at: 0,
         elapsed: 0, offset: 0, wall: 0, task: "", model: "", status: null, error: null, resumed: [], last: null });
     }
 
@@ -33,6 +33,7 @@ const Fold = (() => {
         return fault === "rate_limit" || fault === "overload" ? ["rate limited", ""] : ["retrying", fault];
       }
       for (const request of this.approvals.values()) if (request.agent === agent.id) return ["approval", request.name];
+      for (const one of this.questions.values()) if (one.agent === agent.id) return ["question", one.text];
       const open = lastCalls(agent).filter((call) => call.ended === null);
       const tools = open.filter((call) => call.name !== "assign_task");
       if (tools.length) return ["tool", tools[0].name + (tools.length > 1 ? ` +${tools.length - 1}` : "")];
@@ -52,6 +53,12 @@ const Fold = (() => {
     agent.open = null;
   }
 
+  function answeredBy(run, waiting, id, at) {
+    const known = waiting.get(id), asker = known && run.agents.get(known.agent);
+    waiting.delete(id);
+    if (asker) { asker.asked.find((one) => one.id === id).to = at; asker.version++; }
+  }
+
   const HANDLERS = {
     run_started(run, p) { run.task = p.task; run.model = p.model; },
     run_resumed(run, p, agent, at) { run.resumed.push(at); },
@@ -62,11 +69,13 @@ const Fold = (() => {
       const asker = run.agents.get(p.agent);
       if (asker) { asker.asked.push({ id: p.id, name: p.name, from: at, to: null }); asker.version++; }
     },
-    approval_resolved(run, p, agent, at) {
-      const request = run.approvals.get(p.id), asker = request && run.agents.get(request.agent);
-      run.approvals.delete(p.id);
-      if (asker) { asker.asked.find((one) => one.id === p.id).to = at; asker.version++; }
+    approval_resolved(run, p, agent, at) { answeredBy(run, run.approvals, p.id, at); },
+    question_asked(run, p, agent, at) {
+      const id = p.id.split(":").slice(0, -2).join(":"), asker = run.agents.get(id);
+      run.questions.set(p.id, { ...p, agent: id });
+      if (asker) { asker.asked.push({ id: p.id, name: "a question", from: at, to: null }); asker.version++; }
     },
+    question_answered(run, p, agent, at) { answeredBy(run, run.questions, p.id, at); },
     agent_spawned(run, p, known, at, event) {
       run.agents.set(event.agent, { id: event.agent, parent: p.parent, profile: p.profile, depth: p.depth, task: p.task || "",
         spawned: at, started: p.parent === null ? at : null, ended: null, status: null, error: null, turns: [], open: null,
@@ -80,7 +89,7 @@ const Fold = (() => {
     agent_finished(run, p, agent, at, event) {
       if (!agent) return;
       close(agent, at, p.status, event);
-      agent.asked.forEach((one) => { if (one.to === null) one.to = at; });
+      for (const one of agent.asked) if (one.to === null) { one.to = at; run.approvals.delete(one.id); run.questions.delete(one.id); }
       Object.assign(agent, { ended: at, status: p.status, error: p.error });
     },
     turn_started(run, p, agent, at) {
@@ -101,6 +110,7 @@ const Fold = (() => {
     tool_finished(run, p, agent, at, event) {
       const call = run.calls.get(p.call);
       if (call) Object.assign(call, { ended: at, error: p.is_error, seq: event.seq });
+      answeredBy(run, run.questions, p.call, at); // one that nobody answered in time
     },
   };
 

@@ -34,6 +34,7 @@
 
   function alerts() {
     const found = [...shown.approvals.values()].map((request) => h("li", { class: "approval" }, `${request.agent} waits for a person: ${request.name}`));
+    for (const one of shown.questions.values()) found.push(h("li", { class: "approval" }, `${one.agent} asks: ${one.text}`));
     if (!shown.status) for (const w of shown.warnings.slice(-2)) found.push(h("li", {}, `${Math.round(100 * w.share)} % of the budget of ${w.quantity} is used (${w.owner})`));
     if (shown.resumed.length) found.push(h("li", {}, `resumed at ${shown.resumed.map((s) => Format.seconds(s)).join(", ")}`));
     if (shown.error) found.push(h("li", { class: "wrong" }, shown.error));
