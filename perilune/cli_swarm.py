@@ -55,6 +55,10 @@ MaxAgents = Annotated[
 ]
 Concurrency = Annotated[int | None, typer.Option(min=1, help="Calls to the model at a time, at most.")]
 Files = Annotated[str | None, typer.Option(help="Directory whose files the agents may read and write.")]
+Extend = Annotated[
+    list[Literal["resume", "swarm_map", "fork", "background"]] | None,
+    typer.Option("--extend", help="What else may be done with sub-agents; may be given more than once."),
+]
 AllowChanges = Annotated[
     bool, typer.Option("--allow-changes", help="Go on even without a tool that the run had, or with other rules.")
 ]
@@ -82,6 +86,7 @@ def run(
     max_agents: MaxAgents = None,
     concurrency: Concurrency = None,
     files: Files = None,
+    extend: Extend = None,
     overrides: Overrides = None,
     journal: Annotated[Path, typer.Option(help="File that keeps what happens.")] = JOURNAL,
     trace: Trace = False,
@@ -99,6 +104,8 @@ def run(
     if not (text or "").strip():
         raise typer.BadParameter("say what is to be done; it is empty", param_hint="TASK")
     options = _options(base_url, model, api_key_env, budget, allow_unknown_cost, max_agents, concurrency, files)
+    if extend:
+        options["swarm"] = {**options.get("swarm", {}), "extensions": dict.fromkeys(extend, True)}
     recipe = _load(config, overrides, options)
 
     async def begin(swarm: Swarm) -> SwarmRun:

@@ -17,7 +17,7 @@ from perilune.agents.critical import (
     totals,
 )
 from perilune.agents.simulate import LatencyModel, Lognormal, serial, simulate
-from perilune.agents.timeline import AgentSpan, CallSpan, Timeline, TurnSpan
+from perilune.agents.timeline import AgentSpan, CallSpan, StintSpan, Timeline, TurnSpan
 
 
 def run_of(stages: list[tuple[int, list[int]]], tokens: int = 10, turn_s: float = 1.0) -> Timeline:
@@ -36,7 +36,10 @@ def run_of(stages: list[tuple[int, list[int]]], tokens: int = 10, turn_s: float 
                 child = AgentSpan(id=f"root/{children}", parent="root", profile="w", spawned=0.0, started=0.0)
                 child.turns = [_turn(n, tokens, turn_s) for n in range(steps)]
                 timeline.agents[child.id] = child
-                turn.calls.append(CallSpan(key=f"c{children}", name="assign_task", started=0.0, child=child.id))
+                call = CallSpan(key=f"c{children}", name="assign_task", started=0.0)
+                turn.calls.append(call)
+                stint = StintSpan(agent=child.id, call=call.key, turn=turn.number, begin=0, spawned=0.0, started=0.0)
+                root.given.append(stint)
     return timeline
 
 

@@ -62,7 +62,7 @@ async def _drive(job: Job, desk: Any, client: Any, registry: ToolRegistry) -> No
     runtime = _runtime(job, line, client, registry)
     subagents = Subagents(runtime)
     calls = Calls(runtime, subagents)
-    subagents.run_calls = calls.run
+    subagents.work = calls
     agent = runtime.state.agents[job.agent_id]
     driving = asyncio.create_task(_to_the_end(runtime, agent, calls))
     runtime.scopes[agent.id] = driving
@@ -85,7 +85,7 @@ async def _drive(job: Job, desk: Any, client: Any, registry: ToolRegistry) -> No
 
 async def _to_the_end(runtime: Runtime, agent: AgentState, calls: Calls) -> None:
     async with runtime.slots:  # which it gives to those that it starts, while it waits for them
-        await drive(runtime, agent, tools_of(runtime, agent), calls.run)
+        await drive(runtime, agent, tools_of(runtime, agent), calls)
 
 
 async def _listen(runtime: Runtime, task: str, desk: Any) -> None:
