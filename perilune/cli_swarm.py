@@ -56,8 +56,10 @@ MaxAgents = Annotated[
 Concurrency = Annotated[int | None, typer.Option(min=1, help="Calls to the model at a time, at most.")]
 Files = Annotated[str | None, typer.Option(help="Directory whose files the agents may read and write.")]
 Extend = Annotated[
-    list[Literal["resume", "swarm_map", "fork", "background"]] | None,
-    typer.Option("--extend", help="What else may be done with sub-agents; may be given more than once."),
+    str | None,
+    typer.Option(
+        help="What else may be done with sub-agents: resume, swarm_map, fork, background; with commas between."
+    ),
 ]
 AllowChanges = Annotated[
     bool, typer.Option("--allow-changes", help="Go on even without a tool that the run had, or with other rules.")
@@ -105,7 +107,8 @@ def run(
         raise typer.BadParameter("say what is to be done; it is empty", param_hint="TASK")
     options = _options(base_url, model, api_key_env, budget, allow_unknown_cost, max_agents, concurrency, files)
     if extend:
-        options["swarm"] = {**options.get("swarm", {}), "extensions": dict.fromkeys(extend, True)}
+        wanted = [name.strip() for name in extend.split(",")]
+        options["swarm"] = {**options.get("swarm", {}), "extensions": dict.fromkeys(wanted, True)}
     recipe = _load(config, overrides, options)
 
     async def begin(swarm: Swarm) -> SwarmRun:

@@ -40,8 +40,6 @@ class AssignRules:
                 earlier = self.read(other)
                 if isinstance(earlier, dict) and _task(earlier) == _task(arguments):
                     return "duplicate: the same task was given to the same sub-agent in this turn"
-                if "resume" in arguments and isinstance(earlier, dict) and earlier.get("resume") == arguments["resume"]:
-                    return f"{arguments['resume']} was given another task in this turn; wait until it is done"
         if "resume" in arguments:
             return self._cannot_go_on(agent, arguments)
         return self._too_many(1)
@@ -90,6 +88,8 @@ class AssignRules:
         child = self._runtime.state.agents[name]
         if child.profile != arguments["agent"]:
             return f"resume: {name} is a {child.profile!r}, not a {arguments['agent']!r}"
+        if child.call in agent.calls:
+            return f"resume: {name} was given another task in this turn; wait until it is done"
         if child.status is None:
             return f"resume: {name} is still at work"
         if child.stint is not None and child.stint.is_background and child.stint.back is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from functools import cache
 from typing import Any
 
 from perilune.agents.config import Extensions
@@ -121,8 +122,9 @@ SWARM_TOOLS: Mapping[str, Tool] = {
 """All of them as tools, for rules of consent; `Subagents` runs them."""
 
 
-def swarm_schemas(extensions: Extensions, models: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Return what a model is offered.
+@cache
+def swarm_schemas(extensions: Extensions, models: tuple[str, ...] = ()) -> tuple[dict[str, Any], ...]:
+    """Return what a model is offered; nobody may change it.
 
     Args:
         extensions: what is switched on.
@@ -133,7 +135,7 @@ def swarm_schemas(extensions: Extensions, models: Sequence[str] = ()) -> list[di
         options["model"] = {"type": "string", "enum": list(models), "description": "Which model it asks."}
     assign = deepcopy(_ASSIGN)
     assign["function"]["parameters"]["properties"].update(options)
-    return [_CREATE, assign, _MAP] if extensions.swarm_map else [_CREATE, assign]
+    return (_CREATE, assign, _MAP) if extensions.swarm_map else (_CREATE, assign)
 
 
 def is_swarm_tool(name: str, extensions: Extensions) -> bool:
@@ -141,7 +143,7 @@ def is_swarm_tool(name: str, extensions: Extensions) -> bool:
     return name in (CREATE_SUBAGENT, ASSIGN_TASK) or (name == SWARM_MAP and extensions.swarm_map)
 
 
-def swarm_arguments(call: ToolCall, extensions: Extensions, models: Sequence[str] = ()) -> dict[str, Any] | str:
+def swarm_arguments(call: ToolCall, extensions: Extensions, models: tuple[str, ...] = ()) -> dict[str, Any] | str:
     """Return the arguments of one of the tools, without flags that are off, or what is wrong with them."""
     name = call.name
     schema = next(s for s in swarm_schemas(extensions, models) if s["function"]["name"] == name)
