@@ -55,12 +55,12 @@ const Fold = (() => {
     agent.open = null;
   }
 
-  // A stint: what a sub-agent does for its parent, see stints.py. `readIn` is the first turn of the parent that has the result.
+  // A stint: what a sub-agent does for its parent, see stints.py. `readAt` is the first turn of the parent that has the result.
   function give(run, agent, p, at) {
     const parent = run.agents.get(agent.parent);
     if (!parent) return;
     const background = Boolean(p.background), turn = parent.steps - 1;
-    agent.stint = { agent: agent.id, call: p.call, turn, begin: agent.steps, end: null, background, readIn: background ? null : turn + 1,
+    agent.stint = { agent: agent.id, call: p.call, turn, begin: agent.steps, end: null, background, readAt: background ? null : turn + 1,
       spawned: at, started: null, ended: null, isFirst: agent.stint === null };
     parent.given.push(agent.stint);
     parent.version++;
@@ -102,7 +102,7 @@ const Fold = (() => {
     },
     result_delivered(run, p, agent) {
       const child = run.agents.get(p.child);
-      if (agent && child && child.stint) child.stint.readIn = agent.steps;
+      if (agent && child && child.stint) child.stint.readAt = agent.steps;
     },
     agent_finished(run, p, agent, at, event) {
       if (!agent) return;
@@ -171,7 +171,7 @@ const Fold = (() => {
       const segment = { agent: agent.id, turn: turn.n, call: null, name: "turn", weight: ofTurn(turn), from: turn.started, to: turn.ended, seq: turn.seq };
       best = { total: best.total + segment.weight, path: [...best.path, segment] };
       const branches = turn.calls.filter((call) => !call.awaited).map((call) => [turn.n + 1, direct(agent, turn, call, ofCall)]);
-      for (const stint of agent.given) if (stint.turn === turn.n) branches.push([stint.readIn, branch(run, stint, weight)]);
+      for (const stint of agent.given) if (stint.turn === turn.n) branches.push([stint.readAt, branch(run, stint, weight)]);
       const chosen = new Map();
       for (const [place, way] of branches) chosen.set(place, longer(chosen.get(place), way));
       for (const [place, way] of chosen) {
@@ -210,7 +210,7 @@ const Fold = (() => {
         if (stint.turn !== turn) continue;
         const steps = criticalSteps(run, run.agents.get(stint.agent), stint.begin, endOf(stint));
         const there = serve ? serve(length, steps) : length + steps;
-        results.set(stint.readIn, Math.max(there, results.get(stint.readIn) || 0));
+        results.set(stint.readAt, Math.max(there, results.get(stint.readAt) || 0));
       }
     }
     return Math.max(length, ...results.values());
