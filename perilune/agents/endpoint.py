@@ -43,12 +43,21 @@ class Endpoint:
     """None: not known."""
 
 
-def check_pool(models: Mapping[str, Endpoint]) -> None:
-    """Check the names of a pool of models, which models are shown.
+def check_pool(models: Mapping[str, Endpoint], *, is_remote: bool) -> None:
+    """Check a pool of models, whose names models are shown.
+
+    Args:
+        models: by name.
+        is_remote: whether sub-agents run as tasks of a Ray cluster.
 
     Raises:
-        ValueError: a name has other characters, or too many.
+        ValueError: a name has other characters, or too many; or there is a pool where tasks have one client alone.
     """
+    if models and is_remote:
+        raise ValueError(
+            "models cannot be chosen from a pool where sub-agents run on a Ray cluster (remote): its tasks ask what "
+            "RemoteAgents.client makes; leave models or remote out"
+        )
     for name in models:
         if not _NAME.fullmatch(name):
             raise ValueError(f"models: a name must be 1 to 64 letters, digits, '_', '.' or '-', got {name!r}")

@@ -72,12 +72,7 @@ class Swarm:
         for tool in self.tools:
             if tool.name in SWARM_TOOLS:
                 raise ValueError(f"the name {tool.name} is that of a tool of every swarm; call yours otherwise")
-        check_pool(self.models)
-        if self.models and self.remote is not None:
-            raise ValueError(
-                "models cannot be chosen from a pool where sub-agents run on a Ray cluster (remote): its tasks ask "
-                "what RemoteAgents.client makes; leave models or remote out"
-            )
+        check_pool(self.models, is_remote=self.remote is not None)
         if self.config.budget.usd is not None and not self.config.allow_unknown_cost:
             check_prices((self.endpoint, *self.models.values()))
 
