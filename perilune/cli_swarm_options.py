@@ -69,6 +69,12 @@ class ChangeOptions:
     """What else a recipe is changed by."""
 
     files: Annotated[str | None, typer.Option(help="Directory whose files the agents may read and write.")] = None
+    extend: Annotated[
+        str | None,
+        typer.Option(
+            help="What else may be done with sub-agents: resume, swarm_map, fork, background; with commas between."
+        ),
+    ] = None
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change of the recipe, e.g. tools.python=monty."),
@@ -132,6 +138,8 @@ def _tree(point: PointOptions, change: ChangeOptions, limits: LimitOptions) -> d
         swarm["allow_unknown_cost"] = True
     if limits.max_agents is not None:
         swarm |= {"max_agents_total": limits.max_agents, "max_agents_running": min(100, limits.max_agents)}
+    if change.extend:
+        swarm["extensions"] = dict.fromkeys((name.strip() for name in change.extend.split(",")), True)
     tools = {} if change.files is None else {"files": change.files}
     found = {"endpoint": endpoint, "swarm": swarm, "tools": tools}
     return {name: table for name, table in found.items() if table}

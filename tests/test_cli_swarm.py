@@ -78,6 +78,25 @@ def test_each_commands_help_has_an_example(cli, command):
     assert f"Example: perilune swarm {command} " in " ".join(out.split())
 
 
+def test_what_is_switched_on_is_offered(cli, tmp_path):
+    seen = []
+
+    def policy(request):
+        seen.append(json.dumps(request.tools))
+        return Message(role="assistant", content="42")
+
+    journal = tmp_path / "a.db"
+    pool = ("--set", "models.fast={model = 'm2'}")
+    with served(policy) as url:
+        assert cli("swarm", "run", "Go.", *options(url), "--journal", journal)[0] == 0
+        wanted = ("--extend", "swarm_map, resume", *pool)
+        assert cli("swarm", "run", "Go.", *options(url), *wanted, "--journal", journal)[0] == 0
+    words = ("swarm_map", '"resume"', '"fast"', '"fork"')
+    assert [[word in tools for word in words] for tools in seen] == [[False] * 4, [True, True, True, False]]
+    config = load_events(journal)[0].payload["config"]
+    assert config["extensions"] == {"resume": True, "swarm_map": True, "fork": False, "background": False}
+
+
 def test_a_run_prints_its_answer_and_what_it_took(cli, tmp_path):
     journal = tmp_path / "new" / "a.db"
     with served(lambda request: Message(role="assistant", content="42")) as url:
@@ -172,6 +191,7 @@ def test_a_fork_goes_on_with_the_recorded_recipe(cli, tmp_path):
         (("Go.",), "endpoint.base_url is missing; say --base-url"),
         (("Go.",), "endpoint.model is missing; say --model"),
         (("Go.", "--set", "swarm.nothing=1", "--model", "m"), "swarm.nothing is not a key"),
+        (("Go.", "--extend", "flork", "--model", "m"), "swarm.extensions.flork is not a key (did you mean fork?)"),
         (("Go.", "--budget", "tokens_out=inf"), "want name=whole number, such as usd=1 or wall=20m"),
         (("Go.", "--budget", "tokens_out=nan"), "got 'tokens_out=nan'"),
         (("Go.", "--budget", "tokens_out=1.5"), "got 'tokens_out=1.5'"),

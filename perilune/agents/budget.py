@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -37,15 +37,21 @@ class Budget:
     used: dict[Quantity, float] = field(default_factory=lambda: dict.fromkeys(QUANTITIES, 0.0))
     reserved: dict[Quantity, float] = field(default_factory=lambda: dict.fromkeys(QUANTITIES, 0.0))
 
-    def shares(self, sharers: int) -> dict[Quantity, float]:
+    def shares(self, sharers: int, others: Iterable[Budget] = ()) -> dict[Quantity, float]:
         """Return what each of so many agents may use of what is left, calls in whole numbers.
 
         Whoever starts them has a share too: it has to make something of what they found. All shares together are never
         more than there is, or agents in other processes, which cannot see each other, would overspend.
+
+        Args:
+            sharers: how many.
+            others: those that have shares already and work in the background.
         """
+        others = list(others)
         found: dict[Quantity, float] = {}
         for name in QUANTITIES:
-            share = self.left(name) / (sharers + 1)
+            promised = sum(node._own_left(name) for node in others if name in node.limits)
+            share = max(0.0, self.left(name) - promised) / (sharers + 1)
             if share < math.inf:
                 found[name] = math.floor(share) if name in ("llm_calls", "tool_calls") else share
         return found
@@ -63,8 +69,8 @@ class Budget:
 
     def left(self, quantity: Quantity) -> float:
         """What may still be reserved here and at every node above."""
-        own = self.limits.get(quantity, math.inf) - self.used[quantity] - self.reserved[quantity]
-        return max(0.0, own if self.parent is None else min(own, self.parent.left(quantity)))
+        own = self._own_left(quantity)
+        return own if self.parent is None else min(own, self.parent.left(quantity))
 
     def reserve(self, amounts: Amounts, *, is_last: bool = False, spare: Amounts | None = None) -> Reservation:
         """Set amounts aside until they are settled.
@@ -107,6 +113,9 @@ class Budget:
             if share > most:
                 fullest, most = name, share
         return fullest, most
+
+    def _own_left(self, quantity: Quantity) -> float:
+        return max(0.0, self.limits.get(quantity, math.inf) - self.used[quantity] - self.reserved[quantity])
 
     def _path(self) -> list[Budget]:
         above = [] if self.parent is None else self.parent._path()

@@ -98,6 +98,20 @@ class GroupConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Extensions:
+    """What an orchestrator may do with sub-agents beyond the paper's two tools; its model sees only what is on."""
+
+    resume: bool = False
+    """Give another task to a sub-agent that has ended: it goes on with all that it knows."""
+    swarm_map: bool = False
+    """Give one task, with a blank, to a sub-agent for each of 2 to 300 items, in one call."""
+    fork: bool = False
+    """Have a sub-agent begin with a copy of its caller's history."""
+    background: bool = False
+    """Go on while a sub-agent works; its result comes before a later turn."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LimiterConfig:
     """What an endpoint stands."""
 
@@ -148,6 +162,8 @@ class SwarmConfig:
     """How models are asked."""
     group: GroupConfig = field(default_factory=GroupConfig)
     """When a group of sub-agents is done."""
+    extensions: Extensions = field(default_factory=Extensions)
+    """What else may be done with sub-agents; all of it is off unless it is switched on."""
     max_agents_total: int = 300
     """Sub-agents of a run; further ones are refused. See `orchestrator.max_tool_calls`, which may end it before."""
     max_agents_running: int = 100

@@ -13,6 +13,7 @@ from perilune.agents.config import (
     AgentLimits,
     BudgetConfig,
     ContextConfig,
+    Extensions,
     GroupConfig,
     SwarmConfig,
 )
@@ -52,13 +53,16 @@ async def replay_run(journal: Path, run_id: str | None, copy: Path) -> Replay:
     state = RunState.fold(found.run_id, events)
     _check_repeatable(journal, events)
     turns, results = recorded_turns(events), recorded_results(events)
+    point = Endpoint(client=ReplayClient(turns), model=state.model, retry=RetryPolicy(attempts=1))
     swarm = Swarm(
-        endpoint=Endpoint(client=ReplayClient(turns), model=state.model, retry=RetryPolicy(attempts=1)),
+        endpoint=point,
+        models={name: replace(point, model=model) for name, model in state.setup.get("models", {}).items()},
         config=_config_of_replay(state, events),
         tools=_recorded_tools(events, results),
     )
     run = await swarm.start(state.task, copy, run_id=found.run_id)
-    run.repeat_notes({e.payload["call"]: e.payload.get("note", "") for e in events if e.type == "tool_finished"})
+    notes = {e.payload["call"]: e.payload.get("note", "") for e in events if e.type == "tool_finished"}
+    run.repeat(notes, recorded_deliveries(found.run_id, events))
     result = await run.result()
     if run.divergence is not None:
         raise run.divergence
@@ -168,6 +172,17 @@ def recorded_results(events: Sequence[Event]) -> dict[str, ToolOutput]:
     }
 
 
+def recorded_deliveries(run_id: str, events: Sequence[Event]) -> dict[tuple[str, int, int], list[str]]:
+    """Return, by agent, turn and compactions before, the sub-agents in the background whose results came there."""
+    state, found = RunState(run_id), dict[tuple[str, int, int], list[str]]()
+    for event in events:
+        if event.type == "result_delivered":
+            agent = state.agents[event.agent]
+            found.setdefault((agent.id, agent.turns, agent.compactions), []).append(event.payload["child"])
+        state.apply(event)
+    return found
+
+
 def config_of(tree: Mapping[str, Any]) -> SwarmConfig:
     """Return the settings that a journal recorded."""
     own = {**tree, "redact": ()}  # its events are without what was redacted
@@ -176,6 +191,7 @@ def config_of(tree: Mapping[str, Any]) -> SwarmConfig:
         own[name] = AgentLimits(**{**limits, "context": ContextConfig(**limits["context"])})
     sampling = dict(own["sampling"])
     own["sampling"] = Sampling(**{**sampling, "stop": tuple(sampling["stop"])})
+    own["extensions"] = Extensions(**own.get("extensions", {}))
     own["budget"], own["group"] = BudgetConfig(**own["budget"]), GroupConfig(**own["group"])
     return SwarmConfig(**own)
 

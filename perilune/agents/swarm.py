@@ -16,7 +16,7 @@ from perilune.agents.budget import Quantity
 from perilune.agents.calls import Calls
 from perilune.agents.client import Divergence, EndpointError
 from perilune.agents.config import SwarmConfig
-from perilune.agents.endpoint import Endpoint
+from perilune.agents.endpoint import Endpoint, check_pool, check_prices
 from perilune.agents.journal import Event, Journal, JournalError, find_run, load_events
 from perilune.agents.journal.store import Synchronous
 from perilune.agents.limiter import Limiter
@@ -25,7 +25,8 @@ from perilune.agents.result import RunResult
 from perilune.agents.runtime import Runtime, run_budget
 from perilune.agents.scale import RayAgents, RemoteAgents
 from perilune.agents.state import ROOT, AgentState, RunState
-from perilune.agents.subagents import SWARM_TOOLS, Subagents, offers_subagents, tools_of
+from perilune.agents.subagents import Subagents, offers_subagents, tools_of
+from perilune.agents.swarm_tools import SWARM_TOOLS
 from perilune.agents.tools.artifacts import DirectoryArtifacts
 from perilune.agents.tools.base import Tool, ToolError
 from perilune.agents.tools.human import Approvals, Request, Resolution, Rule
@@ -52,6 +53,8 @@ class Swarm:
 
     endpoint: Endpoint
     config: SwarmConfig = field(default_factory=SwarmConfig)
+    models: Mapping[str, Endpoint] = field(default_factory=dict)
+    """A pool, by name: `assign_task` may give a sub-agent a model of it. Without any, nothing can be chosen."""
     tools: Sequence[Tool] = ()
     rules: Sequence[Rule] = ()
     """Which calls need a person's consent, or are not allowed; all others run."""
@@ -69,12 +72,9 @@ class Swarm:
         for tool in self.tools:
             if tool.name in SWARM_TOOLS:
                 raise ValueError(f"the name {tool.name} is that of a tool of every swarm; call yours otherwise")
-        unknown = self.config.limits_money and self.endpoint.price is None
-        if unknown and not self.config.allow_unknown_cost:
-            raise ValueError(
-                f"a budget in usd is set, but the price of {self.endpoint.model} is not known; give Endpoint a price, "
-                "or set allow_unknown_cost"
-            )
+        check_pool(self.models, is_remote=self.remote is not None)
+        if self.config.limits_money and not self.config.allow_unknown_cost:
+            check_prices((self.endpoint, *self.models.values()))
 
     async def start(self, task: str, journal: Path, *, run_id: str | None = None) -> SwarmRun:
         """Begin a run.
@@ -151,6 +151,7 @@ class Swarm:
             state=state,
             budget=budget,
             setup=self._setup(registry),
+            models=self.models,
         )
         if elsewhere is not None:
             runtime.elsewhere = elsewhere
@@ -164,8 +165,10 @@ class Swarm:
 
     def _setup(self, registry: ToolRegistry) -> dict[str, Any]:
         """What the journal says of how a run is driven."""
+        models = {name: point.model for name, point in self.models.items()}
         return {
             "model": self.endpoint.model,
+            **({"models": models} if models else {}),
             "config": _plain(asdict(self.config)),
             "tools": [tool.to_dict() for tool in registry.tools.values()],
             "rules": [_plain(asdict(rule)) for rule in self.rules],
@@ -177,6 +180,7 @@ class Swarm:
         """Refuse to go on without a tool that the run had, or under other rules."""
         had = [tool["function"]["name"] for tool in state.setup.get("tools", ())]
         found = [f"lacks the tool {name}" for name in had if name not in registry.tools]
+        found += [f"lacks the model {name}" for name in state.setup.get("models", ()) if name not in self.models]
         rules = [_plain(asdict(rule)) for rule in self.rules]
         if state.setup.get("rules", rules) != rules:
             found.append(f"has the rules {json.dumps(rules)} instead of {json.dumps(state.setup['rules'])}")
@@ -208,8 +212,7 @@ class SwarmRun:
         self._runtime, self._journal, self._approvals = runtime, journal, approvals
         subagents = Subagents(runtime)
         calls = Calls(runtime, subagents)
-        subagents.run_calls = calls.run
-        self._run_calls = calls.run
+        subagents.work = self._calls = calls
         self._task: asyncio.Task[None] | None = None
         self._is_stopping = False
         self._stopped_by: str | None = None
@@ -234,9 +237,14 @@ class SwarmRun:
         """Have a function called with each event from now on, in the event loop."""
         self._runtime.listeners.append(listener)
 
-    def repeat_notes(self, notes: Mapping[str, str]) -> None:
-        """Have results of calls come with the notes of a recorded run instead of notes of its own."""
-        self._runtime.notes = notes
+    def repeat(self, notes: Mapping[str, str], deliveries: Mapping[tuple[str, int, int], Sequence[str]]) -> None:
+        """Have what depends on who was first be as in a recorded run.
+
+        Args:
+            notes: what was told beside the results of calls.
+            deliveries: see `Runtime.deliveries`.
+        """
+        self._runtime.notes, self._runtime.deliveries = notes, deliveries
 
     def begin(self, task: str) -> None:
         """Write the first events and start the orchestrator; `Swarm.start` does."""
@@ -415,7 +423,7 @@ class SwarmRun:
         runtime, root = self._runtime, self._runtime.state.root
         if root.status is None:
             async with asyncio.timeout(self._wall_left()):
-                await drive(runtime, root, tools_of(runtime, root), self._run_calls)
+                await drive(runtime, root, tools_of(runtime, root), self._calls)
 
     def _wall_left(self) -> float | None:
         wall_s = self._runtime.config.budget.wall_s

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from perilune.agents.journal import Event
 from perilune.agents.state import ROOT, call_key
+from perilune.agents.stints import Stint
 
 
 @dataclass(slots=True, kw_only=True)
@@ -19,8 +21,16 @@ class CallSpan:
     started: float
     ended: float | None = None
     is_error: bool = False
-    child: str | None = None
-    """The sub-agent that answered it."""
+
+
+@dataclass(slots=True, kw_only=True)
+class StintSpan(Stint):
+    """A piece of work of a sub-agent."""
+
+    spawned: float
+    started: float | None = None
+    """When it had a place; None while it waits."""
+    ended: float | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -61,6 +71,8 @@ class AgentSpan:
     ended: float | None = None
     status: str | None = None
     turns: list[TurnSpan] = field(default_factory=list)
+    given: list[StintSpan] = field(default_factory=list)
+    """What others do for it, in order."""
 
     @property
     def steps(self) -> int:
@@ -98,10 +110,17 @@ class Timeline:
             builder.add(event)
         return builder.timeline
 
-    def groups(self, agent: AgentSpan) -> list[list[AgentSpan]]:
-        """Return the sub-agents of each turn that started any."""
-        found = [[self.agents[call.child] for call in turn.calls if call.child] for turn in agent.turns]
-        return [group for group in found if group]
+    def groups(self, agent: AgentSpan) -> list[list[StintSpan]]:
+        """Return what each turn that set sub-agents to work began."""
+        found: dict[int, list[StintSpan]] = {}
+        for stint in agent.given:
+            found.setdefault(stint.turn, []).append(stint)
+        return list(found.values())
+
+    def turns_of(self, stint: Stint) -> list[TurnSpan]:
+        """Return the answered turns of a stint."""
+        end = math.inf if stint.end is None else stint.end
+        return [t for t in self.agents[stint.agent].turns if t.is_answered and stint.begin <= t.number < end]
 
     @property
     def total_steps(self) -> int:
@@ -115,6 +134,8 @@ class TimelineBuilder:
     def __init__(self, run_id: str) -> None:
         self.timeline = Timeline(run_id=run_id)
         self._calls: dict[str, CallSpan] = {}
+        self._stints: dict[str, StintSpan] = {}
+        """By sub-agent, its latest."""
         self._offset = 0.0
 
     def add(self, event: Event) -> None:
@@ -133,10 +154,15 @@ class TimelineBuilder:
                 line.status = payload["status"]
             case "agent_spawned":
                 self._spawned(event, at)
+            case "agent_resumed" if agent is not None:
+                agent.ended = agent.status = None
+                self._given(agent, event, at)
             case "agent_started" if agent is not None:
-                agent.started = at if agent.started is None else agent.started
+                self._started(agent, at)
             case "agent_finished" if agent is not None:
-                agent.ended, agent.status = at, payload["status"]
+                self._ended(agent, payload["status"], at)
+            case "result_delivered" if agent is not None:
+                self._stints[payload["child"]].back = agent.steps
             case "turn_started" if agent is not None:
                 agent.turns.append(TurnSpan(number=payload["turn"], started=at))
             case "turn_retry" if agent is not None and agent.turns:
@@ -158,9 +184,33 @@ class TimelineBuilder:
         self.timeline.agents[event.agent] = AgentSpan(
             id=event.agent, parent=payload["parent"], profile=payload["profile"], spawned=at, started=started
         )
-        call = self._calls.get(payload["call"] or "")
-        if call is not None:
-            call.child = event.agent
+        if payload["parent"] is not None:
+            self._given(self.timeline.agents[event.agent], event, at)
+
+    def _given(self, agent: AgentSpan, event: Event, at: float) -> None:
+        parent, payload = self.timeline.agents[agent.parent or ROOT], event.payload
+        stint = self._stints[agent.id] = StintSpan(
+            agent=agent.id,
+            call=payload["call"],
+            turn=parent.steps - 1,
+            begin=agent.steps,
+            item=payload.get("item"),
+            is_background=payload.get("background") or False,
+            spawned=at,
+        )
+        parent.given.append(stint)
+
+    def _started(self, agent: AgentSpan, at: float) -> None:
+        stint = self._stints.get(agent.id)
+        if stint is not None and stint.started is None:  # of a resumed run, it may have had a place before
+            stint.started = at
+        agent.started = at if agent.started is None else agent.started
+
+    def _ended(self, agent: AgentSpan, status: str, at: float) -> None:
+        agent.ended, agent.status = at, status
+        stint = self._stints.get(agent.id)
+        if stint is not None:
+            stint.ended, stint.end = at, agent.steps
 
     def _answered(self, agent: AgentSpan, event: Event, at: float) -> None:
         payload, turn = event.payload, agent.turns[-1]

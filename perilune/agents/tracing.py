@@ -69,6 +69,8 @@ class SpanFold:
         self._later: dict[str, int] = {}
         """By agent, the farthest clock of the sub-agents that ended since."""
         self._steps: dict[str, int] = {}
+        self._background: set[str] = set()
+        """Agents whose parents go on meanwhile."""
         self._model, self._last = "", 0.0
         self._wall = self._at = 0.0
 
@@ -119,6 +121,28 @@ class SpanFold:
     def _spawned(self, event: Event, at: float) -> None:
         payload = event.payload
         self._agent(event.agent, payload["profile"], payload["parent"], payload.get("call"), at)
+        self._note_background(event)
+
+    def _note_background(self, event: Event) -> None:
+        if event.payload.get("background"):
+            self._background.add(event.agent)
+        else:
+            self._background.discard(event.agent)
+
+    def _agent_resumed(self, event: Event, at: float) -> None:
+        """Begin another span: the sub-agent has another task, after a turn of its parent."""
+        agent = event.agent
+        parent = agent.rpartition("/")[0]
+        self._known(parent, at)
+        common = self._common.get(agent, {})
+        self._agent(agent, str(common.get("gen_ai.agent.name", "resumed")), parent, event.payload["call"], at)
+        self._note_background(event)
+
+    def _delivered(self, event: Event, at: float) -> None:
+        """What worked in the background counts from the turn that reads its result."""
+        self._known(event.agent, at)
+        there = self._clock.get(event.payload["child"], 0)
+        self._later[event.agent] = max(self._later.get(event.agent, 0), there)
 
     def _agent(self, agent: str, profile: str, parent: str | None, call: str | None, at: float) -> None:
         common: dict[str, Value] = {
@@ -219,7 +243,8 @@ class SpanFold:
         agent, status = event.agent, event.payload["status"]
         parent = agent.rpartition("/")[0]
         self._known(agent, at)
-        self._later[parent] = max(self._later.get(parent, 0), self._clock.get(agent, 0))
+        if agent not in self._background:
+            self._later[parent] = max(self._later.get(parent, 0), self._clock.get(agent, 0))
         for key in reversed(list(self._open)):
             if key == f"chat {agent}" or (key.startswith("tool ") and self._open[key] == f"agent {agent}"):
                 self._end(key, at, {}, status)
@@ -235,6 +260,8 @@ _HANDLERS = {
     "run_stopped": SpanFold._run_ended,
     "run_finished": SpanFold._run_ended,
     "agent_spawned": SpanFold._spawned,
+    "agent_resumed": SpanFold._agent_resumed,
+    "result_delivered": SpanFold._delivered,
     "agent_started": SpanFold._admitted,
     "agent_finished": SpanFold._agent_ended,
     "turn_started": SpanFold._turn_started,

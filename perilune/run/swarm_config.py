@@ -3,7 +3,7 @@
 No postponed annotations here: recipe validation reads them.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from perilune.agents.config import SwarmConfig
@@ -62,6 +62,29 @@ class EndpointConfig:
         require(self.max_concurrency >= self.concurrency, "max_concurrency", ">= concurrency", self.max_concurrency)
         is_url = self.base_url.startswith(("http://", "https://"))
         require(is_url, "base_url", "an address that begins with http:// or https://", self.base_url)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolModelConfig:
+    """A model that sub-agents may be given; what is not said is as for the endpoint."""
+
+    model: str
+    """Its name at the endpoint."""
+    base_url: str | None = None
+    """Address of another endpoint, which is not sent the key of the first."""
+    api_key_env: str | None = None
+    """Environment variable that holds its key."""
+    price: PriceConfig | None = None
+    """Without it, that of the package genai-prices, where it knows the model."""
+
+    def at(self, endpoint: EndpointConfig) -> EndpointConfig:
+        """Return its endpoint, beside that of the run."""
+        if self.base_url is None or self.base_url == endpoint.base_url:
+            key = self.api_key_env or endpoint.api_key_env
+            return replace(endpoint, model=self.model, api_key_env=key, price=self.price)
+        return replace(
+            endpoint, model=self.model, base_url=self.base_url, api_key_env=self.api_key_env, price=self.price
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +152,8 @@ class SwarmRecipe:
 
     endpoint: EndpointConfig
     """The model."""
+    models: dict[str, PoolModelConfig] = field(default_factory=dict)
+    """A pool, by name: an orchestrator may choose a model of it for a sub-agent. Without any, it cannot choose."""
     swarm: SwarmConfig = field(default_factory=SwarmConfig)
     """Limits and behavior."""
     tools: ToolsConfig = field(default_factory=ToolsConfig)

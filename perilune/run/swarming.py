@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,8 @@ def recorded_recipe(journal: Path, run_id: str | None = None) -> Tree:
 
 def _still_true(recorded: Mapping[str, Any], tree: Tree) -> Tree:
     """What was recorded, without what holds for that endpoint alone: another address must not be sent its key."""
-    found, point = _with_same_servers(recorded, tree), dict(recorded.get("endpoint", {}))
+    kept = {**_with_same_servers(recorded, tree), **_pool_still_true(recorded, tree)}
+    found, point = kept, dict(recorded.get("endpoint", {}))
     new = tree.get("endpoint")
     if not isinstance(new, Mapping) or not point:
         return found
@@ -108,6 +109,29 @@ _PLACES = ("command", "url")
 """What says which MCP server is meant."""
 
 
+def _pool_still_true(recorded: Mapping[str, Any], tree: Tree) -> dict[str, Any]:
+    """The recorded pool, by the same rule; what has no address of its own moves with the endpoint."""
+    pool, changes = recorded.get("models"), tree.get("models")
+    if not isinstance(pool, Mapping):
+        return {}
+    was, now = (_base_url(found.get("endpoint")) for found in (recorded, tree))
+    found: dict[str, Any] = {}
+    for name, known in pool.items():
+        change = changes.get(name) if isinstance(changes, Mapping) else None
+        change, model = change if isinstance(change, Mapping) else {}, dict(known)
+        before, after = model.get("base_url") or was, _base_url(change) or model.get("base_url") or now or was
+        if before != after:
+            model = {key: model[key] for key in ("model", "base_url") if key in model}
+        if change.get("model", model["model"]) != model["model"]:
+            model.pop("price", None)
+        found[name] = model
+    return {"models": found}
+
+
+def _base_url(table: object) -> Any:
+    return table.get("base_url") if isinstance(table, Mapping) else None
+
+
 @asynccontextmanager
 async def open_swarm(
     recipe: SwarmRecipe, *, is_interactive: bool = False, trace: Callable[[str], Tracing] | None = None
@@ -123,18 +147,18 @@ async def open_swarm(
         RecipeError: the variable of the key is not set, or a budget in money has no price.
         DataError: a directory does not exist.
     """
-    limiter, price = _limiter(recipe.endpoint), _price(recipe)
-    client = _client(recipe.endpoint, limiter)
-    try:
+    points = {name: model.at(recipe.endpoint) for name, model in recipe.models.items()}
+    price = _price(recipe, recipe.endpoint, "endpoint")
+    prices = {name: _price(recipe, point, f"models.{name}") for name, point in points.items()}
+    async with AsyncExitStack() as opened:
+        endpoint = await _endpoint(opened, recipe.endpoint, price)
+        models = {
+            name: await _endpoint(opened, point, prices[name], f"models.{name}") for name, point in points.items()
+        }
         async with _tools(recipe.tools) as tools:
             yield Swarm(
-                endpoint=Endpoint(
-                    client=client,
-                    model=recipe.endpoint.model,
-                    limiter=limiter,
-                    retry=RetryPolicy(attempts=recipe.endpoint.attempts),
-                    price=price,
-                ),
+                endpoint=endpoint,
+                models=models,
                 config=recipe.swarm,
                 tools=tools,
                 rules=[Rule(mode=rule.mode, tool=rule.tool, arguments=rule.arguments) for rule in recipe.rules],
@@ -143,8 +167,17 @@ async def open_swarm(
                 trace=trace,
                 recipe=_to_record(recipe),
             )
-    finally:
-        await client.close()
+
+
+async def _endpoint(
+    opened: AsyncExitStack, config: EndpointConfig, price: Price | None, key: str = "endpoint"
+) -> Endpoint:
+    limiter = _limiter(config)
+    client = _client(config, limiter, key)
+    opened.push_async_callback(client.close)
+    return Endpoint(
+        client=client, model=config.model, limiter=limiter, retry=RetryPolicy(attempts=config.attempts), price=price
+    )
 
 
 def _to_record(recipe: SwarmRecipe) -> Tree:
@@ -167,22 +200,22 @@ def _limiter(point: EndpointConfig) -> Limiter:
     )
 
 
-def _price(recipe: SwarmRecipe) -> Price | None:
-    model, given = recipe.endpoint.model, recipe.endpoint.price
+def _price(recipe: SwarmRecipe, point: EndpointConfig, key: str) -> Price | None:
+    model, given = point.model, point.price
     if given is not None:
         return Price(prompt=given.prompt, completion=given.completion, cached=given.cached)
     price = known_price(model)
     if price is None and recipe.swarm.limits_money and not recipe.swarm.allow_unknown_cost:
         raise RecipeError(
             f"there is a budget in usd, but the price of {model} is not known; give it in US "
-            "dollars of a million tokens (--set endpoint.price.prompt=1 --set endpoint.price.completion=3), or do "
+            f"dollars of a million tokens (--set {key}.price.prompt=1 --set {key}.price.completion=3), or do "
             "without (--set swarm.allow_unknown_cost=true)"
         )
     return price
 
 
-def _client(config: EndpointConfig, limiter: Limiter) -> ChatClient:
-    key = None if config.api_key_env is None else _secret("endpoint.api_key_env", config.api_key_env)
+def _client(config: EndpointConfig, limiter: Limiter, where: str) -> ChatClient:
+    key = None if config.api_key_env is None else _secret(f"{where}.api_key_env", config.api_key_env)
     kind = HttpClient if config.transport == "aiohttp" else OpenAiSdkClient
     dialect = KimiK2() if config.dialect == "kimi_k2" else None
     return kind(config.base_url, key, stream=config.stream, dialect=dialect, on_limits=limiter.learn)

@@ -221,6 +221,17 @@ def test_notes_take_the_place_of_earlier_notes() -> None:
     assert [m.content.splitlines()[-1] for m in history[2:]] == ["hurry 0", "hurry 1", "notes 2", "hurry 2"]
 
 
+def test_a_later_task_stays_beside_notes_whatever_it_says() -> None:
+    from perilune.agents.context import summarised
+
+    text = "[Notes of the work so far, which was dropped to save space] are what I want"
+    task, later = (Message(role="user", content=content) for content in ("task", text))
+    history = [Message(role="system", content="s"), task, says("old"), later]
+    for notes in ("first", "second"):
+        history = summarised([*history, says("more")], notes, [later])
+    assert [m.content.splitlines()[-1] for m in history] == ["s", "task", text, "second"]
+
+
 @pytest.mark.parametrize("most", [3, 5, 7])
 def test_a_summary_that_the_budget_does_not_allow_ends_the_agent_as_a_budget_does(tmp_path: Path, most: int) -> None:
     @tool(effect="pure")

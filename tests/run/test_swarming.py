@@ -109,6 +109,42 @@ def test_a_swarm_has_the_tools_rules_and_limits_of_its_recipe(tmp_path: Path) ->
     assert (swarm.endpoint.price.prompt, swarm.endpoint.price.completion) == (1.0, 2.0)
 
 
+def test_a_pool_of_models_is_as_the_endpoint_unless_it_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEY", "k")
+    wanted = ["endpoint.api_key_env=KEY", "endpoint.price={prompt = 1.0, completion = 2.0}", "endpoint.attempts=2"]
+    wanted += ["models.fast={model = 'm2', price = {prompt = 3.0, completion = 3.0}}"]
+    wanted += ["models.far={model = 'm3', base_url = 'http://far/v1'}", "swarm.extensions.background=true"]
+    recipe = load_swarm(None, wanted, POINT)
+    fast, far = (recipe.models[name].at(recipe.endpoint) for name in ("fast", "far"))
+    assert (fast.base_url, fast.api_key_env, fast.model, fast.attempts) == (URL, "KEY", "m2", 2)
+    assert (far.base_url, far.api_key_env, far.model, far.price) == ("http://far/v1", None, "m3", None)
+    swarm = opened(recipe, lambda swarm: swarm)
+    assert {name: point.model for name, point in swarm.models.items()} == {"fast": "m2", "far": "m3"}
+    assert swarm.models["fast"].price.prompt == 3.0
+    assert swarm.models["fast"].limiter is not swarm.endpoint.limiter
+    assert swarm.config.extensions.background
+    with pytest.raises(RecipeError, match=r"price of m3 is not known.*--set models\.far\.price\.prompt=1"):
+        opened(load_swarm(None, [*wanted, "swarm.budget.usd=1.0"], POINT))
+    with pytest.raises(RecipeError, match=r"models\.fast\.api_key_env: the environment variable NOT_SET is not set"):
+        opened(load_swarm(None, [*wanted, "models.fast.api_key_env=NOT_SET"], POINT))
+
+
+def test_a_pool_is_not_sent_its_recorded_keys_elsewhere() -> None:
+    pool = {"near": {"model": "a", "api_key_env": "NEAR"},
+            "far": {"model": "b", "base_url": "http://far/v1", "api_key_env": "FAR"}}  # fmt: skip
+    recorded = {**POINT, "models": pool}
+
+    def keys(options: dict[str, object]) -> list[str | None]:
+        models = load_swarm(None, (), options, recorded).models
+        return [models[name].api_key_env for name in ("near", "far")]
+
+    assert keys({}) == ["NEAR", "FAR"]
+    assert keys({"endpoint": {"base_url": URL}}) == ["NEAR", "FAR"]
+    assert keys({"endpoint": {"base_url": "http://other/v1"}}) == [None, "FAR"]
+    assert keys({"models": {"far": {"base_url": "http://other/v1"}}}) == ["NEAR", None]
+    assert keys({"models": {"near": {"base_url": "http://other/v1"}}}) == [None, "FAR"]
+
+
 def test_what_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOT_SET", raising=False)
     with pytest.raises(RecipeError, match=r"endpoint\.api_key_env: the environment variable NOT_SET is not set"):

@@ -17,7 +17,7 @@ from perilune.agents.calls import Calls
 from perilune.agents.endpoint import Endpoint
 from perilune.agents.journal import Event
 from perilune.agents.loop import drive
-from perilune.agents.runtime import Runtime
+from perilune.agents.runtime import HeldPlace, Runtime
 from perilune.agents.scale.messages import Job, Kind, Message, Wish
 from perilune.agents.state import AgentState, RunState
 from perilune.agents.subagents import Subagents, tools_of
@@ -62,7 +62,7 @@ async def _drive(job: Job, desk: Any, client: Any, registry: ToolRegistry) -> No
     runtime = _runtime(job, line, client, registry)
     subagents = Subagents(runtime)
     calls = Calls(runtime, subagents)
-    subagents.run_calls = calls.run
+    subagents.work = calls
     agent = runtime.state.agents[job.agent_id]
     driving = asyncio.create_task(_to_the_end(runtime, agent, calls))
     runtime.scopes[agent.id] = driving
@@ -84,8 +84,14 @@ async def _drive(job: Job, desk: Any, client: Any, registry: ToolRegistry) -> No
 
 
 async def _to_the_end(runtime: Runtime, agent: AgentState, calls: Calls) -> None:
-    async with runtime.slots:  # which it gives to those that it starts, while it waits for them
-        await drive(runtime, agent, tools_of(runtime, agent), calls.run)
+    place = runtime.places[agent.id] = HeldPlace(
+        runtime.slots
+    )  # given to those that it starts, while it waits for them
+    await place.acquire()
+    try:
+        await drive(runtime, agent, tools_of(runtime, agent), calls)
+    finally:
+        place.release()
 
 
 async def _listen(runtime: Runtime, job_agent: str, task: str, desk: Any) -> None:
