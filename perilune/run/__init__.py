@@ -26,7 +26,8 @@ from perilune.run.routing import RecallView, RoutingView, draw_routing, measure_
 from perilune.run.schema import FieldDoc, explain
 from perilune.run.stages import STAGES
 from perilune.run.swarm_config import SwarmRecipe
-from perilune.run.swarming import load_swarm, open_swarm, recorded_recipe
+from perilune.run.swarm_recorded import recorded_recipe
+from perilune.run.swarming import load_swarm, open_swarm
 from perilune.run.sweep import plan_sweep, run_sweep
 
 __all__ = [

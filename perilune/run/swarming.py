@@ -17,7 +17,6 @@ from perilune.agents import (
     Swarm,
     Tool,
     known_price,
-    load_events,
 )
 from perilune.agents.client import ChatClient, HttpClient, KimiK2, OpenAiSdkClient, RetryPolicy
 from perilune.agents.tools.addresses import NetworkRules
@@ -32,6 +31,7 @@ from perilune.agents.tracing import Tracing
 from perilune.errors import DataError, RecipeError
 from perilune.run.recipe import load_tree, recipe_tree
 from perilune.run.swarm_config import EndpointConfig, SwarmRecipe, ToolsConfig
+from perilune.run.swarm_recorded import still_true
 from perilune.run.tree import Tree, merge, parse_overrides, read_tree
 
 
@@ -54,82 +54,9 @@ def load_swarm(
     """
     tree: Tree = {} if path is None else read_tree(path)
     tree = merge(merge(tree, dict(options or {})), parse_overrides(overrides))
-    tree = merge(_still_true(recorded or {}, tree), tree)
+    tree = merge(still_true(recorded or {}, tree), tree)
     # An endpoint that is empty, rather than missing, has each of its keys named.
     return load_tree({"endpoint": {}, **tree}, SwarmRecipe, source=str(path or "the command line")).recipe
-
-
-def recorded_recipe(journal: Path, run_id: str | None = None) -> Tree:
-    """Return the recipe that a run was last driven with; empty if it was not begun from one.
-
-    Raises:
-        JournalError: the journal cannot be read, or has no such run.
-    """
-    found: Tree = {}
-    for event in load_events(journal, run_id):
-        if event.type in ("run_started", "run_resumed"):
-            found = event.payload.get("recipe") or {}
-    return found
-
-
-def _still_true(recorded: Mapping[str, Any], tree: Tree) -> Tree:
-    """What was recorded, without what holds for that endpoint alone: another address must not be sent its key."""
-    kept = {**_with_same_servers(recorded, tree), **_pool_still_true(recorded, tree)}
-    found, point = kept, dict(recorded.get("endpoint", {}))
-    new = tree.get("endpoint")
-    if not isinstance(new, Mapping) or not point:
-        return found
-    if new.get("base_url", point["base_url"]) != point["base_url"]:
-        point = {"model": point["model"]}
-    if new.get("model", point["model"]) != point["model"]:
-        point.pop("price", None)
-    return {**found, "endpoint": point}
-
-
-def _with_same_servers(recorded: Mapping[str, Any], tree: Tree) -> Tree:
-    """What was recorded, without keys of MCP servers that are others now."""
-    tools, new = dict(recorded.get("tools", {})), tree.get("tools", {})
-    wanted = new.get("mcp", {}) if isinstance(new, Mapping) else {}
-    if not tools.get("mcp") or not isinstance(wanted, Mapping):
-        return dict(recorded)
-    kept = {
-        name: {key: value for key, value in server.items() if key not in ("env", "api_key_env")}
-        if _names_another(server, wanted.get(name))
-        else server
-        for name, server in tools["mcp"].items()
-    }
-    return {**recorded, "tools": {**tools, "mcp": kept}}
-
-
-def _names_another(server: Mapping[str, Any], wanted: object) -> bool:
-    return isinstance(wanted, Mapping) and any(wanted.get(key, server.get(key)) != server.get(key) for key in _PLACES)
-
-
-_PLACES = ("command", "url")
-"""What says which MCP server is meant."""
-
-
-def _pool_still_true(recorded: Mapping[str, Any], tree: Tree) -> dict[str, Any]:
-    """The recorded pool, by the same rule; what has no address of its own moves with the endpoint."""
-    pool, changes = recorded.get("models"), tree.get("models")
-    if not isinstance(pool, Mapping):
-        return {}
-    was, now = (_base_url(found.get("endpoint")) for found in (recorded, tree))
-    found: dict[str, Any] = {}
-    for name, known in pool.items():
-        change = changes.get(name) if isinstance(changes, Mapping) else None
-        change, model = change if isinstance(change, Mapping) else {}, dict(known)
-        before, after = model.get("base_url") or was, _base_url(change) or model.get("base_url") or now or was
-        if before != after:
-            model = {key: model[key] for key in ("model", "base_url") if key in model}
-        if change.get("model", model["model"]) != model["model"]:
-            model.pop("price", None)
-        found[name] = model
-    return {"models": found}
-
-
-def _base_url(table: object) -> Any:
-    return table.get("base_url") if isinstance(table, Mapping) else None
 
 
 @asynccontextmanager
