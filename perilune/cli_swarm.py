@@ -94,8 +94,13 @@ def resume(
 
     Its recipe is in the journal; --config, options and --set change it.
     """
+    from perilune.agents.result import recorded_result
     from perilune.run import recorded_recipe
 
+    ended = recorded_result(journal, run_id)
+    if ended is not None:
+        _print_result(ended, journal, as_json)
+        return
     recipe = load_recipe(point, change, limits, recorded_recipe(journal, run_id))
 
     async def begin(swarm: Swarm) -> SwarmRun:
@@ -403,5 +408,7 @@ def _print_result(result: RunResult, journal: Path, as_json: bool) -> None:
             print(f"stopped; go on with: perilune swarm resume {place} --run {result.run_id}", file=sys.stderr)
     if result.status == "stopped":
         raise typer.Exit(3 if result.error else 130)
-    if result.status in ("error", "cancelled", "context_overflow"):
-        raise typer.Exit(3 if result.status == "error" else 1)
+    if result.status == "error":
+        raise typer.Exit(3)
+    if result.status in ("cancelled", "context_overflow") or not result.answer.strip():
+        raise typer.Exit(1)

@@ -116,6 +116,34 @@ def test_a_run_prints_its_answer_and_what_it_took(cli, tmp_path):
     assert cli("swarm", "export", journal, tmp_path / "run.txt")[0] == 2
 
 
+def test_the_result_of_a_run_that_has_ended_needs_nothing_but_its_journal(cli, tmp_path, monkeypatch):
+    journal, files = tmp_path / "a.db", tmp_path / "files"
+    files.mkdir()
+    monkeypatch.setenv("SOME_KEY", "k")
+    more = ("--files", files, "--api-key-env", "SOME_KEY", "--journal", journal)
+    with served(lambda request: Message(role="assistant", content="42")) as url:
+        assert cli("swarm", "run", "Go.", *options(url, *more, "--json"))[0] == 0
+    monkeypatch.delenv("SOME_KEY")
+    files.rmdir()
+    before = journal.read_bytes()
+    code, out, err = cli("swarm", "resume", journal)
+    assert (code, out) == (0, "42\n")
+    assert "completed: 1 steps (1 critical)" in err
+    assert journal.read_bytes() == before
+
+
+def test_a_run_that_ends_without_an_answer_has_failed(cli, tmp_path):
+    def policy(request):
+        wanted = ToolCall(id="c", name="read_artifact", arguments="{}")
+        return Message(role="assistant", tool_calls=(wanted,))
+
+    with served(policy) as url:
+        more = ("--set", "swarm.orchestrator.max_tool_calls=1", "--set", "endpoint.attempts=1")
+        code, out, err = cli("swarm", "run", "Go.", *options(url, *more, "--journal", tmp_path / "a.db"))
+    assert (code, out) == (1, "\n"), err
+    assert "max_tool_calls: 2 steps" in err
+
+
 def stopped_run(cli, tmp_path, policy, url, *more):
     """Have a run stopped after its file was written; return the command that it says goes on with it."""
     files = tmp_path / "files"

@@ -21,7 +21,7 @@ from perilune.agents.journal import Event, Journal, JournalError, find_run, load
 from perilune.agents.journal.store import Synchronous
 from perilune.agents.limiter import Limiter
 from perilune.agents.loop import drive
-from perilune.agents.result import RunResult
+from perilune.agents.result import RunResult, result_of
 from perilune.agents.runtime import Runtime, run_budget
 from perilune.agents.scale import RayAgents, RemoteAgents
 from perilune.agents.state import ROOT, AgentState, RunState
@@ -294,21 +294,8 @@ class SwarmRun:
         await self.wait()
         runtime = self._runtime
         self._journal.check()
-        state = runtime.state
-        return RunResult(
-            run_id=state.run_id,
-            status=state.status or "stopped",
-            answer=state.answer or state.root.answer,
-            error=state.error or self._stopped_by,
-            usage=state.usage,
-            cost_usd=state.cost_usd,
-            steps=sum(agent.turns for agent in state.agents.values()),
-            critical_steps=state.critical_steps(),
-            tool_calls=state.tool_calls,
-            subagents=state.subagents,
-            wall_s=state.elapsed_s,
-            leaked=tuple(f"{call.tool} of {call.agent_id}" for call in runtime.registry.abandoned),
-        )
+        leaked = [f"{call.tool} of {call.agent_id}" for call in runtime.registry.abandoned]
+        return result_of(runtime.state, stopped_by=self._stopped_by, leaked=leaked)
 
     async def events(self) -> AsyncIterator[Event]:
         """Give every event of the run in order, from the first; ends with the run."""
