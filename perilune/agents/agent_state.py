@@ -91,13 +91,15 @@ class AgentState:
     steers: list[str] = field(default_factory=list)
     """What people said while results were awaited."""
     repeated: tuple[str, int] = ("", 0)
-    """The last call, and how often it came one after another."""
+    """The calls of the last turn that made any, each once, and how many such turns in a row made the same."""
     last_words: Status | None = None
     """The limit that it met; its next turn is its last."""
     was_asked_for_more: bool = False
     is_running: bool = False
     """Whether it has a place among those that run."""
     compactions: int = 0
+    overflows: int = 0
+    """Requests in a row that were too long for the model."""
     context_tokens: int = 0
     """Tokens of the last request and its answer, as the server counted them."""
     added_tokens: int = 0

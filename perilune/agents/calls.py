@@ -24,9 +24,9 @@ UNKNOWN = (
     "repeat it."
 )
 _REMINDERS = {
-    3: "[the same call was made three times in a row]",
-    5: "[the same call was made five times in a row; its result will not change; do something else]",
-    8: "[the same call was made eight times in a row; if you go on, you will be stopped]",
+    3: "[the same was called in three turns in a row]",
+    5: "[the same was called in five turns in a row; its result will not change; do something else]",
+    8: "[the same was called in eight turns in a row; if you go on, you will be stopped]",
 }
 
 
@@ -145,7 +145,7 @@ class Calls:
         """What an agent is told beside a result: that it repeats itself, and that the budget runs out."""
         if self._runtime.notes is not None:
             return self._runtime.notes.get(call.key, "")
-        notes = [_REMINDERS.get(agent.repeated[1]) if len(agent.calls) == 1 else None]
+        notes = [_REMINDERS.get(agent.repeated[1]) if call.index == 0 else None]
         if agent.id == ROOT:
             notes.append(self._runtime.warn_of_budget())
         return "\n\n".join(note for note in notes if note)

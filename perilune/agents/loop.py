@@ -41,6 +41,8 @@ _WHY: dict[Status, str] = {
     "stuck": "the same call was made again and again",
 }
 _STUCK_AFTER = 12
+_MOST_OVERFLOWS = 8
+"""In a row: a history that still does not fit then never will."""
 _DEFAULT_MAX_TOKENS = 4_096
 """What is reserved of an answer whose length is not limited."""
 _LAST_WORDS_TOKENS = 1_024
@@ -154,7 +156,9 @@ class _Turns:
                 runtime.finish(agent, "budget", error=str(error))
             return
         except EndpointError as error:
-            if error.fault != "context_overflow" or self._limits.context.policy == "none" or agent.compactions > 8:
+            if error.fault != "context_overflow" or self._limits.context.policy == "none":
+                raise
+            if agent.overflows > _MOST_OVERFLOWS:
                 raise
             await self._compact(self._policy_of_overflow())
             return
@@ -214,7 +218,7 @@ class _Turns:
         """What makes room at once: a summary would have to be asked for with the history that does not fit."""
         policy = self._limits.context.policy
         if policy == "summarise":
-            return "discard_all" if self._agent.compactions % 2 else "hide_tool_results"
+            return "hide_tool_results" if self._agent.overflows % 2 else "discard_all"
         return policy
 
     async def _compact(self, policy: ContextPolicy) -> None:

@@ -155,7 +155,7 @@ class RunState:
         """Have an agent that has ended go on with another task."""
         assert agent.parent is not None
         agent.status, agent.result, agent.error, agent.last_words = None, "", None, None
-        agent.was_asked_for_more, agent.repeated = False, ("", 0)
+        agent.was_asked_for_more, agent.repeated, agent.overflows = False, ("", 0), 0
         prompt = Message(role="user", content=event.payload["text"])
         agent.prompts = [*agent.prompts, prompt]
         _say(agent, prompt)
@@ -270,6 +270,7 @@ def _turn_over(agent: AgentState, event: Event) -> None:
 
 def _turn_failed(agent: AgentState, event: Event) -> None:
     _turn_over(agent, event)
+    agent.overflows += event.payload.get("fault") == "context_overflow"
     _deliver(agent)
 
 
@@ -302,8 +303,9 @@ def _turn_finished(agent: AgentState, event: Event) -> None:
     agent.messages.append(message)
     if not message.tool_calls:
         _deliver(agent)
-    for call in message.tool_calls:
-        same = _canonical(call)
+    agent.overflows = 0
+    if message.tool_calls:  # one turn is one repetition, however often it makes a call
+        same = "\n".join(sorted({_canonical(call) for call in message.tool_calls}))
         agent.repeated = (same, agent.repeated[1] + 1 if same == agent.repeated[0] else 1)
 
 

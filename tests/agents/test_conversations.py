@@ -272,6 +272,34 @@ def test_an_overflow_is_mended_without_a_summary_that_would_overflow_too(tmp_pat
     assert run_swarm(reader, tmp_path / "a.db", [page], config).status == "completed"
 
 
+@pytest.mark.parametrize("fits", [True, False])
+def test_only_overflows_in_a_row_end_an_agent(tmp_path: Path, fits: bool) -> None:
+    """Each turn the history is dropped because it is near its limit; then one request is too long, or all are."""
+
+    @tool(effect="pure")
+    def page(number: int) -> str:
+        """Read a page.
+
+        Args:
+            number: which.
+        """
+        return f"page {number} " + "x" * 2000
+
+    asked: list[int] = []
+
+    def reader(request: ChatRequest) -> Any:
+        asked.append(request.turn)
+        if request.turn >= 12 and (not fits or asked.count(12) == 1):
+            return EndpointError("400: too long", fault="context_overflow", status=400)
+        return says("read") if request.turn > 12 else calls(call("page", number=request.turn))
+
+    context = ContextConfig(policy="discard_all", max_tokens=500, threshold=0.5)
+    result = run_swarm(reader, tmp_path / "a.db", [page], SwarmConfig(orchestrator=AgentLimits(context=context)))
+    compacted = [e for e in load_events(tmp_path / "a.db") if e.type == "context_compacted"]
+    assert len(compacted) > 12
+    assert (result.status, asked.count(12)) == (("completed", 2) if fits else ("context_overflow", 9))
+
+
 def test_rules_hold_for_the_two_tools_of_the_swarm_and_their_names_are_taken(tmp_path: Path) -> None:
     def policy(request: ChatRequest) -> Message:
         if len(request.messages) > 2:

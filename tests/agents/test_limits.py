@@ -70,6 +70,28 @@ def test_a_call_that_is_made_again_and_again_is_remarked_on_and_then_stopped(tmp
     assert [n for n, text in enumerate(seen, 1) if "in a row" in text] == [3, 5, 8]
 
 
+def test_what_is_called_often_in_one_turn_is_not_called_again_and_again(tmp_path: Path) -> None:
+    def eager(request: ChatRequest) -> Message:
+        if any(m.role == "tool" for m in request.messages):
+            return says(f"{len(results(request))} results")
+        return calls(*(call("look_up", f"c{n}", place="x") for n in range(14)))
+
+    result = run_swarm(eager, tmp_path / "a.db", [look_up])
+    assert (result.status, result.answer) == ("completed", "14 results")
+
+
+def test_two_calls_that_are_made_together_again_and_again_are_noticed(tmp_path: Path) -> None:
+    def stubborn(request: ChatRequest) -> Message:
+        places = ["x", "y"] if len(request.messages) % 2 else ["y", "x", "y"]
+        wanted = (call("look_up", f"c{n}", place=place) for n, place in enumerate(places))
+        return calls(*wanted) if request.tools else says("I give up")
+
+    result = run_swarm(stubborn, tmp_path / "a.db", [look_up])
+    assert (result.status, result.steps) == ("stuck", 13)
+    notes = [e for e in load_events(tmp_path / "a.db") if "in a row" in e.payload.get("note", "")]
+    assert [e.payload["call"].rsplit(":", 1)[1] for e in notes] == ["0"] * 3  # with the first of a turn's results
+
+
 def spender(request: ChatRequest) -> Any:
     said = restless(request)
     from perilune.agents.client.scripted import answer
