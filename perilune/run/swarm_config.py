@@ -44,6 +44,8 @@ class EndpointConfig:
     """Whether answers come in pieces."""
     dialect: Literal["openai", "kimi_k2"] = "openai"
     """kimi_k2: tool calls are raw text that nobody at the server parses."""
+    tool_images: Literal["tool", "user"] = "tool"
+    """Whose messages hold the pictures that tools return; user: a person's, for servers that take no others."""
     concurrency: int = 8
     """Calls at a time to begin with; it grows with successes and shrinks with refusals."""
     max_concurrency: int = 256
@@ -126,10 +128,16 @@ class ToolsConfig:
     """Hosts that fetch may ask; without any, all public ones."""
     python: Literal["none", "monty", "process"] = "none"
     """A Python in a sandbox: monty, a subset of the language in a worker, or process, CPython in namespaces."""
+    unsafe_python: bool = False
+    """Whether process may start where the machine permits no namespaces: its code then has your files and network."""
     ask_human: bool = False
     """Whether they may ask whoever watches the run."""
     mcp: dict[str, McpConfig] = field(default_factory=dict)
     """Servers by name."""
+
+    def __post_init__(self) -> None:
+        is_meant = self.python == "process" or not self.unsafe_python
+        require(is_meant, "unsafe_python", 'given with python = "process" only', self.unsafe_python)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

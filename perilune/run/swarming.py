@@ -145,7 +145,14 @@ def _client(config: EndpointConfig, limiter: Limiter, where: str) -> ChatClient:
     key = None if config.api_key_env is None else _secret(f"{where}.api_key_env", config.api_key_env)
     kind = HttpClient if config.transport == "aiohttp" else OpenAiSdkClient
     dialect = KimiK2() if config.dialect == "kimi_k2" else None
-    return kind(config.base_url, key, stream=config.stream, dialect=dialect, on_limits=limiter.learn)
+    return kind(
+        config.base_url,
+        key,
+        stream=config.stream,
+        dialect=dialect,
+        tool_images=config.tool_images,
+        on_limits=limiter.learn,
+    )
 
 
 @asynccontextmanager
@@ -159,7 +166,7 @@ async def _tools(config: ToolsConfig) -> AsyncIterator[list[Tool]]:
     if config.fetch:
         found += fetch_tools(NetworkRules(allow_hosts=config.allow_hosts or None))
     if config.python != "none":
-        found.append(python_tool(config.python))
+        found.append(python_tool(config.python, is_unsafe=config.unsafe_python))
     if config.ask_human:
         found.append(ask_human_tool())
     servers = [_server(name, config) for name in config.mcp]

@@ -184,8 +184,8 @@ def test_notes_beside_results_are_repeated_once(tmp_path: Path) -> None:
     assert [note.split()[5] for note in notes if note] == ["three", "five"]
     assert {payload["text"] for payload in returned} == {"x has 1 letters"}
     said = RunState.fold("r", load_events(path)).root.messages
-    assert any(m.content.startswith("x has 1 letters\n\n[the same call was made three times") for m in said)
-    assert "times in a row]" in " ".join(entry.text for entry in transcript("root", load_events(path)))
+    assert any(m.content.startswith("x has 1 letters\n\n[the same was called in three turns") for m in said)
+    assert "turns in a row]" in " ".join(entry.text for entry in transcript("root", load_events(path)))
     assert _again(path).answer == recorded.answer == "ok"
 
 

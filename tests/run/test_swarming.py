@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from aiohttp import web
 from perilune.agents import ChatRequest, Message, Swarm
 from perilune.agents.swarm import SwarmRun
 from perilune.agents.tools.artifacts import MemoryArtifacts
-from perilune.agents.tools.base import ToolContext
+from perilune.agents.tools.base import ToolContext, ToolError
 from perilune.agents.tools.mcp import McpServer, McpTools
 from perilune.errors import DataError, RecipeError
 from perilune.run import load_swarm, open_swarm, recorded_recipe
@@ -55,6 +56,7 @@ def test_every_key_that_is_missing_is_named() -> None:
         ("endpoint.price={prompt = -1.0, completion = 1.0}", "prompt must be >= 0"),
         ("endpoint.transport=carrier", "endpoint.transport must be one of aiohttp, openai"),
         ("tools.mcp.a={}", "url must be given without command"),
+        ("tools.unsafe_python=true", 'unsafe_python must be given with python = "process" only'),
         ("swarm.max_agents_running=400", "max_agents_running must be <= max_agents_total"),
         ('rules=[{mode = "perhaps"}]', "mode must be one of auto, ask, deny"),
     ],
@@ -107,6 +109,24 @@ def test_a_swarm_has_the_tools_rules_and_limits_of_its_recipe(tmp_path: Path) ->
     assert [(rule.mode, rule.tool) for rule in swarm.rules] == [("ask", "write_*")]
     assert (swarm.endpoint.limiter.window, swarm.synchronous) == (3, "full")
     assert (swarm.endpoint.price.prompt, swarm.endpoint.price.completion) == (1.0, 2.0)
+
+
+def test_a_python_that_cannot_be_shut_in_runs_only_if_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("perilune.agents.tools.sandbox.process.namespaces_refused", lambda: "it permits none")
+    with pytest.raises(ToolError, match=r"it permits none.*tools\.unsafe_python=true"):
+        opened(load_swarm(None, ["tools.python=process"], POINT))
+    wanted = ["tools.python=process", "tools.unsafe_python=true"]
+    tools = opened(load_swarm(None, wanted, POINT), lambda swarm: swarm.tools)
+    assert next(tool.effect for tool in tools if tool.name == "python") == "side_effect"
+
+
+def test_an_endpoint_that_takes_text_alone_from_tools_is_sent_pictures_otherwise() -> None:
+    picture = Message(role="tool", content="x", tool_call_id="c", images=("data:image/png;base64,cmVk",))
+    asked = ChatRequest(model="m", messages=(picture,))
+    for wanted, roles in (("tool", ["tool"]), ("user", ["tool", "user"])):
+        recipe = load_swarm(None, [f"endpoint.tool_images={wanted}"], POINT)
+        client = opened(recipe, lambda swarm: swarm.endpoint.client)
+        assert [message["role"] for message in json.loads(client._encode(asked, False))["messages"]] == roles
 
 
 def test_a_pool_of_models_is_as_the_endpoint_unless_it_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

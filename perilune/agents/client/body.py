@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from perilune.agents.client.pictures import ToolImages, pictures_from_user
 from perilune.agents.messages import ChatRequest, Message, Sampling, Usage, estimate_tokens, text_of
 
 _INVALID = "invalid_arguments"
@@ -13,17 +14,20 @@ _NUMBERS = ("temperature", "top_p", "max_tokens", "seed")
 _OWN_KEYS = frozenset((*_NUMBERS, "model", "messages", "tools", "tool_choice", "stop", "stream", "stream_options"))
 
 
-def to_body(request: ChatRequest, *, messages: Iterable[Message] | None = None) -> dict[str, Any]:
+def to_body(
+    request: ChatRequest, *, messages: Iterable[Message] | None = None, tool_images: ToolImages = "tool"
+) -> dict[str, Any]:
     """Return what is sent, without the keys that ask for a stream.
 
     Args:
         request: what is asked.
         messages: stand in for the request's own, where a dialect wrote them anew.
+        tool_images: whose messages hold the pictures that tools return.
     """
-    sampling = request.sampling
+    sampling, said = request.sampling, request.messages if messages is None else messages
     body: dict[str, Any] = {
         "model": request.model,
-        "messages": [_to_send(message) for message in (request.messages if messages is None else messages)],
+        "messages": [_to_send(m) for m in (pictures_from_user(said) if tool_images == "user" else said)],
     }
     if request.tools:
         body["tools"] = list(request.tools)
