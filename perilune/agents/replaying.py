@@ -20,6 +20,7 @@ from perilune.agents.config import (
 from perilune.agents.endpoint import Endpoint
 from perilune.agents.journal import Event, Journal, JournalError, find_run, load_events, remove_run
 from perilune.agents.messages import Message, Reply, Sampling, Usage
+from perilune.agents.result import check_payload
 from perilune.agents.state import RunState
 from perilune.agents.swarm import RunResult, Swarm, SwarmRun
 from perilune.agents.tools.base import Tool, ToolContext, ToolOutput
@@ -51,6 +52,7 @@ async def replay_run(journal: Path, run_id: str | None, copy: Path) -> Replay:
     found = find_run(journal, run_id)
     events = load_events(journal, found.run_id)
     state = RunState.fold(found.run_id, events)
+    check_payload(journal, state)
     _check_repeatable(journal, events)
     turns, results = recorded_turns(events), recorded_results(events)
     point = Endpoint(client=ReplayClient(turns), model=state.model, retry=RetryPolicy(attempts=1))
@@ -75,10 +77,12 @@ def fork_run(journal: Path, run_id: str | None, seq: int, new_id: str) -> None:
     """Copy a run's events up to a number into a new run of the same journal, to be resumed with another model or tools.
 
     Raises:
-        JournalError: there is no such run or event, or there is a run of the new name; nothing of the copy is left.
+        JournalError: there is no such run or event, there are hashes in place of what was said, or there is a run of
+            the new name; nothing of the copy is left.
     """
     found = find_run(journal, run_id)
     events = load_events(journal, found.run_id, limit=seq)
+    check_payload(journal, RunState.fold(found.run_id, events[:1]))
     if not 1 <= seq <= found.events:
         raise JournalError(f"{journal}: run {found.run_id} has events 1 to {found.events}, no {seq}")
     if any(event.type == "run_finished" for event in events):

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from perilune.agents.journal import find_run, load_events
+from perilune.agents.journal import JournalError, find_run, load_events
 from perilune.agents.messages import Usage
 from perilune.agents.state import ROOT, RunState
+
+HASHED = "hashed"
+"""What `payload` of a run's first event says where the journal holds hashes in place of what was said."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +70,22 @@ def recorded_result(journal: Path, run_id: str | None = None) -> RunResult | Non
         run_id: the run; None for the newest.
 
     Raises:
-        JournalError: the journal cannot be read, or has no such run.
+        JournalError: the journal cannot be read, has no such run, or hashes in place of what was said.
     """
     found = find_run(journal, run_id).run_id
     state = RunState.fold(found, load_events(journal, found))
+    check_payload(journal, state)
     return None if state.status is None else result_of(state)
+
+
+def check_payload(journal: Path, state: RunState) -> None:
+    """Check that a journal holds what was said in a run.
+
+    Raises:
+        JournalError: it holds hashes of it.
+    """
+    if state.setup.get("payload") == HASHED:
+        raise JournalError(
+            f"{journal}: run {state.run_id} was begun without its payload (--no-payload): there are hashes in place of "
+            "what was said, so that it can be neither resumed nor replayed nor forked"
+        )

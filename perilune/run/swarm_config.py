@@ -168,5 +168,7 @@ class SwarmRecipe:
     """What agents can do."""
     rules: tuple[RuleConfig, ...] = ()
     """Consent."""
+    payload: Literal["kept", "hashed"] = "kept"
+    """What journals hold: kept: all that was said; hashed: SHA-256 in place of texts, so that no run can be resumed."""
     durability: Literal["normal", "full"] = "normal"
     """normal: the journal survives a killed process; full: a loss of power too, at 30 times the cost of a commit."""

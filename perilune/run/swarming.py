@@ -91,6 +91,7 @@ async def open_swarm(
                 rules=[Rule(mode=rule.mode, tool=rule.tool, arguments=rule.arguments) for rule in recipe.rules],
                 is_interactive=is_interactive,
                 synchronous=recipe.durability,
+                keeps_payload=recipe.payload == "kept",
                 trace=trace,
                 recipe=_to_record(recipe),
             )

@@ -77,7 +77,8 @@ class HttpClient:
         self._headers = {"Content-Type": "application/json", "Accept": "text/event-stream, application/json"}
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
-        self._stream, self._dialect, self._tool_images, self._on_limits = stream, dialect, tool_images, on_limits
+        self._stream, self._dialect, self._on_limits = stream, dialect, on_limits
+        self._tool_images: ToolImages = tool_images
         self._timeouts = timeouts or Timeouts()
         self._session: ClientSession | None = None
         self._sends_done = False

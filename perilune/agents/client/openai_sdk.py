@@ -57,7 +57,8 @@ class OpenAiSdkClient:
             timeout=self._openai.Timeout(self._timeouts.total_s, connect=self._timeouts.connect_s),
         )
         self._secrets = (api_key,) if api_key else ()
-        self._stream, self._dialect, self._tool_images, self._on_limits = stream, dialect, tool_images, on_limits
+        self._stream, self._dialect, self._on_limits = stream, dialect, on_limits
+        self._tool_images: ToolImages = tool_images
 
     async def chat(self, request: ChatRequest) -> Reply:
         """Return the whole answer.

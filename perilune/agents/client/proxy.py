@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from urllib.parse import urlsplit
-from urllib.request import getproxies_environment, proxy_bypass_environment
+from urllib.request import getproxies_environment, proxy_bypass
 
 from perilune.errors import EngineError
 
@@ -23,7 +23,7 @@ def proxy_of(base_url: str) -> str | None:
     parts = urlsplit(base_url)
     host, proxies = parts.hostname or "", getproxies_environment()
     found = proxies.get(parts.scheme) or proxies.get("all")
-    if not found or _is_this_machine(host) or proxy_bypass_environment(parts.netloc, proxies):
+    if not found or _is_this_machine(host) or proxy_bypass(parts.netloc):
         return None
     found = found if "://" in found else f"http://{found}"
     if urlsplit(found).scheme not in ("http", "https") or not urlsplit(found).hostname:

@@ -2,7 +2,7 @@
 
 | type | payload |
 |---|---|
-| run_started | task, model, models?, config, tools, rules, recipe, version |
+| run_started | task, model, models?, config, tools, rules, recipe, version, payload?: "hashed" without what was said |
 | run_resumed | owner, model, models?, config, tools, rules, recipe, version |
 | run_stopped | error?: what stopped it, if it was not on purpose |
 | cancel_requested | reason |
