@@ -12,9 +12,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from perilune.agents.background import Background
 from perilune.agents.runtime import Runtime
 from perilune.agents.state import ROOT, AgentState, CallState
-from perilune.agents.subagents import CREATE_SUBAGENT, SWARM_TOOLS, Subagents, offers_subagents, swarm_arguments
+from perilune.agents.subagents import Subagents, offers_subagents
+from perilune.agents.swarm_tools import CREATE_SUBAGENT, SWARM_TOOLS, is_swarm_tool, swarm_arguments
 from perilune.agents.tools.base import ToolContext, ToolOutput
 
 UNKNOWN = (
@@ -22,9 +24,9 @@ UNKNOWN = (
     "repeat it."
 )
 _REMINDERS = {
-    3: "[the same call was made three times in a row]",
-    5: "[the same call was made five times in a row; its result will not change; do something else]",
-    8: "[the same call was made eight times in a row; if you go on, you will be stopped]",
+    3: "[the same was called in three turns in a row]",
+    5: "[the same was called in five turns in a row; its result will not change; do something else]",
+    8: "[the same was called in eight turns in a row; if you go on, you will be stopped]",
 }
 
 
@@ -33,6 +35,11 @@ class Calls:
 
     def __init__(self, runtime: Runtime, subagents: Subagents) -> None:
         self._runtime, self._subagents = runtime, subagents
+
+    @property
+    def background(self) -> Background:
+        """See `AgentWork`."""
+        return self._subagents.background
 
     async def run(self, agent: AgentState) -> None:
         """Run the calls of an agent's last turn that have no result yet."""
@@ -54,7 +61,8 @@ class Calls:
             self._finish(agent, call, ToolOutput(text=refusal, is_error=True), 0.0)
             return
         began = time.monotonic()
-        if offers_subagents(self._runtime, agent) and call.call.name in SWARM_TOOLS:
+        is_swarm = is_swarm_tool(call.call.name, self._runtime.config.extensions)
+        if is_swarm and offers_subagents(self._runtime, agent):
             output = await self._call_swarm(agent, call)
         else:
             output = await self._call_tool(agent, call)
@@ -72,12 +80,13 @@ class Calls:
         return "the budget of tool calls is used up; this call was not run"
 
     async def _call_swarm(self, agent: AgentState, call: CallState) -> ToolOutput:
-        arguments = swarm_arguments(call)
+        runtime = self._runtime
+        arguments = swarm_arguments(call.call, runtime.config.extensions, tuple(runtime.models))
         if isinstance(arguments, str):
             return ToolOutput(text=arguments, is_error=True)
         tool = SWARM_TOOLS[call.call.name]
         if not call.started:  # before a crash it was allowed
-            decision = await self._runtime.approvals.check(tool, arguments, self._context(agent, call))
+            decision = await runtime.approvals.check(tool, arguments, self._context(agent, call))
             if not decision.allowed:
                 return ToolOutput(text=decision.reason, is_error=True)
         self._start(agent, call, tool.effect)
@@ -136,7 +145,7 @@ class Calls:
         """What an agent is told beside a result: that it repeats itself, and that the budget runs out."""
         if self._runtime.notes is not None:
             return self._runtime.notes.get(call.key, "")
-        notes = [_REMINDERS.get(agent.repeated[1]) if len(agent.calls) == 1 else None]
+        notes = [_REMINDERS.get(agent.repeated[1]) if call.index == 0 else None]
         if agent.id == ROOT:
             notes.append(self._runtime.warn_of_budget())
         return "\n\n".join(note for note in notes if note)

@@ -16,23 +16,26 @@ from perilune.agents.budget import Quantity
 from perilune.agents.calls import Calls
 from perilune.agents.client import Divergence, EndpointError
 from perilune.agents.config import SwarmConfig
-from perilune.agents.endpoint import Endpoint
-from perilune.agents.journal import Event, Journal, JournalError, find_run, load_events
+from perilune.agents.endpoint import Endpoint, check_pool, check_prices
+from perilune.agents.journal import Event, Journal, JournalError, UnkeptJournal, find_run, load_events
 from perilune.agents.journal.store import Synchronous
 from perilune.agents.limiter import Limiter
 from perilune.agents.loop import drive
-from perilune.agents.result import RunResult
+from perilune.agents.result import HASHED, RunResult, check_payload, result_of
 from perilune.agents.runtime import Runtime, run_budget
 from perilune.agents.scale import RayAgents, RemoteAgents
 from perilune.agents.state import ROOT, AgentState, RunState
-from perilune.agents.subagents import SWARM_TOOLS, Subagents, offers_subagents, tools_of
-from perilune.agents.tools.artifacts import DirectoryArtifacts
-from perilune.agents.tools.base import Tool, ToolError
+from perilune.agents.subagents import Subagents, offers_subagents, tools_of
+from perilune.agents.swarm_tools import SWARM_TOOLS
+from perilune.agents.tools.artifacts import DirectoryArtifacts, MemoryArtifacts
+from perilune.agents.tools.base import Artifacts, Tool, ToolError
 from perilune.agents.tools.human import Approvals, Request, Resolution, Rule
 from perilune.agents.tools.registry import ToolRegistry
 from perilune.agents.tracing import Tracing
 
 logger = logging.getLogger(__name__)
+
+RunLog = Journal | UnkeptJournal
 
 SYSTEM_PROMPT = """\
 You collect and organise information with great care. Understand what is asked, plan how to get it done efficiently, \
@@ -52,12 +55,16 @@ class Swarm:
 
     endpoint: Endpoint
     config: SwarmConfig = field(default_factory=SwarmConfig)
+    models: Mapping[str, Endpoint] = field(default_factory=dict)
+    """A pool, by name: `assign_task` may give a sub-agent a model of it. Without any, nothing can be chosen."""
     tools: Sequence[Tool] = ()
     rules: Sequence[Rule] = ()
     """Which calls need a person's consent, or are not allowed; all others run."""
     is_interactive: bool = False
     """Whether somebody is there to be asked."""
     synchronous: Synchronous = "normal"
+    keeps_payload: bool = True
+    """Whether journals hold what was said. Where they have hashes of it, runs can be neither resumed nor replayed."""
     remote: RemoteAgents | None = None
     """Has sub-agents run as tasks of a Ray cluster; None: in this process."""
     trace: Callable[[str], Tracing] | None = None
@@ -69,19 +76,17 @@ class Swarm:
         for tool in self.tools:
             if tool.name in SWARM_TOOLS:
                 raise ValueError(f"the name {tool.name} is that of a tool of every swarm; call yours otherwise")
-        unknown = self.config.budget.usd is not None and self.endpoint.price is None
-        if unknown and not self.config.allow_unknown_cost:
-            raise ValueError(
-                f"budget.usd is set, but the price of {self.endpoint.model} is not known; give Endpoint a price, or "
-                "set allow_unknown_cost"
-            )
+        check_pool(self.models, is_remote=self.remote is not None)
+        if self.config.limits_money and not self.config.allow_unknown_cost:
+            check_prices((self.endpoint, *self.models.values()))
 
-    async def start(self, task: str, journal: Path, *, run_id: str | None = None) -> SwarmRun:
+    async def start(self, task: str, journal: Path | None, *, run_id: str | None = None) -> SwarmRun:
         """Begin a run.
 
         Args:
             task: what is to be done.
-            journal: the file that keeps its events; it may hold other runs.
+            journal: the file that keeps its events; it may hold other runs. None: nothing is kept, so that the run can
+                be neither resumed nor looked at afterwards.
             run_id: name of the run; None for a new one.
 
         Raises:
@@ -92,7 +97,7 @@ class Swarm:
             raise ValueError("task must not be empty")
         run_id = uuid.uuid4().hex[:12] if run_id is None else run_id
         registry, elsewhere = ToolRegistry(self.tools, grace_s=self.config.grace_s), self._elsewhere()
-        log = Journal(journal, run_id, synchronous=self.synchronous, redact=self.config.redact)
+        log = UnkeptJournal(run_id, redact=self.config.redact) if journal is None else self._open(journal, run_id)
         try:
             run = self._run(log, RunState(run_id), registry, elsewhere)
             log.register(task, self.endpoint.model)
@@ -111,14 +116,18 @@ class Swarm:
             allow_changes: whether the run may go on without a tool that it had, or with other rules.
 
         Raises:
-            JournalError: it cannot be read, another process drives the run, or tools or rules are not those it had.
+            JournalError: it cannot be read, another process drives the run, tools or rules are not those it had, or
+                there are hashes in place of what was said, or would be from here on.
         """
+        if not self.keeps_payload:
+            raise JournalError(f"{journal}: a run that goes on needs its payload; begin another to keep hashes alone")
         known = find_run(journal, run_id)
         run_id, registry = known.run_id, ToolRegistry(self.tools, grace_s=self.config.grace_s)
         elsewhere = self._elsewhere()
-        log = Journal(journal, run_id, synchronous=self.synchronous, redact=self.config.redact)
+        log = self._open(journal, run_id)
         try:
             state = RunState.fold(run_id, load_events(journal, run_id))
+            check_payload(journal, state)
             if state.status is None and not allow_changes:
                 self._check_same(journal, state, registry)
             run = self._run(log, state, registry, elsewhere)
@@ -128,10 +137,19 @@ class Swarm:
             raise
         return run
 
+    def _open(self, journal: Path, run_id: str) -> Journal:
+        return Journal(
+            journal,
+            run_id,
+            synchronous=self.synchronous,
+            redact=self.config.redact,
+            keeps_payload=self.keeps_payload,
+        )
+
     def _elsewhere(self) -> RayAgents | None:
         return None if self.remote is None else RayAgents(self.remote, needs_consent=bool(self.rules))
 
-    def _run(self, journal: Journal, state: RunState, registry: ToolRegistry, elsewhere: RayAgents | None) -> SwarmRun:
+    def _run(self, journal: RunLog, state: RunState, registry: ToolRegistry, elsewhere: RayAgents | None) -> SwarmRun:
         budget = run_budget(self.config)
         usage = state.usage
         used: dict[Quantity, float] = {
@@ -146,11 +164,12 @@ class Swarm:
             config=self.config,
             endpoint=self.endpoint,
             registry=registry,
-            artifacts=DirectoryArtifacts(journal.path.with_suffix(".artifacts")),
+            artifacts=self._artifacts(journal),
             journal=journal,
             state=state,
             budget=budget,
             setup=self._setup(registry),
+            models=self.models,
         )
         if elsewhere is not None:
             runtime.elsewhere = elsewhere
@@ -162,21 +181,30 @@ class Swarm:
         approvals = runtime.approvals = self._approvals(runtime)
         return SwarmRun(runtime, journal, approvals)
 
+    def _artifacts(self, journal: RunLog) -> Artifacts:
+        if self.keeps_payload and isinstance(journal, Journal):
+            return DirectoryArtifacts(journal.path.with_suffix(".artifacts"))
+        return MemoryArtifacts()
+
     def _setup(self, registry: ToolRegistry) -> dict[str, Any]:
         """What the journal says of how a run is driven."""
+        models = {name: point.model for name, point in self.models.items()}
         return {
             "model": self.endpoint.model,
+            **({"models": models} if models else {}),
             "config": _plain(asdict(self.config)),
             "tools": [tool.to_dict() for tool in registry.tools.values()],
             "rules": [_plain(asdict(rule)) for rule in self.rules],
             "recipe": None if self.recipe is None else _plain(self.recipe),
             "version": __version__,
+            **({} if self.keeps_payload else {"payload": HASHED}),
         }
 
     def _check_same(self, journal: Path, state: RunState, registry: ToolRegistry) -> None:
         """Refuse to go on without a tool that the run had, or under other rules."""
         had = [tool["function"]["name"] for tool in state.setup.get("tools", ())]
         found = [f"lacks the tool {name}" for name in had if name not in registry.tools]
+        found += [f"lacks the model {name}" for name in state.setup.get("models", ()) if name not in self.models]
         rules = [_plain(asdict(rule)) for rule in self.rules]
         if state.setup.get("rules", rules) != rules:
             found.append(f"has the rules {json.dumps(rules)} instead of {json.dumps(state.setup['rules'])}")
@@ -204,12 +232,11 @@ class Swarm:
 class SwarmRun:
     """A run under way, or at its end."""
 
-    def __init__(self, runtime: Runtime, journal: Journal, approvals: Approvals) -> None:
+    def __init__(self, runtime: Runtime, journal: RunLog, approvals: Approvals) -> None:
         self._runtime, self._journal, self._approvals = runtime, journal, approvals
         subagents = Subagents(runtime)
         calls = Calls(runtime, subagents)
-        subagents.run_calls = calls.run
-        self._run_calls = calls.run
+        subagents.work = self._calls = calls
         self._task: asyncio.Task[None] | None = None
         self._is_stopping = False
         self._stopped_by: str | None = None
@@ -234,9 +261,14 @@ class SwarmRun:
         """Have a function called with each event from now on, in the event loop."""
         self._runtime.listeners.append(listener)
 
-    def repeat_notes(self, notes: Mapping[str, str]) -> None:
-        """Have results of calls come with the notes of a recorded run instead of notes of its own."""
-        self._runtime.notes = notes
+    def repeat(self, notes: Mapping[str, str], deliveries: Mapping[tuple[str, int, int], Sequence[str]]) -> None:
+        """Have what depends on who was first be as in a recorded run.
+
+        Args:
+            notes: what was told beside the results of calls.
+            deliveries: see `Runtime.deliveries`.
+        """
+        self._runtime.notes, self._runtime.deliveries = notes, deliveries
 
     def begin(self, task: str) -> None:
         """Write the first events and start the orchestrator; `Swarm.start` does."""
@@ -286,24 +318,14 @@ class SwarmRun:
         await self.wait()
         runtime = self._runtime
         self._journal.check()
-        state = runtime.state
-        return RunResult(
-            run_id=state.run_id,
-            status=state.status or "stopped",
-            answer=state.answer or state.root.answer,
-            error=state.error or self._stopped_by,
-            usage=state.usage,
-            cost_usd=state.cost_usd,
-            steps=sum(agent.turns for agent in state.agents.values()),
-            critical_steps=state.critical_steps(),
-            tool_calls=state.tool_calls,
-            subagents=state.subagents,
-            wall_s=state.elapsed_s,
-            leaked=tuple(f"{call.tool} of {call.agent_id}" for call in runtime.registry.abandoned),
-        )
+        leaked = [f"{call.tool} of {call.agent_id}" for call in runtime.registry.abandoned]
+        return result_of(runtime.state, stopped_by=self._stopped_by, leaked=leaked)
 
     async def events(self) -> AsyncIterator[Event]:
-        """Give every event of the run in order, from the first; ends with the run."""
+        """Give every event of the run in order, from the first; ends with the run.
+
+        Those before this call are as the journal has them, hashes where it keeps no payload.
+        """
         runtime = self._runtime
         fresh: asyncio.Queue[Event] = asyncio.Queue()
         runtime.listeners.append(fresh.put_nowait)
@@ -311,7 +333,7 @@ class SwarmRun:
             seq, done = self._journal.seq, self._task
             if done is not None and not done.done():
                 await self._journal.commit()
-            for event in load_events(self._journal.path, self.run_id):
+            for event in self._journal.load():
                 if event.seq <= seq:
                     yield event
             while done is not None and not (done.done() and fresh.empty()):
@@ -415,7 +437,7 @@ class SwarmRun:
         runtime, root = self._runtime, self._runtime.state.root
         if root.status is None:
             async with asyncio.timeout(self._wall_left()):
-                await drive(runtime, root, tools_of(runtime, root), self._run_calls)
+                await drive(runtime, root, tools_of(runtime, root), self._calls)
 
     def _wall_left(self) -> float | None:
         wall_s = self._runtime.config.budget.wall_s
