@@ -59,7 +59,7 @@ def main() -> None:
     arguments = parser.parse_args()
     budgets: list[int] = sorted(set(arguments.budgets))
     rows: list[dict[str, list[Arm]]] = []
-    print(
+    print(f"{'budget':>6}  {'item-F1':>15}  {'critical steps':>15}  {'steps':>13}  {'k tokens':>13}  {'simulated s':>15}")
         f"{'budget':>6}  {'item-F1':>15}  {'critical steps':>15}  {'steps':>13}  {'k tokens':>13}  {'simulated s':>15}"
     )
     for budget in budgets:

@@ -45,6 +45,20 @@ def test_at_a_limit_an_agent_answers_from_what_it_has(
     assert (result.status, result.answer, result.steps) == (status, "so far, so good", steps)
 
 
+def test_a_budget_of_critical_steps_stops_sub_agents_where_they_are(tmp_path: Path) -> None:
+    def model(request: ChatRequest) -> Message:
+        if request.messages[0].content.startswith("dig"):
+            return calls(call("look_up", place=str(len(request.messages)))) if request.tools else says("so deep")
+        if len(request.messages) > 3:
+            return says(json.dumps([json.loads(text)["status"] for text in results(request)[-2:]]))
+        made = call("create_subagent", "c0", name="digger", system_prompt="dig")
+        return calls(made, *(call("assign_task", f"c{n}", agent="digger", prompt=f"hole {n}") for n in (1, 2)))
+
+    run = run_swarm(model, tmp_path / "a.db", [look_up], SwarmConfig(max_critical_steps=6))
+    assert (run.status, run.answer) == ("max_critical_steps", '["max_critical_steps", "max_critical_steps"]')
+    assert (run.critical_steps, run.steps) == (7, 12)  # the last one is the answer that every limit leaves room for
+
+
 def test_calls_beyond_a_limit_within_a_turn_are_refused(tmp_path: Path) -> None:
     def eager(request: ChatRequest) -> Message:
         if len(request.messages) > 2:
