@@ -59,9 +59,8 @@ def main() -> None:
     arguments = parser.parse_args()
     budgets: list[int] = sorted(set(arguments.budgets))
     rows: list[dict[str, list[Arm]]] = []
-    print(f"{'budget':>6}  {'item-F1':>15}  {'critical steps':>15}  {'steps':>13}  {'k tokens':>13}  {'simulated s':>15}")
-        f"{'budget':>6}  {'item-F1':>15}  {'critical steps':>15}  {'steps':>13}  {'k tokens':>13}  {'simulated s':>15}"
-    )
+    heads = ("item-F1", "critical steps", "steps", "k tokens", "simulated s")
+    print("budget  " + "  ".join(head.rjust(width) for head, width in zip(heads, (15, 15, 13, 13, 15), strict=True)))
     for budget in budgets:
         rows.append(measure(budget, arguments.seeds, arguments.rows, arguments.speed))
         print(f"{budget:6d}  {_pair(rows[-1])}", flush=True)
