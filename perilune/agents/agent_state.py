@@ -40,6 +40,8 @@ class CallState:
     """Number of the event `tool_started`; 0 before."""
     finished: int = 0
     result: Message | None = None
+    progress: tuple[float, float | None] | None = None
+    """How far it is, and what the whole would be, as the tool says."""
 
 
 @dataclass(slots=True)

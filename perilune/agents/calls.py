@@ -7,15 +7,18 @@ register tools, raise budgets or approve calls.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 import time
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from perilune.agents.background import Background
+from perilune.agents.journal import JournalError
 from perilune.agents.runtime import Runtime
 from perilune.agents.state import ROOT, AgentState, CallState
-from perilune.agents.subagents import Subagents, offers_subagents
+from perilune.agents.subagents import Subagents, offers_subagents, tools_of
 from perilune.agents.swarm_tools import CREATE_SUBAGENT, SWARM_TOOLS, is_swarm_tool, swarm_arguments
 from perilune.agents.tools.base import ToolContext, ToolOutput
 
@@ -23,6 +26,7 @@ UNKNOWN = (
     "The outcome of this call is unknown: the program that ran it crashed. It may have taken effect; verify before you "
     "repeat it."
 )
+_PROGRESS_S = 1.0
 _REMINDERS = {
     3: "[the same was called in three turns in a row]",
     5: "[the same was called in five turns in a row; its result will not change; do something else]",
@@ -30,16 +34,49 @@ _REMINDERS = {
 }
 
 
+class _Progress:
+    """Writes down how far a call is, now and then: a journal is no place for a thousand reports."""
+
+    def __init__(self, runtime: Runtime, agent: AgentState, call: CallState) -> None:
+        self._runtime, self._agent, self._call = runtime, agent, call
+        self._loop, self._told = asyncio.get_running_loop(), -math.inf
+
+    def tell(self, done: float, total: float | None) -> None:
+        """See `ToolContext.progress`."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed; a tool that was abandoned still runs
+            self._loop.call_soon_threadsafe(self._write, done, total)
+
+    def _write(self, done: float, total: float | None) -> None:
+        runtime, now = self._runtime, self._runtime.now()
+        if now - self._told < _PROGRESS_S or not math.isfinite(done):
+            return
+        if self._call.result is not None or self._call.key not in self._agent.calls:
+            return
+        self._told = now
+        known = total if total is not None and math.isfinite(total) and total > 0 else None
+        payload = {"call": self._call.key, "done": done, "total": known}
+        with contextlib.suppress(JournalError):  # whoever drives the agent is told
+            runtime.emit("tool_progress", self._agent.id, payload, cause=self._call.started)
+
+
 class Calls:
     """Has the open calls of agents run."""
 
     def __init__(self, runtime: Runtime, subagents: Subagents) -> None:
         self._runtime, self._subagents = runtime, subagents
+        self._offered: dict[tuple[bool, int], tuple[dict[str, Any], ...]] = {}
 
     @property
     def background(self) -> Background:
         """See `AgentWork`."""
         return self._subagents.background
+
+    def tools(self, agent: AgentState) -> tuple[dict[str, Any], ...]:
+        """See `AgentWork`; the same object as long as nothing changes, which is what makes hashing it cheap."""
+        key = (offers_subagents(self._runtime, agent), self._runtime.registry.version)
+        if key not in self._offered:
+            self._offered[key] = tools_of(self._runtime, agent)
+        return self._offered[key]
 
     async def run(self, agent: AgentState) -> None:
         """Run the calls of an agent's last turn that have no result yet."""
@@ -118,6 +155,7 @@ class Calls:
             call_id=call.key,
             artifacts=runtime.artifacts,
             ask=partial(runtime.ask, call.key) if runtime.approvals.is_interactive else None,
+            progress=_Progress(runtime, agent, call).tell,
         )
 
     def _start(self, agent: AgentState, call: CallState, effect: str) -> None:

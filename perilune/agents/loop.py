@@ -77,23 +77,26 @@ class AgentWork(Protocol):
         """Its sub-agents in the background."""
         ...
 
+    def tools(self, agent: AgentState) -> Sequence[dict[str, Any]]:
+        """Return what an agent's model is offered."""
+        ...
+
     async def run(self, agent: AgentState) -> None:
         """Have the open calls of its last turn run."""
         ...
 
 
-async def drive(runtime: Runtime, agent: AgentState, tools: Sequence[dict[str, Any]], work: AgentWork) -> None:
+async def drive(runtime: Runtime, agent: AgentState, work: AgentWork) -> None:
     """Take an agent from where it stands to its end.
 
     Args:
         runtime: the run.
         agent: any agent that has not ended.
-        tools: what its model is offered.
-        work: has its calls run, and looks after its sub-agents.
+        work: says what its model is offered, has its calls run, and looks after its sub-agents.
     """
     try:
         async with asyncio.timeout(None) as scope, work.background.of(agent):
-            turn = _Turns(runtime, agent, tools, scope, work.background)
+            turn = _Turns(runtime, agent, scope, work)
             while agent.status is None:
                 if agent.calls:
                     await work.run(agent)
@@ -124,16 +127,9 @@ async def drive(runtime: Runtime, agent: AgentState, tools: Sequence[dict[str, A
 class _Turns:
     """Turns of one agent."""
 
-    def __init__(
-        self,
-        runtime: Runtime,
-        agent: AgentState,
-        tools: Sequence[dict[str, Any]],
-        scope: asyncio.Timeout,
-        background: BackgroundWork,
-    ) -> None:
-        self._runtime, self._agent, self._tools, self._scope = runtime, agent, tools, scope
-        self._background, self._point = background, runtime.endpoint_of(agent)
+    def __init__(self, runtime: Runtime, agent: AgentState, scope: asyncio.Timeout, work: AgentWork) -> None:
+        self._runtime, self._agent, self._scope, self._work = runtime, agent, scope, work
+        self._background, self._point = work.background, runtime.endpoint_of(agent)
         self._limits = runtime.limits_of(agent)
 
     async def take(self) -> None:
@@ -148,7 +144,7 @@ class _Turns:
         try:
             if agent.last_words is None and self._is_too_long():
                 await self._compact(self._limits.context.policy)
-            reply = await self._ask(self._tools if agent.last_words is None else ())
+            reply = await self._ask(self._work.tools(agent) if agent.last_words is None else ())
         except BudgetExceeded as error:
             if agent.last_words is None:
                 await self._ask_for_last_words("budget")

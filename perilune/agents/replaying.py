@@ -214,6 +214,7 @@ _OUTSIDE = {
     "steered": "the run was steered",
     "approval_requested": "the run asked for consent",
     "question_asked": "the run asked a person",
+    "tool_changed": "a tool was described anew",
 }
 
 

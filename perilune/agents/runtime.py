@@ -286,6 +286,7 @@ class Runtime:
                 payload["active_s"] = self.now() - self.began.pop(agent.id)
             self.emit("agent_finished", agent.id, payload)
             self.hasher.forget(agent.id)
+            self.registry.agent_ended(self.state.run_id, agent.id)
 
     def cancel(self, agent_id: str, reason: str) -> bool:
         """Tell an agent and all below it to end; return whether there was anything to end."""

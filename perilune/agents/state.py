@@ -130,7 +130,8 @@ class RunState:
         agent = self.agents.get(event.agent)
         if agent is None:
             return
-        agent.last = event.seq
+        if event.type != "tool_progress":  # it makes nothing possible
+            agent.last = event.seq
         if event.type == "tool_finished":
             self.questions.pop(event.payload["call"], None)
         elif event.type == "agent_finished":
@@ -332,6 +333,12 @@ def _tool_started(agent: AgentState, event: Event) -> None:
         call.started, call.effect = event.seq, event.payload["effect"]
 
 
+def _tool_progress(agent: AgentState, event: Event) -> None:
+    call = agent.calls.get(event.payload["call"])
+    if call is not None:
+        call.progress = (event.payload["done"], event.payload["total"])
+
+
 def _tool_finished(agent: AgentState, event: Event) -> None:
     call = agent.calls.get(event.payload["call"])
     if call is None or call.result is not None:
@@ -410,6 +417,7 @@ _OF_AGENT = {
     "turn_failed": _turn_failed,
     "turn_lost": _turn_failed,
     "tool_started": _tool_started,
+    "tool_progress": _tool_progress,
     "tool_finished": _tool_finished,
     "steered": _steered,
     "cancel_requested": _cancel_requested,

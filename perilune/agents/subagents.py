@@ -40,12 +40,12 @@ def offers_subagents(runtime: Runtime, agent: AgentState) -> bool:
     return agent.depth < runtime.config.max_depth
 
 
-def tools_of(runtime: Runtime, agent: AgentState) -> list[dict[str, Any]]:
+def tools_of(runtime: Runtime, agent: AgentState) -> tuple[dict[str, Any], ...]:
     """Return what an agent's model is offered."""
-    found = [tool.to_dict() for tool in runtime.registry.tools.values()]
+    found = tuple(tool.to_dict() for tool in runtime.registry.tools.values())
     if not offers_subagents(runtime, agent):
         return found
-    return [*swarm_schemas(runtime.config.extensions, tuple(runtime.models)), *found]
+    return (*swarm_schemas(runtime.config.extensions, tuple(runtime.models)), *found)
 
 
 class Subagents:
@@ -218,7 +218,7 @@ class Subagents:
                 if runtime.elsewhere is not None:
                     await runtime.elsewhere.drive(runtime, child)
                 else:
-                    await drive(runtime, child, tools_of(runtime, child), self.work)
+                    await drive(runtime, child, self.work)
         except asyncio.CancelledError:
             if child.id not in runtime.cancelled:
                 raise

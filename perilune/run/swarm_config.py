@@ -105,6 +105,8 @@ class McpConfig:
     """Environment variables that the program is given too; without them PATH, HOME and a few more."""
     api_key_env: str | None = None
     """Environment variable that holds a key, sent as a bearer token to `url`."""
+    isolate: bool = False
+    """Whether each agent has a server of its own, which ends with the agent."""
 
     def __post_init__(self) -> None:
         require((self.url is None) == bool(self.command), "url", "given without command, or the other way", self.url)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,14 @@ async def open_swarm(
         models = {
             name: await _endpoint(opened, point, prices[name], f"models.{name}") for name, point in points.items()
         }
-        async with _tools(recipe.tools) as tools:
-            yield Swarm(
+        swarms: list[Swarm] = []
+
+        def on_changed(tool: Tool) -> None:
+            for swarm in swarms:
+                swarm.describe(_kept_open(tool))
+
+        async with _tools(recipe.tools, on_changed) as tools:
+            swarm = Swarm(
                 endpoint=endpoint,
                 models=models,
                 config=recipe.swarm,
@@ -95,6 +102,8 @@ async def open_swarm(
                 trace=trace,
                 recipe=_to_record(recipe),
             )
+            swarms.append(swarm)
+            yield swarm
 
 
 async def _endpoint(
@@ -157,7 +166,7 @@ def _client(config: EndpointConfig, limiter: Limiter, where: str) -> ChatClient:
 
 
 @asynccontextmanager
-async def _tools(config: ToolsConfig) -> AsyncIterator[list[Tool]]:
+async def _tools(config: ToolsConfig, on_changed: Callable[[Tool], None]) -> AsyncIterator[list[Tool]]:
     found: list[Tool] = [artifact_tool()]
     if config.files is not None:
         found += file_tools(_directory("files", config.files), is_read_only=config.read_only)
@@ -171,14 +180,19 @@ async def _tools(config: ToolsConfig) -> AsyncIterator[list[Tool]]:
     if config.ask_human:
         found.append(ask_human_tool())
     servers = [_server(name, config) for name in config.mcp]
-    mcp = await McpTools.connect(servers) if servers else None
+    mcp = await McpTools.connect(servers, on_changed=on_changed) if servers else None
     try:
-        yield found if mcp is None else [*found, *mcp.tools]
+        yield found if mcp is None else [*found, *map(_kept_open, mcp.tools)]
     finally:
         if mcp is not None:
             await mcp.close()
         if corpus is not None:
             corpus.close()
+
+
+def _kept_open(tool: Tool) -> Tool:
+    """A tool whose server is there for the swarm's later runs too."""
+    return replace(tool, close=None)
 
 
 def _server(name: str, config: ToolsConfig) -> McpServer:
@@ -194,6 +208,7 @@ def _server(name: str, config: ToolsConfig) -> McpServer:
         headers=headers,
         tools=wanted.tools,
         effects=wanted.effects or {},
+        isolate=wanted.isolate,
     )
 
 

@@ -191,7 +191,7 @@ def test_a_corpus_is_of_text_and_markdown_and_never_empty(tmp_path: Path) -> Non
 def test_mcp_servers_are_given_the_variables_that_the_recipe_names(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[McpServer] = []
 
-    async def connect(servers: list[McpServer]) -> object:
+    async def connect(servers: list[McpServer], on_changed: object) -> object:
         seen.extend(servers)
         return type("NoTools", (), {"tools": (), "close": lambda self: asyncio.sleep(0)})()
 
@@ -200,10 +200,10 @@ def test_mcp_servers_are_given_the_variables_that_the_recipe_names(monkeypatch: 
     monkeypatch.setenv("KEY", "k-1")
     monkeypatch.delenv("NOT_SET", raising=False)
     opened(load_swarm(None, ['tools.mcp.a={command = ["x"], env = ["TOKEN"]}'], POINT))
-    opened(load_swarm(None, ['tools.mcp.b={url = "http://localhost/mcp", api_key_env = "KEY"}'], POINT))
-    assert [(dict(s.env), dict(s.headers)) for s in seen] == [
-        ({"TOKEN": "t-1"}, {}),
-        ({}, {"Authorization": "Bearer k-1"}),
+    opened(load_swarm(None, ['tools.mcp.b={isolate = true, url = "http://localhost/mcp", api_key_env = "KEY"}'], POINT))
+    assert [(dict(s.env), dict(s.headers), s.isolate) for s in seen] == [
+        ({"TOKEN": "t-1"}, {}, False),
+        ({}, {"Authorization": "Bearer k-1"}, True),
     ]
     with pytest.raises(RecipeError, match=r"tools\.mcp\.a\.env: the environment variable NOT_SET is not set"):
         opened(load_swarm(None, ['tools.mcp.a={command = ["x"], env = ["NOT_SET"]}'], POINT))

@@ -19,8 +19,10 @@
 | turn_failed | turn, fault, error, usage?, cost_usd? |
 | turn_lost | turn |
 | tool_started | call, name, arguments, effect |
+| tool_progress | call, done, total: how far it is; total null where the tool does not know, at most once a second |
 | tool_finished | call, name, text, is_error, elapsed_s, note?, images? |
 | profile_created | name, system_prompt, by |
+| tool_changed | tool: as models are offered it from here on, its server describes it anew |
 | last_words | status, text: the limit that was met; the agent is asked once more, without tools |
 | asked_for_more | text: its answer was too short |
 | context_compacted | policy, summary |

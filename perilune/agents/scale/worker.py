@@ -20,7 +20,7 @@ from perilune.agents.loop import drive
 from perilune.agents.runtime import HeldPlace, Runtime
 from perilune.agents.scale.messages import Job, Kind, Message, Wish
 from perilune.agents.state import AgentState, RunState
-from perilune.agents.subagents import Subagents, tools_of
+from perilune.agents.subagents import Subagents
 from perilune.agents.tools.artifacts import MemoryArtifacts
 from perilune.agents.tools.base import Tool, ToolContext, ToolError
 from perilune.agents.tools.human import Decision
@@ -89,7 +89,7 @@ async def _to_the_end(runtime: Runtime, agent: AgentState, calls: Calls) -> None
     )  # given to those that it starts, while it waits for them
     await place.acquire()
     try:
-        await drive(runtime, agent, tools_of(runtime, agent), calls)
+        await drive(runtime, agent, calls)
     finally:
         place.release()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any, Literal
 
 from perilune.agents.critical import Totals, totals
 from perilune.agents.journal import Event, find_run, load_events
-from perilune.agents.state import ROOT, AgentState, RunState, agent_of_call
+from perilune.agents.state import ROOT, AgentState, CallState, RunState, agent_of_call
 from perilune.agents.swarm_tools import ASSIGN_TASK, SWARM_MAP
 from perilune.agents.timeline import Timeline
 
@@ -120,11 +121,19 @@ def activity_of(agent: AgentState, state: RunState, fault: str | None = None) ->
     asked = next((text for call, text in state.questions.items() if agent_of_call(call) == agent.id), None)
     if asked is not None:
         return "question", _cut(asked) or ""
-    tools = [call.call.name for call in open_calls if call.call.name not in (ASSIGN_TASK, SWARM_MAP)]
+    tools = [call for call in open_calls if call.call.name not in (ASSIGN_TASK, SWARM_MAP)]
     if tools:
-        return "tool", tools[0] if len(tools) == 1 else f"{tools[0]} +{len(tools) - 1}"
+        first = f"{tools[0].call.name}{_how_far(tools[0])}"
+        return "tool", first if len(tools) == 1 else f"{first} +{len(tools) - 1}"
     working = sum(stint.end is None for stint in agent.given) or len(open_calls)
     return ("sub-agents", str(working)) if working else ("idle", "")
+
+
+def _how_far(call: CallState) -> str:
+    if call.progress is None:
+        return ""
+    done, total = call.progress
+    return f" {math.floor(done)}" if total is None else f" {math.floor(100 * done / total)} %"
 
 
 def traits_of(agent: AgentState) -> tuple[str, ...]:

@@ -36,7 +36,7 @@ const Fold = (() => {
       for (const one of this.questions.values()) if (one.agent === agent.id) return ["question", one.text];
       const open = lastCalls(agent).filter((call) => call.ended === null);
       const tools = open.filter((call) => call.name !== "assign_task" && call.name !== "swarm_map");
-      if (tools.length) return ["tool", tools[0].name + (tools.length > 1 ? ` +${tools.length - 1}` : "")];
+      if (tools.length) return ["tool", tools[0].name + howFar(tools[0]) + (tools.length > 1 ? ` +${tools.length - 1}` : "")];
       const working = agent.given.filter((stint) => stint.end === null).length || open.length;
       return working ? ["sub-agents", String(working)] : ["idle", ""];
     }
@@ -47,6 +47,12 @@ const Fold = (() => {
         .filter((group) => group.stints.length)
         .map((group) => ({ ...group, children: group.stints.filter((stint) => stint.isFirst).map((stint) => this.agents.get(stint.agent)) }));
     }
+  }
+
+  function howFar(call) {
+    if (!call.progress) return "";
+    const { done, total } = call.progress;
+    return total === null ? ` ${Math.floor(done)}` : ` ${Math.floor(100 * done / total)} %`;
   }
 
   const lastCalls = (agent) => agent.turns.length ? agent.turns[agent.turns.length - 1].calls : [];
@@ -135,6 +141,7 @@ const Fold = (() => {
     turn_finished: answered,
     turn_summarised: answered,
     tool_started(run, p, agent, at) { const call = run.calls.get(p.call); if (call) call.started = at; },
+    tool_progress(run, p) { const call = run.calls.get(p.call); if (call) call.progress = p; },
     tool_finished(run, p, agent, at, event) {
       const call = run.calls.get(p.call);
       if (call) Object.assign(call, { ended: at, error: p.is_error, seq: event.seq });
@@ -160,7 +167,7 @@ const Fold = (() => {
     if (event.type === "turn_summarised") return;
     (p.message.tool_calls || []).forEach((asked, index) => {
       const call = { key: `${agent.id}:${turn.n}:${index}`, name: asked.function.name, started: at, ended: null, error: false,
-        child: null, awaited: false, seq: event.seq };
+        child: null, awaited: false, progress: null, seq: event.seq };
       turn.calls.push(call);
       run.calls.set(call.key, call);
     });
