@@ -6,10 +6,10 @@ import asyncio
 import json
 import shlex
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -18,18 +18,18 @@ from perilune.cli_swarm_options import (
     AllowChanges,
     ChangeOptions,
     LimitOptions,
+    NoPayload,
     PointOptions,
     ShownOptions,
     Trace,
     View,
     load_recipe,
 )
+from perilune.cli_swarm_show import drive, print_result, show, show_replay, shows_terminal, watcher
 
 if TYPE_CHECKING:
-    from perilune.agents import RunResult, Swarm, SwarmRun
+    from perilune.agents import Swarm, SwarmRun
     from perilune.agents.tracing import Tracing
-    from perilune.agents.views.text import TextView
-    from perilune.run import SwarmRecipe
 
 swarm_app = typer.Typer(
     help="Agent Swarm: an orchestrator and its sub-agents over any OpenAI-compatible endpoint.", no_args_is_help=True
@@ -55,6 +55,10 @@ def run(
     limits: LimitOptions,
     change: ChangeOptions,
     journal: Annotated[Path, typer.Option(help="File that keeps what happens.")] = JOURNAL,
+    log: Annotated[
+        Literal["journal", "none"], typer.Option(help="none: no file at all; the run can be neither resumed nor seen.")
+    ] = "journal",
+    no_payload: NoPayload = False,
     shown: ShownOptions,
     explain: Annotated[str | None, typer.Option(metavar="PATH", help="Print the recipe's keys under PATH.")] = None,
     as_json: AsJson = False,
@@ -68,13 +72,17 @@ def run(
     text = sys.stdin.read() if task == "-" else task
     if not (text or "").strip():
         raise typer.BadParameter("say what is to be done; it is empty", param_hint="TASK")
-    recipe = load_recipe(point, change, limits)
+    if no_payload and log == "none":
+        raise typer.BadParameter("there is no journal whose payload could be left out", param_hint="--no-payload")
+    recipe = load_recipe(point, change, limits, keeps_payload=not no_payload)
+    place = None if log == "none" else journal
 
     async def begin(swarm: Swarm) -> SwarmRun:
-        journal.parent.mkdir(parents=True, exist_ok=True)
-        return await swarm.start(text or "", journal)
+        if place is not None:
+            place.parent.mkdir(parents=True, exist_ok=True)
+        return await swarm.start(text or "", place)
 
-    _drive(recipe, journal, shown, as_json, begin)
+    drive(recipe, place, shown, as_json, begin)
 
 
 @swarm_app.command(epilog="Example: perilune swarm resume runs/swarm.db --budget usd=5,wall=1h")
@@ -94,14 +102,19 @@ def resume(
 
     Its recipe is in the journal; --config, options and --set change it.
     """
+    from perilune.agents.result import recorded_result
     from perilune.run import recorded_recipe
 
+    ended = recorded_result(journal, run_id)
+    if ended is not None:
+        print_result(ended, "", as_json)
+        return
     recipe = load_recipe(point, change, limits, recorded_recipe(journal, run_id))
 
     async def begin(swarm: Swarm) -> SwarmRun:
         return await swarm.resume(journal, run_id=run_id, allow_changes=allow_changes)
 
-    _drive(recipe, journal, shown, as_json, begin)
+    drive(recipe, journal, shown, as_json, begin)
 
 
 @swarm_app.command(
@@ -112,6 +125,7 @@ def replay(
     journal: JournalPath = JOURNAL,
     run_id: RunId = None,
     fork_at: Annotated[int | None, typer.Option(help="Event after which a new run goes on, live.")] = None,
+    step: Annotated[bool, typer.Option("--step", help="Show it a step at a time; Enter goes on, q ends.")] = False,
     *,
     point: PointOptions,
     change: ChangeOptions,
@@ -120,8 +134,10 @@ def replay(
     as_json: AsJson = False,
 ) -> None:
     """Run a recorded run again from its journal alone, or fork it at an event to go on with another model."""
+    if step and (as_json or fork_at is not None):
+        raise typer.BadParameter("goes with neither --json nor --fork-at", param_hint="--step")
     if fork_at is None:
-        _replay(journal, run_id, as_json)
+        show_replay(journal, run_id, as_json, step)
         return
     import uuid
 
@@ -135,7 +151,7 @@ def replay(
     async def begin(swarm: Swarm) -> SwarmRun:
         return await resume_fork(swarm, journal, found.run_id, fork_at, new, allow_changes=allow_changes)
 
-    _drive(recipe, journal, shown, as_json, begin)
+    drive(recipe, journal, shown, as_json, begin)
 
 
 @swarm_app.command(epilog="Example: perilune swarm runs runs/swarm.db")
@@ -161,7 +177,7 @@ def tree(journal: JournalPath = JOURNAL, run_id: RunId = None, as_json: AsJson =
     """Show a run's agents: how they ended, their steps, calls, tokens and time."""
     from perilune.agents.views.text import tree as view
 
-    _show(lambda load: view(load(journal, run_id)), as_json)
+    show(lambda load: view(load(journal, run_id)), as_json)
 
 
 @swarm_app.command("critical-path", epilog="Example: perilune swarm critical-path runs/swarm.db --by steps")
@@ -174,7 +190,7 @@ def critical_path(
     """Show what a run had to wait for, and what more places at a time would make of it."""
     from perilune.agents.views.text import critical_path_view
 
-    _show(lambda load: critical_path_view(load(journal, run_id), by), as_json)
+    show(lambda load: critical_path_view(load(journal, run_id), by), as_json)
 
 
 @swarm_app.command(epilog="Example: perilune swarm cost runs/swarm.db")
@@ -182,7 +198,7 @@ def cost(journal: JournalPath = JOURNAL, run_id: RunId = None, as_json: AsJson =
     """Show what a run used, by agent and by kind of agent."""
     from perilune.agents.views.text import cost as view
 
-    _show(lambda load: view(load(journal, run_id)), as_json)
+    show(lambda load: view(load(journal, run_id)), as_json)
 
 
 @swarm_app.command(epilog="Example: perilune swarm diff runs/swarm.db 3f2a runs/swarm.db 3f2a-fork-9c0d1e")
@@ -196,7 +212,7 @@ def diff(
     """Show where two runs part, and what each used."""
     from perilune.agents.views.text import diff as view
 
-    _show(lambda load: view(load(journal, run_id), load(other, other_run)), as_json)
+    show(lambda load: view(load(journal, run_id), load(other, other_run)), as_json)
 
 
 @swarm_app.command(epilog="Example: perilune swarm export runs/swarm.db run.html")
@@ -249,6 +265,7 @@ def stdio(
     limits: LimitOptions,
     change: ChangeOptions,
     journal: Annotated[Path, typer.Option(help="File that keeps what happens.")] = JOURNAL,
+    no_payload: NoPayload = False,
     trace: Trace = False,
 ) -> None:
     """Serve another program: JSON-RPC 2.0, a message a line, requests on stdin, answers and events on stdout.
@@ -260,7 +277,7 @@ def stdio(
     from perilune.agents.wire import serve_stdio
     from perilune.run import open_swarm
 
-    recipe = load_recipe(point, change, limits)
+    recipe = load_recipe(point, change, limits, keeps_payload=not no_payload)
     journal.parent.mkdir(parents=True, exist_ok=True)
 
     async def act(tracing: Callable[[str], Tracing] | None) -> bool:
@@ -286,7 +303,7 @@ def demo(
     """Have one agent, then a swarm, fill a table from real data, without any endpoint, and compare them."""
     from perilune.agents import DemoConfig, run_demo
 
-    watch = _watcher(ui, _shows_terminal(ui, as_json))
+    watch = watcher(ui, shows_terminal(ui, as_json))
     journal.parent.mkdir(parents=True, exist_ok=True)
     config = DemoConfig(rows=rows, seed=seed, speed=speed, concurrency=concurrency, ray=ray)
     found = asyncio.run(run_demo(config, journal, watch))
@@ -307,101 +324,3 @@ def demo(
     print(f"Look closer: perilune swarm tree {place} --run {found.swarm.run_id}; perilune swarm serve {place}")
     if not found.is_complete:
         raise typer.Exit(1)
-
-
-def _drive(
-    recipe: SwarmRecipe,
-    journal: Path,
-    shown: ShownOptions,
-    as_json: bool,
-    begin: Callable[[Swarm], Coroutine[Any, Any, SwarmRun]],
-) -> None:
-    """Run a swarm with somebody looking on, and print what came of it; Ctrl-C stops it so that it can be resumed."""
-    from perilune.agents.tracing import tracing_from_environment
-    from perilune.run import open_swarm
-
-    is_interactive = _shows_terminal(shown.ui, as_json)
-
-    async def act(tracing: Callable[[str], Tracing] | None) -> RunResult:
-        async with open_swarm(recipe, is_interactive=is_interactive, trace=tracing) as swarm:
-            run = await begin(swarm)
-            await _watcher(shown.ui, is_interactive)("", run)
-            return await run.result()
-
-    with tracing_from_environment() if shown.trace else nullcontext() as tracing:
-        result = asyncio.run(act(tracing))
-    _print_result(result, journal, as_json)
-
-
-def _shows_terminal(ui: str, as_json: bool) -> bool:
-    """Whether the terminal view is shown, and so somebody can be asked: nowhere else can a person answer."""
-    can = not as_json and all(stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr))
-    if ui == "tui" and not can:
-        why = "--json leaves it no place" if as_json else "stdin, stdout and stderr must be one"
-        raise typer.BadParameter(f"tui needs a terminal: {why}; say lines or none", param_hint="--ui")
-    return ui in ("auto", "tui") and can
-
-
-def _watcher(ui: str, is_terminal: bool) -> Callable[[str, SwarmRun], Coroutine[Any, Any, None]]:
-    """What shows a run until it ends, and stops it on a signal."""
-
-    async def watch(name: str, run: SwarmRun) -> None:
-        from perilune.agents.views.watch import watch_lines, watch_terminal
-        from perilune.report import make_progress
-
-        progress = make_progress(quiet=ui == "none")
-        if is_terminal:
-            await watch_terminal(run, progress)
-        else:
-            await watch_lines(run, name, progress)
-
-    return watch
-
-
-def _replay(journal: Path, run_id: str | None, as_json: bool) -> None:
-    import tempfile
-
-    from perilune.agents import replay_run
-
-    with tempfile.TemporaryDirectory() as folder:
-        found = asyncio.run(replay_run(journal, run_id, Path(folder) / "replay.db"))
-    if as_json:
-        print(json.dumps({"turns": found.turns, "tool_results": found.tool_results, "status": found.result.status}))
-        return
-    print(f"the same again: {found.turns} turns and {found.tool_results} results of tools, {found.result.status}")
-
-
-def _show(view: Callable[[Callable[..., Any]], TextView], as_json: bool) -> None:
-    from rich.console import Console
-
-    from perilune.agents.views.model import RunData
-
-    found = view(RunData.load)
-    if as_json:
-        print(json.dumps(found.data))
-    else:
-        Console().print(found.renderable)
-
-
-def _print_result(result: RunResult, journal: Path, as_json: bool) -> None:
-    if as_json:
-        from dataclasses import asdict
-
-        print(json.dumps(asdict(result)))
-    else:
-        print(result.answer)
-        money = "cost unknown" if result.cost_usd is None else f"${result.cost_usd:.4f}"
-        print(
-            f"{result.status}: {result.steps} steps ({result.critical_steps} critical), {result.subagents} sub-agents, "
-            f"{result.tool_calls} tool calls, {result.usage.total_tokens:,} tokens, {money}, {result.wall_s:.1f} s",
-            file=sys.stderr,
-        )
-        if result.error:
-            print(f"error: {result.error}", file=sys.stderr)
-        if result.status == "stopped":
-            place = shlex.quote(str(journal))
-            print(f"stopped; go on with: perilune swarm resume {place} --run {result.run_id}", file=sys.stderr)
-    if result.status == "stopped":
-        raise typer.Exit(3 if result.error else 130)
-    if result.status in ("error", "cancelled", "context_overflow"):
-        raise typer.Exit(3 if result.status == "error" else 1)

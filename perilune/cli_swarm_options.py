@@ -23,6 +23,10 @@ View = Annotated[
     Literal["auto", "tui", "lines", "none"],
     typer.Option("--ui", help="What is shown meanwhile; auto: tui in a terminal, lines elsewhere."),
 ]
+NoPayload = Annotated[
+    bool,
+    typer.Option("--no-payload", help="Keep hashes in place of what is said; nobody can resume or replay the run."),
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +73,12 @@ class ChangeOptions:
     """What else a recipe is changed by."""
 
     files: Annotated[str | None, typer.Option(help="Directory whose files the agents may read and write.")] = None
+    extend: Annotated[
+        str | None,
+        typer.Option(
+            help="What else may be done with sub-agents: resume, swarm_map, fork, background; with commas between."
+        ),
+    ] = None
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change of the recipe, e.g. tools.python=monty."),
@@ -96,6 +106,8 @@ def load_recipe(
     change: ChangeOptions,
     limits: LimitOptions | None = None,
     recorded: Mapping[str, Any] | None = None,
+    *,
+    keeps_payload: bool = True,
 ) -> SwarmRecipe:
     """Read the recipe; what is missing is named as the option that gives it.
 
@@ -104,16 +116,18 @@ def load_recipe(
         change: what is changed of it.
         limits: what a run may use.
         recorded: the recipe of a run that is to go on.
+        keeps_payload: whether its journal may hold what is said.
 
     Raises:
         RecipeError: anything is wrong; one line per fault.
     """
     from perilune.run import load_swarm
 
+    tree = _tree(point, change, limits or LimitOptions())
+    if not keeps_payload:
+        tree["payload"] = "hashed"
     try:
-        return load_swarm(
-            point.config, change.overrides or [], _tree(point, change, limits or LimitOptions()), recorded
-        )
+        return load_swarm(point.config, change.overrides or [], tree, recorded)
     except RecipeError as error:
         text = str(error)
         for fault, option in _OF_OPTIONS.items():
@@ -132,6 +146,8 @@ def _tree(point: PointOptions, change: ChangeOptions, limits: LimitOptions) -> d
         swarm["allow_unknown_cost"] = True
     if limits.max_agents is not None:
         swarm |= {"max_agents_total": limits.max_agents, "max_agents_running": min(100, limits.max_agents)}
+    if change.extend:
+        swarm["extensions"] = dict.fromkeys((name.strip() for name in change.extend.split(",")), True)
     tools = {} if change.files is None else {"files": change.files}
     found = {"endpoint": endpoint, "swarm": swarm, "tools": tools}
     return {name: table for name, table in found.items() if table}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import typer
 
-from perilune import cli_swarm
+from perilune import cli_swarm_show
 from perilune.agents import Arm, DemoResult, Message, ToolCall, Totals, list_runs, load_events
 from perilune.agents.client import MockEndpoint
 from perilune.cli import app
@@ -78,6 +79,25 @@ def test_each_commands_help_has_an_example(cli, command):
     assert f"Example: perilune swarm {command} " in " ".join(out.split())
 
 
+def test_what_is_switched_on_is_offered(cli, tmp_path):
+    seen = []
+
+    def policy(request):
+        seen.append(json.dumps(request.tools))
+        return Message(role="assistant", content="42")
+
+    journal = tmp_path / "a.db"
+    pool = ("--set", "models.fast={model = 'm2'}")
+    with served(policy) as url:
+        assert cli("swarm", "run", "Go.", *options(url), "--journal", journal)[0] == 0
+        wanted = ("--extend", "swarm_map, resume", *pool)
+        assert cli("swarm", "run", "Go.", *options(url), *wanted, "--journal", journal)[0] == 0
+    words = ("swarm_map", '"resume"', '"fast"', '"fork"')
+    assert [[word in tools for word in words] for tools in seen] == [[False] * 4, [True, True, True, False]]
+    config = load_events(journal)[0].payload["config"]
+    assert config["extensions"] == {"resume": True, "swarm_map": True, "fork": False, "background": False}
+
+
 def test_a_run_prints_its_answer_and_what_it_took(cli, tmp_path):
     journal = tmp_path / "new" / "a.db"
     with served(lambda request: Message(role="assistant", content="42")) as url:
@@ -95,6 +115,82 @@ def test_a_run_prints_its_answer_and_what_it_took(cli, tmp_path):
     assert cli("swarm", "diff", journal, run.run_id, journal, run.run_id)[0] == 0
     assert "the same again: 1 turns" in cli("swarm", "replay", journal)[1]
     assert cli("swarm", "export", journal, tmp_path / "run.txt")[0] == 2
+
+
+def test_the_result_of_a_run_that_has_ended_needs_nothing_but_its_journal(cli, tmp_path, monkeypatch):
+    journal, files = tmp_path / "a.db", tmp_path / "files"
+    files.mkdir()
+    monkeypatch.setenv("SOME_KEY", "k")
+    more = ("--files", files, "--api-key-env", "SOME_KEY", "--journal", journal)
+    with served(lambda request: Message(role="assistant", content="42")) as url:
+        assert cli("swarm", "run", "Go.", *options(url, *more, "--json"))[0] == 0
+    monkeypatch.delenv("SOME_KEY")
+    files.rmdir()
+    before = journal.read_bytes()
+    code, out, err = cli("swarm", "resume", journal)
+    assert (code, out) == (0, "42\n")
+    assert "completed: 1 steps (1 critical)" in err
+    assert journal.read_bytes() == before
+
+
+def test_a_run_that_ends_without_an_answer_has_failed(cli, tmp_path):
+    def policy(request):
+        wanted = ToolCall(id="c", name="read_artifact", arguments="{}")
+        return Message(role="assistant", tool_calls=(wanted,))
+
+    with served(policy) as url:
+        more = ("--set", "swarm.orchestrator.max_tool_calls=1", "--set", "endpoint.attempts=1")
+        code, out, err = cli("swarm", "run", "Go.", *options(url, *more, "--journal", tmp_path / "a.db"))
+    assert (code, out) == (1, "\n"), err
+    assert "max_tool_calls: 2 steps" in err
+
+
+def test_a_run_may_leave_hashes_alone_or_nothing(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    journal = tmp_path / "a.db"
+    with served(lambda request: Message(role="assistant", content="42")) as url:
+        common = ("swarm", "run", "Go.", *options(url))
+        code, out, _ = cli(*common, "--log", "none")
+        assert (code, out, list(tmp_path.iterdir())) == (0, "42\n", [])
+        assert cli(*common, "--log", "none", "--no-payload")[0] == 2
+        code, out, _ = cli(*common, "--no-payload", "--journal", journal)
+        assert (code, out) == (0, "42\n")
+    for command in ("resume", "replay"):
+        code, out, err = cli("swarm", command, journal)
+        assert (code, out) == (1, "")
+        assert "--no-payload" in err
+    assert "sha256:" in cli("swarm", "runs", journal)[1]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "why"), [(("--log", "none"), "nothing of it was kept"), (("--no-payload",), "holds hashes alone")]
+)
+def test_a_run_that_left_no_payload_does_not_say_that_it_can_go_on(cli, tmp_path, wanted, why):
+    policy = Writer(stops=True)
+    with served(policy) as url:
+        more = ("--files", tmp_path, "--journal", tmp_path / "a.db", *wanted)
+        code, out, err = cli("swarm", "run", "Write.", *options(url, *more))
+        policy.go_on.set()
+    assert (code, out) == (130, "\n")
+    assert why in err
+    assert "go on with" not in err
+
+
+def test_a_replay_is_shown_a_step_at_a_time(cli, tmp_path, monkeypatch):
+    journal = tmp_path / "a.db"
+    with served(Writer()) as url:
+        assert cli("swarm", "run", "Write.", *options(url, "--journal", journal, "--files", tmp_path))[0] == 0
+    shown = {}
+    for keys in ("\nq\n", "\n" * 9, ""):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(keys))
+        code, out, err = cli("swarm", "replay", journal, "--step")
+        assert code == 0, err
+        assert "the same again: 2 turns and 1 results" in out
+        shown[keys] = [word for word in ("user", "call write_file", "result write_file", "done:") if word in out]
+    assert shown == {"\nq\n": ["user", "call write_file"], "\n" * 9: shown["\n" * 9], "": ["user"]}
+    assert len(shown["\n" * 9]) == 4
+    assert "step 1 of 5: Enter goes on, q ends" in err
+    assert cli("swarm", "replay", journal, "--step", "--json")[0] == 2
 
 
 def stopped_run(cli, tmp_path, policy, url, *more):
@@ -172,6 +268,7 @@ def test_a_fork_goes_on_with_the_recorded_recipe(cli, tmp_path):
         (("Go.",), "endpoint.base_url is missing; say --base-url"),
         (("Go.",), "endpoint.model is missing; say --model"),
         (("Go.", "--set", "swarm.nothing=1", "--model", "m"), "swarm.nothing is not a key"),
+        (("Go.", "--extend", "flork", "--model", "m"), "swarm.extensions.flork is not a key (did you mean fork?)"),
         (("Go.", "--budget", "tokens_out=inf"), "want name=whole number, such as usd=1 or wall=20m"),
         (("Go.", "--budget", "tokens_out=nan"), "got 'tokens_out=nan'"),
         (("Go.", "--budget", "tokens_out=1.5"), "got 'tokens_out=1.5'"),
@@ -228,11 +325,11 @@ def test_somebody_can_be_asked_only_where_the_terminal_view_is_shown(monkeypatch
     for terminal in (True, False):
         for stream in (sys.stdin, sys.stdout, sys.stderr):
             monkeypatch.setattr(stream, "isatty", lambda terminal=terminal: terminal)
-        assert cli_swarm._shows_terminal("auto", False) is terminal
-        assert not cli_swarm._shows_terminal("auto", True)
-        assert not cli_swarm._shows_terminal("lines", False)
+        assert cli_swarm_show.shows_terminal("auto", False) is terminal
+        assert not cli_swarm_show.shows_terminal("auto", True)
+        assert not cli_swarm_show.shows_terminal("lines", False)
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
-    assert not cli_swarm._shows_terminal("auto", False)
+    assert not cli_swarm_show.shows_terminal("auto", False)
 
 
 @pytest.mark.parametrize("is_stopped", [True, False])

@@ -114,8 +114,9 @@ def test_help_is_quick_and_brings_no_torch():
 
 
 def test_importing_has_no_effect_on_the_process():
+    # torch's compiler writes TORCHINDUCTOR_CACHE_DIR when it is loaded; a process that has it hands it on to this one.
     done = run_python(
-        "import logging, os, sys, threading\nbefore = dict(os.environ)\nimport perilune.run, torch\n"
+        "import logging, os, sys, threading, torch._dynamo\nbefore = dict(os.environ)\nimport perilune.run, torch\n"
         "assert dict(os.environ) == before\nassert not logging.getLogger().handlers\n"
         "assert threading.active_count() == 1\nassert torch.get_default_dtype() is torch.float32\n"
         "assert torch.get_float32_matmul_precision() == 'highest'"

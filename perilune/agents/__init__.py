@@ -1,7 +1,10 @@
 """Agent Swarm: an orchestrator and its sub-agents over any OpenAI-compatible endpoint, with a journal and limits.
 
-swarm       runs: begun, resumed, steered, cancelled; endpoint: whom they ask; config: their limits
-loop        an agent's turns; calls: what its turns call; subagents: create_subagent and assign_task
+swarm       runs, begun and resumed; swarm_run: one under way, steered, cancelled; result: what came of it
+endpoint    whom they ask; config: their limits
+loop        an agent's turns; calls: what its turns call; swarm_tools: create_subagent, assign_task and their extensions
+subagents   sub-agents, started and waited for; assigning: tasks that are refused; background: work beside one's turns
+stints      what sub-agents do for their parents, and the longest way through it
 state       what a run's events add up to; runtime: what its parts share; journal: where the events are kept
 budget      what may be used; limiter: how fast an endpoint is asked; context: histories that grow too long
 client      models: HTTP, scripted, replayed, disturbed; dialects: tool calls in raw text
@@ -17,6 +20,7 @@ from perilune.agents.config import (
     BudgetConfig,
     ContextConfig,
     DemoConfig,
+    Extensions,
     GroupConfig,
     LimiterConfig,
     SwarmConfig,
@@ -46,6 +50,7 @@ __all__ = [
     "DemoResult",
     "Endpoint",
     "Event",
+    "Extensions",
     "GroupConfig",
     "JournalError",
     "LatencyModel",

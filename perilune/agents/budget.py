@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -37,13 +37,23 @@ class Budget:
     used: dict[Quantity, float] = field(default_factory=lambda: dict.fromkeys(QUANTITIES, 0.0))
     reserved: dict[Quantity, float] = field(default_factory=lambda: dict.fromkeys(QUANTITIES, 0.0))
 
-    def shares(self, sharers: int) -> dict[Quantity, float]:
-        """Return what each of so many agents may use of what is left; calls in whole numbers, at least one."""
+    def shares(self, sharers: int, others: Iterable[Budget] = ()) -> dict[Quantity, float]:
+        """Return what each of so many agents may use of what is left, calls in whole numbers.
+
+        Whoever starts them has a share too: it has to make something of what they found. All shares together are never
+        more than there is, or agents in other processes, which cannot see each other, would overspend.
+
+        Args:
+            sharers: how many.
+            others: those that have shares already and work in the background.
+        """
+        others = list(others)
         found: dict[Quantity, float] = {}
         for name in QUANTITIES:
-            left = self.left(name)
-            if left < math.inf:
-                found[name] = math.ceil(left / sharers) if name in ("llm_calls", "tool_calls") else left / sharers
+            promised = sum(node._own_left(name) for node in others if name in node.limits)
+            share = max(0.0, self.left(name) - promised) / (sharers + 1)
+            if share < math.inf:
+                found[name] = math.floor(share) if name in ("llm_calls", "tool_calls") else share
         return found
 
     def child(self, owner: str, limits: Mapping[Quantity, float] | None = None) -> Budget:
@@ -59,21 +69,25 @@ class Budget:
 
     def left(self, quantity: Quantity) -> float:
         """What may still be reserved here and at every node above."""
-        own = self.limits.get(quantity, math.inf) - self.used[quantity] - self.reserved[quantity]
-        return max(0.0, own if self.parent is None else min(own, self.parent.left(quantity)))
+        own = self._own_left(quantity)
+        return own if self.parent is None else min(own, self.parent.left(quantity))
 
-    def reserve(self, amounts: Amounts, *, is_last: bool = False) -> Reservation:
+    def reserve(self, amounts: Amounts, *, is_last: bool = False, spare: Amounts | None = None) -> Reservation:
         """Set amounts aside until they are settled.
 
         Args:
             amounts: the most that will be used.
             is_last: for an agent's last words, which may use what is kept for them.
+            spare: what must be left beside them.
 
         Raises:
             BudgetExceeded: a node has less left; nothing is reserved then.
         """
+        kept = spare or {}
+        both: Amounts = {name: amount + kept.get(name, 0.0) for name, amount in amounts.items()}
         for node in self._path():
             node._check(amounts, is_last)
+            node._check(both, True)
         for node in self._path():
             for name, amount in amounts.items():
                 node.reserved[name] += amount
@@ -85,9 +99,10 @@ class Budget:
             for name, amount in amounts.items():
                 node.used[name] += amount
 
-    def clipped(self, quantity: Quantity, wanted: float, *, is_last: bool = False) -> float:
+    def clipped(self, quantity: Quantity, wanted: float, *, is_last: bool = False, spare: float = 0.0) -> float:
         """Return as much of `wanted` as `reserve` grants."""
-        kept = 0.0 if is_last else max(KEPT_FOR_LAST_WORDS * x.limits.get(quantity, 0.0) for x in self._path())
+        kept = max(KEPT_FOR_LAST_WORDS * node.limits.get(quantity, 0.0) for node in self._path())
+        kept = 0.0 if is_last else max(kept, spare)
         return min(wanted, max(0.0, self.left(quantity) - kept))
 
     def fullest(self) -> tuple[Quantity, float]:
@@ -98,6 +113,9 @@ class Budget:
             if share > most:
                 fullest, most = name, share
         return fullest, most
+
+    def _own_left(self, quantity: Quantity) -> float:
+        return max(0.0, self.limits.get(quantity, math.inf) - self.used[quantity] - self.reserved[quantity])
 
     def _path(self) -> list[Budget]:
         above = [] if self.parent is None else self.parent._path()

@@ -7,25 +7,56 @@ register tools, raise budgets or approve calls.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 import time
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from perilune.agents.background import Background
+from perilune.agents.journal import JournalError
 from perilune.agents.runtime import Runtime
 from perilune.agents.state import ROOT, AgentState, CallState
-from perilune.agents.subagents import CREATE_SUBAGENT, SWARM_TOOLS, Subagents, offers_subagents, swarm_arguments
+from perilune.agents.subagents import Subagents, offers_subagents, tools_of
+from perilune.agents.swarm_tools import CREATE_SUBAGENT, SWARM_TOOLS, is_swarm_tool, swarm_arguments
 from perilune.agents.tools.base import ToolContext, ToolOutput
 
 UNKNOWN = (
     "The outcome of this call is unknown: the program that ran it crashed. It may have taken effect; verify before you "
     "repeat it."
 )
+_PROGRESS_S = 1.0
 _REMINDERS = {
-    3: "[the same call was made three times in a row]",
-    5: "[the same call was made five times in a row; its result will not change; do something else]",
-    8: "[the same call was made eight times in a row; if you go on, you will be stopped]",
+    3: "[the same was called in three turns in a row]",
+    5: "[the same was called in five turns in a row; its result will not change; do something else]",
+    8: "[the same was called in eight turns in a row; if you go on, you will be stopped]",
 }
+
+
+class _Progress:
+    """Writes down how far a call is, now and then: a journal is no place for a thousand reports."""
+
+    def __init__(self, runtime: Runtime, agent: AgentState, call: CallState) -> None:
+        self._runtime, self._agent, self._call = runtime, agent, call
+        self._loop, self._told = asyncio.get_running_loop(), -math.inf
+
+    def tell(self, done: float, total: float | None) -> None:
+        """See `ToolContext.progress`."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed; a tool that was abandoned still runs
+            self._loop.call_soon_threadsafe(self._write, done, total)
+
+    def _write(self, done: float, total: float | None) -> None:
+        runtime, now = self._runtime, self._runtime.now()
+        if now - self._told < _PROGRESS_S or not math.isfinite(done):
+            return
+        if self._call.result is not None or self._call.key not in self._agent.calls:
+            return
+        self._told = now
+        known = total if total is not None and math.isfinite(total) and total > 0 else None
+        payload = {"call": self._call.key, "done": done, "total": known}
+        with contextlib.suppress(JournalError):  # whoever drives the agent is told
+            runtime.emit("tool_progress", self._agent.id, payload, cause=self._call.started)
 
 
 class Calls:
@@ -33,6 +64,19 @@ class Calls:
 
     def __init__(self, runtime: Runtime, subagents: Subagents) -> None:
         self._runtime, self._subagents = runtime, subagents
+        self._offered: dict[tuple[bool, int], tuple[dict[str, Any], ...]] = {}
+
+    @property
+    def background(self) -> Background:
+        """See `AgentWork`."""
+        return self._subagents.background
+
+    def tools(self, agent: AgentState) -> tuple[dict[str, Any], ...]:
+        """See `AgentWork`; the same object as long as nothing changes, which is what makes hashing it cheap."""
+        key = (offers_subagents(self._runtime, agent), self._runtime.registry.version)
+        if key not in self._offered:
+            self._offered[key] = tools_of(self._runtime, agent)
+        return self._offered[key]
 
     async def run(self, agent: AgentState) -> None:
         """Run the calls of an agent's last turn that have no result yet."""
@@ -54,7 +98,8 @@ class Calls:
             self._finish(agent, call, ToolOutput(text=refusal, is_error=True), 0.0)
             return
         began = time.monotonic()
-        if offers_subagents(self._runtime, agent) and call.call.name in SWARM_TOOLS:
+        is_swarm = is_swarm_tool(call.call.name, self._runtime.config.extensions)
+        if is_swarm and offers_subagents(self._runtime, agent):
             output = await self._call_swarm(agent, call)
         else:
             output = await self._call_tool(agent, call)
@@ -72,12 +117,13 @@ class Calls:
         return "the budget of tool calls is used up; this call was not run"
 
     async def _call_swarm(self, agent: AgentState, call: CallState) -> ToolOutput:
-        arguments = swarm_arguments(call)
+        runtime = self._runtime
+        arguments = swarm_arguments(call.call, runtime.config.extensions, tuple(runtime.models))
         if isinstance(arguments, str):
             return ToolOutput(text=arguments, is_error=True)
         tool = SWARM_TOOLS[call.call.name]
         if not call.started:  # before a crash it was allowed
-            decision = await self._runtime.approvals.check(tool, arguments, self._context(agent, call))
+            decision = await runtime.approvals.check(tool, arguments, self._context(agent, call))
             if not decision.allowed:
                 return ToolOutput(text=decision.reason, is_error=True)
         self._start(agent, call, tool.effect)
@@ -109,6 +155,7 @@ class Calls:
             call_id=call.key,
             artifacts=runtime.artifacts,
             ask=partial(runtime.ask, call.key) if runtime.approvals.is_interactive else None,
+            progress=_Progress(runtime, agent, call).tell,
         )
 
     def _start(self, agent: AgentState, call: CallState, effect: str) -> None:
@@ -136,7 +183,7 @@ class Calls:
         """What an agent is told beside a result: that it repeats itself, and that the budget runs out."""
         if self._runtime.notes is not None:
             return self._runtime.notes.get(call.key, "")
-        notes = [_REMINDERS.get(agent.repeated[1]) if len(agent.calls) == 1 else None]
+        notes = [_REMINDERS.get(agent.repeated[1]) if call.index == 0 else None]
         if agent.id == ROOT:
             notes.append(self._runtime.warn_of_budget())
         return "\n\n".join(note for note in notes if note)

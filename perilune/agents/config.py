@@ -40,13 +40,21 @@ class AgentLimits:
     """Calls; calls that are wrong count too."""
     timeout_s: float | None = None
     """Seconds from its first admitted call to a model."""
+    usd: float | None = None
+    """Money, by the price table; this and tokens with what those use that it starts."""
+    tokens_in: int | None = None
+    """Tokens of prompts."""
+    tokens_out: int | None = None
+    """Tokens of completions."""
     context: ContextConfig = field(default_factory=ContextConfig)
     """Its history."""
 
     def __post_init__(self) -> None:
         for name, value in {"max_steps": self.max_steps, "max_tool_calls": self.max_tool_calls}.items():
             require(value is None or value >= 1, name, ">= 1", value)
-        require(self.timeout_s is None or 0 < self.timeout_s < math.inf, "timeout_s", "> 0", self.timeout_s)
+        for name in ("timeout_s", "usd", "tokens_in", "tokens_out"):
+            value = getattr(self, name)
+            require(value is None or 0 < value < math.inf, name, "> 0", value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +95,20 @@ class GroupConfig:
         require_choice("kind", self.kind, GroupKind)
         require_at_least(1, quorum=self.quorum)
         require(0 < self.deadline_s < math.inf, "deadline_s", "> 0", self.deadline_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extensions:
+    """What an orchestrator may do with sub-agents beyond the paper's two tools; its model sees only what is on."""
+
+    resume: bool = False
+    """Give another task to a sub-agent that has ended: it goes on with all that it knows."""
+    swarm_map: bool = False
+    """Give one task, with a blank, to a sub-agent for each of 2 to 300 items, in one call."""
+    fork: bool = False
+    """Have a sub-agent begin with a copy of its caller's history."""
+    background: bool = False
+    """Go on while a sub-agent works; its result comes before a later turn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +162,8 @@ class SwarmConfig:
     """How models are asked."""
     group: GroupConfig = field(default_factory=GroupConfig)
     """When a group of sub-agents is done."""
+    extensions: Extensions = field(default_factory=Extensions)
+    """What else may be done with sub-agents; all of it is off unless it is switched on."""
     max_agents_total: int = 300
     """Sub-agents of a run; further ones are refused. See `orchestrator.max_tool_calls`, which may end it before."""
     max_agents_running: int = 100
@@ -165,6 +189,11 @@ class SwarmConfig:
     that tools write are not looked at."""
     allow_unknown_cost: bool = False
     """Whether a budget in money is accepted for a model without a known price; its calls then cost nothing."""
+
+    @property
+    def limits_money(self) -> bool:
+        """Whether the run or an agent has a budget in money."""
+        return any(limits.usd is not None for limits in (self.budget, self.orchestrator, self.subagent))
 
     def __post_init__(self) -> None:
         require_at_least(1, max_agents_total=self.max_agents_total, max_agents_running=self.max_agents_running)
@@ -205,12 +234,16 @@ class DemoConfig:
     """Whether pages are misread now and then, more often the more of them an agent has read."""
     ray: bool = False
     """Whether sub-agents are Ray tasks on a local cluster."""
+    max_critical_steps: int | None = None
+    """Critical steps after which either arm answers with what it has; None for as many as it likes."""
 
     def __post_init__(self) -> None:
         for name, value in {"median_s": self.median_s, "speed": self.speed}.items():
             require(0 < value < math.inf, name, "> 0", value)
         require_at_least(1, concurrency=self.concurrency, rows_per_agent=self.rows_per_agent)
         require_at_least(1, calls_per_turn=self.calls_per_turn)
+        if self.max_critical_steps is not None:
+            require_at_least(1, max_critical_steps=self.max_critical_steps)
         require(8 <= self.rows <= 64, "rows", "in [8, 64]", self.rows)
 
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from perilune.agents import state
-from perilune.agents.timeline import AgentSpan, CallSpan, Timeline, TurnSpan
+from perilune.agents import stints
+from perilune.agents.timeline import CallSpan, StintSpan, Timeline, TurnSpan
 
 Weight = Literal["steps", "tokens", "seconds"]
 """What is counted along a path: turns, generated tokens, or measured seconds."""
@@ -21,7 +21,7 @@ Weight = Literal["steps", "tokens", "seconds"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Totals:
-    """What a run used."""
+    """What a run used; tokens and money with those of attempts that failed."""
 
     steps: int
     critical_steps: int
@@ -32,7 +32,7 @@ class Totals:
     wall_s: float
     subagents: int
     average_group: float
-    """Sub-agents of a stage, over stages that started any; 0 without."""
+    """Sub-agents that a turn set to work, over turns that did with any; 0 without."""
     peak_running: int
     """Most sub-agents that ran at a time."""
 
@@ -64,8 +64,8 @@ def totals(timeline: Timeline) -> Totals:
         steps=timeline.total_steps,
         critical_steps=critical_steps(timeline),
         tool_calls=sum(len(turn.calls) for turn in turns),
-        prompt_tokens=sum(turn.prompt_tokens for turn in turns),
-        completion_tokens=sum(turn.completion_tokens for turn in turns),
+        prompt_tokens=sum(turn.prompt_tokens + turn.lost_prompt_tokens for turn in turns),
+        completion_tokens=sum(turn.completion_tokens + turn.lost_completion_tokens for turn in turns),
         cost_usd=sum(known) if len(known) == len(costs) else None,
         wall_s=timeline.elapsed_s,
         subagents=len(timeline.agents) - 1,
@@ -75,13 +75,9 @@ def totals(timeline: Timeline) -> Totals:
 
 
 def critical_steps(timeline: Timeline) -> int:
-    """Sum over the orchestrator's stages of its steps and those of the slowest sub-agent of the stage."""
+    """Return the steps that had to be taken one after another; see `stints.critical_steps`."""
     agents = timeline.agents
-    return state.critical_steps(
-        timeline.root.id,
-        lambda name: agents[name].steps,
-        lambda name: [[child.id for child in group] for group in timeline.groups(agents[name])],
-    )
+    return stints.critical_steps(timeline.root.id, lambda name: agents[name].steps, lambda name: agents[name].given)
 
 
 def paper_steps(stages: Sequence[tuple[int, Sequence[int]]]) -> int:
@@ -95,32 +91,51 @@ def paper_steps(stages: Sequence[tuple[int, Sequence[int]]]) -> int:
 
 def critical_path(timeline: Timeline, weight: Weight = "seconds") -> list[Segment]:
     """Return the longest path through a run, from its first turn to its last, in order."""
-    return _longest(timeline, timeline.root, weight)[1]
+    return _longest(timeline, timeline.root.id, timeline.root.turns, weight)[1]
 
 
 def makespan(timeline: Timeline, slots: float) -> float:
-    """Return the steps that a run would take with so many places for sub-agents: each group is served in order.
+    """Return the steps that a run would take with so many places for sub-agents, who are served in order.
 
     Args:
         timeline: a run.
-        slots: places at a time, >= 1; infinity gives the critical steps.
+        slots: places at a time, >= 1; infinity gives the critical steps. Who are started by sub-agents need none.
     """
-    stages = _stages(timeline, timeline.root)
-    return sum(own + scheduled([child.steps for child in group], slots) for own, group in stages)
+    root, agents = timeline.root, timeline.agents
+    begun = {group[0].turn: group for group in timeline.groups(root)}
+    free = _Places(slots)
+    now, results = 0.0, dict[int | None, float]()
+    for turn in range(root.steps):
+        now = 1 + max(now, results.pop(turn, 0.0))
+        for stint in begun.get(turn, ()):
+            steps = stints.critical_steps_of(stint, lambda name: agents[name].steps, lambda name: agents[name].given)
+            results[stint.read_in] = max(free.serve(now, steps), results.get(stint.read_in, 0.0))
+    return max([now, *results.values()])
 
 
 def scheduled(lengths: Sequence[float], slots: float) -> float:
     """Return when the last of some tasks is done that are begun in order, as places become free.
 
     >>> [scheduled([10] * 100, slots) for slots in (8, 16, 100)]
-    [130.0, 70.0, 10]
+    [130.0, 70.0, 10.0]
     """
-    if slots >= len(lengths):
-        return max(lengths, default=0)
-    free = [0.0] * int(slots)
-    for length in lengths:
-        heapq.heappush(free, heapq.heappop(free) + length)
-    return max(free)
+    free = _Places(slots)
+    return max((free.serve(0.0, length) for length in lengths), default=0.0)
+
+
+class _Places:
+    """Places of sub-agents, each with the time at which it is free."""
+
+    def __init__(self, slots: float) -> None:
+        self._slots = slots
+        self._free: list[float] = []
+
+    def serve(self, at: float, length: float) -> float:
+        """Have somebody who comes at a time, never earlier than the one before, work; return when that is done."""
+        if len(self._free) >= self._slots:
+            at = max(at, heapq.heappop(self._free))
+        heapq.heappush(self._free, at + length)
+        return at + length
 
 
 def speedups(timeline: Timeline, slots: Sequence[float] = (1, 8, 32, 100, math.inf)) -> Mapping[float, float]:
@@ -140,39 +155,47 @@ def time_to_target(budgets: Sequence[float], quality: Sequence[float], target: f
     return next((budget for budget, found in zip(budgets, quality, strict=True) if found >= target), None)
 
 
-def _stages(timeline: Timeline, agent: AgentSpan) -> list[tuple[int, list[AgentSpan]]]:
-    return [
-        (1, [timeline.agents[call.child] for call in turn.calls if call.child])
-        for turn in agent.turns
-        if turn.is_answered
-    ]
+_Path = tuple[float, list[Segment]]
 
 
-def _longest(timeline: Timeline, agent: AgentSpan, weight: Weight) -> tuple[float, list[Segment]]:
+def _longest(timeline: Timeline, agent_id: str, turns: Sequence[TurnSpan], weight: Weight) -> _Path:
+    """The longest way through some turns of an agent, and through what they set to work."""
     of_turn, of_call = _WEIGHTS[weight]
-    total, path = 0.0, list[Segment]()
-    for turn in agent.turns:
+    begun = {group[0].turn: group for group in timeline.groups(timeline.agents[agent_id])}
+    best: _Path = (0.0, [])
+    results: dict[int | None, _Path] = {}
+    for turn in turns:
         if not turn.is_answered:
             continue
-        path.append(Segment(agent=agent.id, turn=turn.number, call=None, name="turn", weight=of_turn(turn)))
-        total += of_turn(turn)
-        branches = [_branch(timeline, agent, turn, call, weight, of_call) for call in turn.calls]
-        if branches:
-            longest, way = max(branches, key=lambda branch: branch[0])
-            total, path = total + longest, path + way
-    return total, path
+        best = max(best, results.pop(turn.number, best), key=_length)
+        segment = Segment(agent=agent_id, turn=turn.number, call=None, name="turn", weight=of_turn(turn))
+        best = (best[0] + segment.weight, [*best[1], segment])
+        group = begun.get(turn.number, [])
+        awaited = {stint.call for stint in group if not stint.is_background}
+        branches: list[tuple[int | None, _Path]] = [
+            (turn.number + 1, _direct(agent_id, turn, call, of_call)) for call in turn.calls if call.key not in awaited
+        ]
+        branches += [(stint.read_in, _branch(timeline, stint, weight)) for stint in group]
+        for place in {place for place, _ in branches}:
+            longest, way = max((branch for at, branch in branches if at == place), key=_length)
+            there = (best[0] + longest, [*best[1], *way])
+            results[place] = max(results.get(place, there), there, key=_length)
+    return max([best, *results.values()], key=lambda path: (path[0], len(path[1])))
 
 
-def _branch(
-    timeline: Timeline, agent: AgentSpan, turn: TurnSpan, call: CallSpan, weight: Weight, of_call: _OfCall
-) -> tuple[float, list[Segment]]:
-    if call.child is None:
-        found = of_call(call)
-        return found, [Segment(agent=agent.id, turn=turn.number, call=call.key, name=call.name, weight=found)]
-    child = timeline.agents[call.child]
-    waited = (child.started or child.spawned) - child.spawned if weight == "seconds" else 0.0
-    length, way = _longest(timeline, child, weight)
-    queue = [Segment(agent=child.id, turn=-1, call=call.key, name="queue", weight=waited)] if waited > 0 else []
+def _length(path: _Path) -> float:
+    return path[0]
+
+
+def _direct(agent_id: str, turn: TurnSpan, call: CallSpan, of_call: _OfCall) -> _Path:
+    found = of_call(call)
+    return found, [Segment(agent=agent_id, turn=turn.number, call=call.key, name=call.name, weight=found)]
+
+
+def _branch(timeline: Timeline, stint: StintSpan, weight: Weight) -> _Path:
+    waited = (stint.started or stint.spawned) - stint.spawned if weight == "seconds" else 0.0
+    length, way = _longest(timeline, stint.agent, timeline.turns_of(stint), weight)
+    queue = [Segment(agent=stint.agent, turn=-1, call=stint.call, name="queue", weight=waited)] if waited > 0 else []
     return waited + length, [*queue, *way]
 
 
@@ -190,9 +213,10 @@ _WEIGHTS: Mapping[Weight, tuple[Callable[[TurnSpan], float], _OfCall]] = {
 def _peak(timeline: Timeline) -> int:
     marks: list[tuple[float, int]] = []
     for agent in timeline.agents.values():
-        if agent.parent is not None and agent.started is not None:
-            ended = timeline.elapsed_s if agent.ended is None else agent.ended
-            marks += [(agent.started, 1), (ended, -1)]
+        for stint in agent.given:
+            if stint.started is not None:
+                ended = timeline.elapsed_s if stint.ended is None else stint.ended
+                marks += [(stint.started, 1), (ended, -1)]
     running = peak = 0
     for _, change in sorted(marks):
         running += change

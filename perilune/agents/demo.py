@@ -154,7 +154,9 @@ async def _arm(scene: _Scene, name: str, depth: int, remote: RemoteAgents | None
     limits = AgentLimits(max_tool_calls=500)
     swarm = Swarm(
         endpoint=Endpoint(client=client, model="mock", limiter=limiter),
-        config=SwarmConfig(max_depth=depth, orchestrator=limits, subagent=limits),
+        config=SwarmConfig(
+            max_depth=depth, orchestrator=limits, subagent=limits, max_critical_steps=config.max_critical_steps
+        ),
         tools=demo_tools(scene.corpus),
         remote=remote,
     )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from perilune.agents.client.base import ChatClient
 from perilune.agents.client.retry import RetryPolicy
 from perilune.agents.limiter import Limiter
 from perilune.agents.messages import Usage
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +41,40 @@ class Endpoint:
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     price: Price | None = None
     """None: not known."""
+
+
+def check_pool(models: Mapping[str, Endpoint], *, is_remote: bool) -> None:
+    """Check a pool of models, whose names models are shown.
+
+    Args:
+        models: by name.
+        is_remote: whether sub-agents run as tasks of a Ray cluster.
+
+    Raises:
+        ValueError: a name has other characters, or too many; or there is a pool where tasks have one client alone.
+    """
+    if models and is_remote:
+        raise ValueError(
+            "models cannot be chosen from a pool where sub-agents run on a Ray cluster (remote): its tasks ask what "
+            "RemoteAgents.client makes; leave models or remote out"
+        )
+    for name in models:
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"models: a name must be 1 to 64 letters, digits, '_', '.' or '-', got {name!r}")
+
+
+def check_prices(points: Iterable[Endpoint]) -> None:
+    """Check that a budget in money can be kept.
+
+    Raises:
+        ValueError: the price of a model is not known.
+    """
+    for point in points:
+        if point.price is None:
+            raise ValueError(
+                f"a budget in usd is set, but the price of {point.model} is not known; give Endpoint a price, or set "
+                "allow_unknown_cost"
+            )
 
 
 def known_price(model: str, overrides: Mapping[str, Price] | None = None) -> Price | None:

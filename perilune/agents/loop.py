@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, Protocol
 
+from perilune.agents.agent_state import ROOT, AgentState, Status
 from perilune.agents.budget import BudgetExceeded, Quantity, Reservation
 from perilune.agents.client.base import EndpointError
 from perilune.agents.client.replay import Divergence
 from perilune.agents.client.retry import ask
 from perilune.agents.config import ContextPolicy
+from perilune.agents.endpoint import Endpoint
 from perilune.agents.journal import JournalError
 from perilune.agents.limiter import Place
 from perilune.agents.messages import ChatRequest, Message, Reply, Usage, with_unique_ids
 from perilune.agents.runtime import Runtime
-from perilune.agents.state import ROOT, AgentState, Status
 
 logger = logging.getLogger(__name__)
 
@@ -40,29 +41,67 @@ _WHY: dict[Status, str] = {
     "stuck": "the same call was made again and again",
 }
 _STUCK_AFTER = 12
+_MOST_OVERFLOWS = 8
+"""In a row: a history that still does not fit then never will."""
 _DEFAULT_MAX_TOKENS = 4_096
 """What is reserved of an answer whose length is not limited."""
+_LAST_WORDS_TOKENS = 1_024
+"""What is kept for last words, and for what the turn before adds to their prompt, if that is not known to be more."""
 
-RunCalls = Callable[[AgentState], Awaitable[None]]
+
+class BackgroundWork(Protocol):
+    """Sub-agents that work while an agent goes on; `Background` is one."""
+
+    def of(self, agent: AgentState) -> AbstractAsyncContextManager[None]:
+        """Hold an agent's: none is left at work at the end."""
+        ...
+
+    def pending(self, agent: AgentState) -> Sequence[AgentState]:
+        """Return those whose results the agent has not read."""
+        ...
+
+    async def settle(self, agent: AgentState) -> None:
+        """Wait for all of an agent's."""
+        ...
+
+    async def deliver(self, agent: AgentState) -> None:
+        """Let the agent's next turn read what has come."""
+        ...
 
 
-async def drive(runtime: Runtime, agent: AgentState, tools: Sequence[dict[str, Any]], run_calls: RunCalls) -> None:
+class AgentWork(Protocol):
+    """What goes on beside an agent's turns; `Calls` is one."""
+
+    @property
+    def background(self) -> BackgroundWork:
+        """Its sub-agents in the background."""
+        ...
+
+    def tools(self, agent: AgentState) -> Sequence[dict[str, Any]]:
+        """Return what an agent's model is offered."""
+        ...
+
+    async def run(self, agent: AgentState) -> None:
+        """Have the open calls of its last turn run."""
+        ...
+
+
+async def drive(runtime: Runtime, agent: AgentState, work: AgentWork) -> None:
     """Take an agent from where it stands to its end.
 
     Args:
         runtime: the run.
         agent: any agent that has not ended.
-        tools: what its model is offered.
-        run_calls: has the open calls of the last turn run.
+        work: says what its model is offered, has its calls run, and looks after its sub-agents.
     """
     try:
-        async with asyncio.timeout(None) as scope:
-            turn = _Turns(runtime, agent, tools, scope)
+        async with asyncio.timeout(None) as scope, work.background.of(agent):
+            turn = _Turns(runtime, agent, scope, work)
             while agent.status is None:
                 if agent.calls:
-                    await run_calls(agent)
+                    await work.run(agent)
                 elif agent.messages[-1].role == "assistant":
-                    turn.conclude(agent.messages[-1].content)
+                    await turn.conclude()
                 else:
                     await turn.take()
     except TimeoutError:
@@ -88,10 +127,9 @@ async def drive(runtime: Runtime, agent: AgentState, tools: Sequence[dict[str, A
 class _Turns:
     """Turns of one agent."""
 
-    def __init__(
-        self, runtime: Runtime, agent: AgentState, tools: Sequence[dict[str, Any]], scope: asyncio.Timeout
-    ) -> None:
-        self._runtime, self._agent, self._tools, self._scope = runtime, agent, tools, scope
+    def __init__(self, runtime: Runtime, agent: AgentState, scope: asyncio.Timeout, work: AgentWork) -> None:
+        self._runtime, self._agent, self._scope, self._work = runtime, agent, scope, work
+        self._background, self._point = work.background, runtime.endpoint_of(agent)
         self._limits = runtime.limits_of(agent)
 
     async def take(self) -> None:
@@ -100,28 +138,38 @@ class _Turns:
         if agent.last_words is None:
             met = self._met_limit()
             if met is not None:
-                self._ask_for_last_words(met)
+                await self._ask_for_last_words(met)
+            else:
+                await self._background.deliver(agent)
         try:
             if agent.last_words is None and self._is_too_long():
                 await self._compact(self._limits.context.policy)
-            reply = await self._ask(self._tools if agent.last_words is None else ())
+            reply = await self._ask(self._work.tools(agent) if agent.last_words is None else ())
         except BudgetExceeded as error:
             if agent.last_words is None:
-                self._ask_for_last_words("budget")
+                await self._ask_for_last_words("budget")
             else:
                 runtime.finish(agent, "budget", error=str(error))
             return
         except EndpointError as error:
-            if error.fault != "context_overflow" or self._limits.context.policy == "none" or agent.compactions > 8:
+            if error.fault != "context_overflow" or self._limits.context.policy == "none":
+                raise
+            if agent.overflows > _MOST_OVERFLOWS:
                 raise
             await self._compact(self._policy_of_overflow())
             return
         if reply.message.tool_calls:
             await runtime.journal.commit()  # before the calls run
 
-    def conclude(self, text: str) -> None:
-        """End the agent with what it said without a call, or ask it for more."""
+    async def conclude(self) -> None:
+        """End the agent with what it said without a call, or ask it for more; first it hears of all that it started."""
         agent, runtime = self._agent, self._runtime
+        text = agent.messages[-1].content
+        if agent.last_words is None and self._background.pending(agent):
+            await self._background.settle(agent)
+            await self._background.deliver(agent)
+            if agent.messages[-1].role != "assistant":
+                return
         cut = "the last answer was cut off at its limit of tokens" if agent.was_cut else None
         if agent.last_words is not None:
             runtime.finish(agent, agent.last_words, error=cut)
@@ -137,14 +185,18 @@ class _Turns:
         if limits.max_tool_calls is not None and agent.tool_calls >= limits.max_tool_calls:
             return "max_tool_calls"
         most = runtime.config.max_critical_steps
-        if agent.id == ROOT and most is not None and runtime.state.critical_steps() >= most:
+        # a sub-agent leaves a step to whoever has to make an answer of what it says
+        if most is not None and runtime.state.critical_steps_so_far(agent.id) >= most - (agent.id != ROOT):
             return "max_critical_steps"
         wall_s = runtime.config.budget.wall_s
         if wall_s is not None and runtime.elapsed_s >= 0.95 * wall_s:
             return "budget"
         return "stuck" if agent.repeated[1] >= _STUCK_AFTER else None
 
-    def _ask_for_last_words(self, status: Status) -> None:
+    async def _ask_for_last_words(self, status: Status) -> None:
+        """Tell an agent to answer now, with all that comes from its sub-agents."""
+        await self._background.settle(self._agent)
+        await self._background.deliver(self._agent)
         text = LAST_WORDS.format(why=_WHY[status])
         self._runtime.emit("last_words", self._agent.id, {"status": status, "text": text})
 
@@ -163,7 +215,7 @@ class _Turns:
         """What makes room at once: a summary would have to be asked for with the history that does not fit."""
         policy = self._limits.context.policy
         if policy == "summarise":
-            return "discard_all" if self._agent.compactions % 2 else "hide_tool_results"
+            return "hide_tool_results" if self._agent.overflows % 2 else "discard_all"
         return policy
 
     async def _compact(self, policy: ContextPolicy) -> None:
@@ -189,14 +241,19 @@ class _Turns:
             answered = reply = await ask(
                 attempt,
                 request,
-                runtime.endpoint.retry,
+                self._point.retry,
                 admit=attempt.admit,
                 on_retry=attempt.note,
                 sleep=runtime.sleep,
                 now=runtime.now,
             )
         except EndpointError as error:
-            payload = {"turn": agent.turns, "fault": error.fault, "error": str(error), **_spent(runtime, error.usage)}
+            payload = {
+                "turn": agent.turns,
+                "fault": error.fault,
+                "error": str(error),
+                **_spent(self._point, error.usage),
+            }
             runtime.emit("turn_failed", agent.id, payload)
             raise
         except BudgetExceeded as error:
@@ -222,11 +279,16 @@ class _Turns:
         runtime, agent = self._runtime, self._agent
         sampling, budget = runtime.config.sampling, runtime.budget_of(agent)
         most = _DEFAULT_MAX_TOKENS if sampling.max_tokens is None else sampling.max_tokens
-        allowed = budget.clipped("tokens_out", most, is_last=agent.last_words is not None)
+        is_last, price = agent.last_words is not None, self._point.price
+        spare = min(_LAST_WORDS_TOKENS, budget.left("tokens_out") / 4)
+        allowed = budget.clipped("tokens_out", most, is_last=is_last, spare=spare)
+        if is_last and price is not None and price.completion > 0:  # a short answer is more than none
+            money = budget.left("usd") - self._context_tokens() * price.prompt / 1e6
+            allowed = min(allowed, money / price.completion * 1e6)
         if allowed < most:
             sampling = replace(sampling, max_tokens=max(1, int(allowed)))
         return ChatRequest(
-            model=runtime.endpoint.model,
+            model=self._point.model,
             messages=tuple(messages),
             tools=tools,
             sampling=sampling,
@@ -235,17 +297,28 @@ class _Turns:
         )
 
     def _reserve(self, request: ChatRequest) -> Reservation:
-        budget, price = self._runtime.budget_of(self._agent), self._runtime.endpoint.price
-        prompt = self._context_tokens()
+        budget, prompt = self._runtime.budget_of(self._agent), self._context_tokens()
         wanted = request.sampling.max_tokens
         completion = _DEFAULT_MAX_TOKENS if wanted is None else wanted
+        amounts = self._amounts(prompt, completion)
+        if self._agent.last_words is not None:
+            return budget.reserve(amounts, is_last=True)
+        # An agent that would have nothing left to tell what it found with tells it now.
+        grown = max(_LAST_WORDS_TOKENS, self._agent.added_tokens if self._agent.context_tokens else 0)
+        spare = self._amounts(prompt + grown, min(_LAST_WORDS_TOKENS, completion))
+        del spare["tokens_out"]  # kept by `_request`
+        return budget.reserve(amounts, spare=spare)
+
+    def _amounts(self, prompt: int, completion: int) -> dict[Quantity, float]:
+        """The most that a turn takes."""
+        price = self._point.price
         amounts: dict[Quantity, float] = {"tokens_in": prompt, "tokens_out": completion, "llm_calls": 1}
         if price is not None:
             amounts["usd"] = (prompt * price.prompt + completion * price.completion) / 1e6
-        return budget.reserve(amounts, is_last=self._agent.last_words is not None)
+        return amounts
 
     def _settle(self, reservation: Reservation, reply: Reply | None, attempts: _Attempts) -> None:
-        usage, price = attempts.lost if reply is None else attempts.lost + reply.usage, self._runtime.endpoint.price
+        usage, price = attempts.lost if reply is None else attempts.lost + reply.usage, self._point.price
         used: dict[Quantity, float] = {
             "llm_calls": min(1, attempts.count),
             "tokens_in": usage.prompt_tokens,
@@ -265,7 +338,7 @@ class _Turns:
             "turn": agent.turns,
             "message": message.to_dict(),
             "finish_reason": reply.finish_reason,
-            **_spent(runtime, reply.usage),
+            **_spent(self._point, reply.usage),
             "model": reply.model,
             "queued_s": attempts.queued_s,
             "first_token_s": reply.first_token_s,
@@ -286,6 +359,7 @@ class _Attempts:
     ) -> None:
         self._runtime, self._agent, self._scope, self._timeout_s = runtime, agent, scope, timeout_s
         self._tokens = tokens
+        self._point, self._admissions = runtime.endpoint_of(agent), runtime.admissions_of(agent)
         self.queued_s, self.count, self.lost = 0.0, 0, Usage()
         self._place: Place | None = None
 
@@ -293,30 +367,33 @@ class _Attempts:
     async def admit(self) -> AsyncIterator[None]:
         """Wait for a place in flight, and hold it."""
         who = f"{self._runtime.state.run_id}/{self._agent.id}"
-        async with self._runtime.admissions.admit(who, self._tokens, is_urgent=self._agent.id == ROOT) as place:
+        async with self._admissions.admit(who, self._tokens, is_urgent=self._agent.id == ROOT) as place:
             self.queued_s += place.queued_s
             if self.count:  # the turn's reservation is of one attempt
                 budget, is_last = self._runtime.budget_of(self._agent), self._agent.last_words is not None
-                budget.reserve({"llm_calls": 1}, is_last=is_last).settle({"llm_calls": 1})
+                spare: dict[Quantity, float] = {"llm_calls": 0 if is_last else 1}
+                budget.reserve({"llm_calls": 1}, is_last=is_last, spare=spare).settle({"llm_calls": 1})
             self.count += 1
             if self._timeout_s is not None and self._scope.when() is None:
-                self._scope.reschedule(asyncio.get_running_loop().time() + self._timeout_s)
+                left_s = max(0.0, self._timeout_s - self._agent.active_s)
+                self._scope.reschedule(asyncio.get_running_loop().time() + left_s)
+                self._runtime.began[self._agent.id] = self._runtime.now()
             self._place = place
             yield
 
     async def chat(self, request: ChatRequest) -> Reply:
         """See `ChatClient`."""
-        runtime, place = self._runtime, self._place
+        place = self._place
         assert place is not None
         try:
-            reply = await runtime.endpoint.client.chat(request)
+            reply = await self._point.client.chat(request)
         except EndpointError as error:
             if error.fault in ("rate_limit", "overload"):
-                runtime.admissions.refused(error.retry_after_s)
+                self._admissions.refused(error.retry_after_s)
             if error.usage is not None:
                 self.lost += error.usage
             raise
-        runtime.admissions.succeeded()
+        self._admissions.succeeded()
         place.settle(reply.usage.total_tokens)
         return reply
 
@@ -332,13 +409,13 @@ class _Attempts:
             "status": error.status,
             "error": str(error),
             "wait_s": wait_s,
-            **_spent(self._runtime, error.usage),
+            **_spent(self._point, error.usage),
         }
         self._runtime.emit("turn_retry", self._agent.id, payload)
 
 
-def _spent(runtime: Runtime, usage: Usage | None) -> dict[str, Any]:
+def _spent(point: Endpoint, usage: Usage | None) -> dict[str, Any]:
     if usage is None:
         return {}
-    price = runtime.endpoint.price
+    price = point.price
     return {"usage": asdict(usage), "cost_usd": None if price is None else price.of(usage)}

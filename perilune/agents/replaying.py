@@ -13,12 +13,14 @@ from perilune.agents.config import (
     AgentLimits,
     BudgetConfig,
     ContextConfig,
+    Extensions,
     GroupConfig,
     SwarmConfig,
 )
 from perilune.agents.endpoint import Endpoint
 from perilune.agents.journal import Event, Journal, JournalError, find_run, load_events, remove_run
 from perilune.agents.messages import Message, Reply, Sampling, Usage
+from perilune.agents.result import check_payload
 from perilune.agents.state import RunState
 from perilune.agents.swarm import RunResult, Swarm, SwarmRun
 from perilune.agents.tools.base import Tool, ToolContext, ToolOutput
@@ -50,15 +52,19 @@ async def replay_run(journal: Path, run_id: str | None, copy: Path) -> Replay:
     found = find_run(journal, run_id)
     events = load_events(journal, found.run_id)
     state = RunState.fold(found.run_id, events)
+    check_payload(journal, state)
     _check_repeatable(journal, events)
     turns, results = recorded_turns(events), recorded_results(events)
+    point = Endpoint(client=ReplayClient(turns), model=state.model, retry=RetryPolicy(attempts=1))
     swarm = Swarm(
-        endpoint=Endpoint(client=ReplayClient(turns), model=state.model, retry=RetryPolicy(attempts=1)),
+        endpoint=point,
+        models={name: replace(point, model=model) for name, model in state.setup.get("models", {}).items()},
         config=_config_of_replay(state, events),
         tools=_recorded_tools(events, results),
     )
     run = await swarm.start(state.task, copy, run_id=found.run_id)
-    run.repeat_notes({e.payload["call"]: e.payload.get("note", "") for e in events if e.type == "tool_finished"})
+    notes = {e.payload["call"]: e.payload.get("note", "") for e in events if e.type == "tool_finished"}
+    run.repeat(notes, recorded_deliveries(found.run_id, events))
     result = await run.result()
     if run.divergence is not None:
         raise run.divergence
@@ -71,10 +77,12 @@ def fork_run(journal: Path, run_id: str | None, seq: int, new_id: str) -> None:
     """Copy a run's events up to a number into a new run of the same journal, to be resumed with another model or tools.
 
     Raises:
-        JournalError: there is no such run or event, or there is a run of the new name; nothing of the copy is left.
+        JournalError: there is no such run or event, there are hashes in place of what was said, or there is a run of
+            the new name; nothing of the copy is left.
     """
     found = find_run(journal, run_id)
     events = load_events(journal, found.run_id, limit=seq)
+    check_payload(journal, RunState.fold(found.run_id, events[:1]))
     if not 1 <= seq <= found.events:
         raise JournalError(f"{journal}: run {found.run_id} has events 1 to {found.events}, no {seq}")
     if any(event.type == "run_finished" for event in events):
@@ -168,6 +176,17 @@ def recorded_results(events: Sequence[Event]) -> dict[str, ToolOutput]:
     }
 
 
+def recorded_deliveries(run_id: str, events: Sequence[Event]) -> dict[tuple[str, int, int], list[str]]:
+    """Return, by agent, turn and compactions before, the sub-agents in the background whose results came there."""
+    state, found = RunState(run_id), dict[tuple[str, int, int], list[str]]()
+    for event in events:
+        if event.type == "result_delivered":
+            agent = state.agents[event.agent]
+            found.setdefault((agent.id, agent.turns, agent.compactions), []).append(event.payload["child"])
+        state.apply(event)
+    return found
+
+
 def config_of(tree: Mapping[str, Any]) -> SwarmConfig:
     """Return the settings that a journal recorded."""
     own = {**tree, "redact": ()}  # its events are without what was redacted
@@ -176,6 +195,7 @@ def config_of(tree: Mapping[str, Any]) -> SwarmConfig:
         own[name] = AgentLimits(**{**limits, "context": ContextConfig(**limits["context"])})
     sampling = dict(own["sampling"])
     own["sampling"] = Sampling(**{**sampling, "stop": tuple(sampling["stop"])})
+    own["extensions"] = Extensions(**own.get("extensions", {}))
     own["budget"], own["group"] = BudgetConfig(**own["budget"]), GroupConfig(**own["group"])
     return SwarmConfig(**own)
 
@@ -194,6 +214,7 @@ _OUTSIDE = {
     "steered": "the run was steered",
     "approval_requested": "the run asked for consent",
     "question_asked": "the run asked a person",
+    "tool_changed": "a tool was described anew",
 }
 
 

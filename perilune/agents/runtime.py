@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from perilune.agents.agent_state import ROOT, AgentState, Status
 from perilune.agents.budget import WARN_AT, Budget, Quantity
 from perilune.agents.client.replay import Divergence, RequestHasher
 from perilune.agents.config import AgentLimits, SwarmConfig
 from perilune.agents.endpoint import Endpoint
 from perilune.agents.journal import Event
 from perilune.agents.limiter import Admissions
-from perilune.agents.state import ROOT, AgentState, RunState, Status
+from perilune.agents.state import RunState
+from perilune.agents.swarm_tools import ASSIGN_TASK
 from perilune.agents.tools.base import Artifacts, Tool, ToolContext
 from perilune.agents.tools.human import Approvals, Decision
 from perilune.agents.tools.registry import ToolRegistry
@@ -103,6 +105,8 @@ class Runtime:
     setup: Mapping[str, Any] = field(default_factory=dict)
     """What the run is driven with, for its journal: model, config, tools, rules, recipe."""
     approvals: Consent = field(default_factory=Approvals)
+    models: Mapping[str, Endpoint] = field(default_factory=dict)
+    """The pool that sub-agents may be given a model of, by name."""
     elsewhere: Elsewhere | None = None
     """Drives the sub-agents; None: this process does."""
     asker: Callable[[str, str], Awaitable[str]] | None = None
@@ -130,6 +134,10 @@ class Runtime:
     """Of a replay: the first request that is not the recorded one."""
     notes: Mapping[str, str] | None = None
     """Of a replay: what was told beside the results of calls; it depends on who was first."""
+    deliveries: Mapping[tuple[str, int, int], Sequence[str]] | None = None
+    """Of a replay: by agent, its turn and its compactions, the sub-agents in the background whose results came then."""
+    began: dict[str, float] = field(default_factory=dict)
+    """When the time of agents whose time is limited began."""
     hasher: RequestHasher = field(default_factory=RequestHasher)
     admissions: Admissions = field(init=False)
     """Lets calls to the model through; the endpoint's limiter."""
@@ -188,25 +196,71 @@ class Runtime:
         """Return an agent's limits."""
         return self.config.orchestrator if agent.id == ROOT else self.config.subagent
 
+    def endpoint_of(self, agent: AgentState) -> Endpoint:
+        """Return whom an agent asks; the run's own endpoint, where its model is not in the pool any more."""
+        return self.endpoint if agent.model is None else self.models.get(agent.model, self.endpoint)
+
+    def admissions_of(self, agent: AgentState) -> Admissions:
+        """Return what lets an agent's calls to its model through."""
+        point = self.endpoint_of(agent)
+        return self.admissions if point is self.endpoint else point.limiter
+
     def budget_of(self, agent: AgentState) -> Budget:
-        """Return an agent's budget: of a sub-agent, its share of what its parent has left when it begins."""
+        """Return an agent's budget: of a sub-agent, its share of what its parent has left when it begins.
+
+        Neither is more than its own limits leave.
+        """
         found = self.budgets.get(agent.id)
         if found is None:
+            own = self._own_limits(agent)
             if agent.parent is None:
-                found = self.budget.child(agent.id)
+                found = self.budget.child(agent.id, own)
             else:
                 parent = self.state.agents[agent.parent]
-                turn = next((turn for turn, group in parent.groups.items() if agent.id in group), parent.turns - 1)
-                found = self.budget_of(parent).child(agent.id, self._share(parent, turn))
+                turn = parent.turns - 1 if agent.stint is None else agent.stint.turn
+                share = self._share(parent, turn)
+                limits = dict(share)
+                for name, amount in own.items():
+                    limits[name] = min(amount, share.get(name, amount))
+                found = self.budget_of(parent).child(agent.id, limits)
             self.budgets[agent.id] = found
         return found
+
+    def _own_limits(self, agent: AgentState) -> dict[Quantity, float]:
+        """What an agent's limits leave to it: in a run that goes on, without what it used before."""
+        limits = self.limits_of(agent)
+        wanted: dict[Quantity, float | None] = {
+            "usd": limits.usd,
+            "tokens_in": limits.tokens_in,
+            "tokens_out": limits.tokens_out,
+        }
+        used = self._used(agent)
+        return {name: max(0.0, most - used[name]) for name, most in wanted.items() if most is not None}
+
+    def _used(self, agent: AgentState) -> dict[Quantity, float]:
+        """What an agent has used, and those that it started."""
+        usage = agent.usage
+        used: dict[Quantity, float] = {
+            "usd": agent.cost_usd or 0.0,
+            "tokens_in": usage.prompt_tokens,
+            "tokens_out": usage.completion_tokens,
+        }
+        for child in agent.children:
+            below = self._used(self.state.agents[child])
+            used = {name: amount + below[name] for name, amount in used.items()}
+        return used
 
     def _share(self, parent: AgentState, turn: int) -> Mapping[Quantity, float]:
         """What each sub-agent of a group may use: the same for all, whoever asks first."""
         found = self.shares.get((parent.id, turn))
         if found is None:
-            wanted = [call for call in parent.calls.values() if call.call.name == "assign_task" and not call.result]
-            found = self.budget_of(parent).shares(max(1, len(wanted)))
+            working = [stint for stint in parent.given if stint.end is None]
+            group = [stint for stint in working if stint.turn == turn]
+            begun = {stint.call for stint in group}
+            calls = parent.calls.values() if turn == parent.turns - 1 else ()
+            more = [c for c in calls if c.call.name == ASSIGN_TASK and c.result is None and c.key not in begun]
+            earlier = [self.budget_of(self.state.agents[stint.agent]) for stint in working if stint.turn < turn]
+            found = self.budget_of(parent).shares(max(1, len(group) + len(more)), earlier)
             self.shares[parent.id, turn] = found
         return found
 
@@ -227,8 +281,12 @@ class Runtime:
                 self.finish(other, "cancelled")
         if agent.status is None:
             text = agent.answer if result is None else result
-            self.emit("agent_finished", agent.id, {"status": status, "result": text, "error": error})
+            payload: dict[str, Any] = {"status": status, "result": text, "error": error}
+            if agent.id in self.began:
+                payload["active_s"] = self.now() - self.began.pop(agent.id)
+            self.emit("agent_finished", agent.id, payload)
             self.hasher.forget(agent.id)
+            self.registry.agent_ended(self.state.run_id, agent.id)
 
     def cancel(self, agent_id: str, reason: str) -> bool:
         """Tell an agent and all below it to end; return whether there was anything to end."""

@@ -14,8 +14,9 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
-from perilune.agents.timeline import AgentSpan, CallSpan, Timeline, TurnSpan
+from perilune.agents.timeline import AgentSpan, CallSpan, StintSpan, Timeline, TurnSpan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +87,8 @@ def serial(timeline: Timeline, model: LatencyModel, *, seed: int = 0) -> Simulat
     for agent in timeline.agents.values():
         for turn in agent.turns:
             total += simulation.alone(agent, turn)
-            total += sum(simulation.tool_s(call) for call in turn.calls if call.child is None)
+            awaited = {stint.call for stint in agent.given if not stint.is_background}
+            total += sum(simulation.tool_s(call) for call in turn.calls if call.key not in awaited)
     return Simulated(wall_s=total, queued_s=0.0, peak_decoding=1)
 
 
@@ -95,6 +97,25 @@ class _Decoding:
     left: float
     """Tokens."""
     then: Callable[[], None]
+
+
+class _Countdown:
+    """Does something when so many things are done; not before it is started."""
+
+    def __init__(self, count: int, then: Callable[[], None]) -> None:
+        self._left, self._then = count + 1, then
+
+    def one(self) -> None:
+        """One more is done."""
+        self._left -= 1
+        if not self._left:
+            self._then()
+
+    start = one
+
+
+def _nothing() -> None:
+    """Wait for nothing."""
 
 
 class _Simulation:
@@ -112,9 +133,14 @@ class _Simulation:
         self._decoded_at = 0.0
         self._decode_version = 0
         self._next_request_at = 0.0
+        self._done: set[int] = set()
+        """Stints in the background that are over."""
+        self._awaited: dict[int, Callable[[], None]] = {}
+        """What their ends set going."""
 
     def run(self) -> Simulated:
-        self._agent(self._timeline.root, lambda: None)
+        root = self._timeline.root
+        self._turn(root, (turn for turn in root.turns if turn.is_answered), _nothing)
         while self._heap:
             self._now, _, act = heapq.heappop(self._heap)
             act()
@@ -141,14 +167,19 @@ class _Simulation:
     def _after(self, seconds: float, act: Callable[[], None]) -> None:
         heapq.heappush(self._heap, (self._now + seconds, next(self._order), act))
 
-    def _agent(self, agent: AgentSpan, then: Callable[[], None]) -> None:
-        self._turn(agent, iter(agent.turns), then)
-
     def _turn(self, agent: AgentSpan, turns: Iterator[TurnSpan], then: Callable[[], None]) -> None:
-        turn = next((turn for turn in turns if turn.is_answered), None)
+        turn = next(turns, None)
         if turn is None:
             then()
             return
+        read = [stint for stint in agent.given if stint.is_background and stint.back == turn.number]
+        late = [stint for stint in read if id(stint) not in self._done]
+        wait = _Countdown(len(late), lambda: self._ask(agent, turn, turns, then))
+        for stint in late:
+            self._awaited[id(stint)] = wait.one
+        wait.start()
+
+    def _ask(self, agent: AgentSpan, turn: TurnSpan, turns: Iterator[TurnSpan], then: Callable[[], None]) -> None:
         asked_at = self._now
 
         def admitted() -> None:
@@ -157,7 +188,7 @@ class _Simulation:
 
         def answered() -> None:
             self._leave()
-            self._calls(turn, lambda: self._turn(agent, turns, then))
+            self._calls(agent, turn, lambda: self._turn(agent, turns, then))
 
         self._enter(admitted, is_urgent=agent.parent is None)
 
@@ -178,26 +209,24 @@ class _Simulation:
         self._in_flight -= 1
         self._admit()
 
-    def _calls(self, turn: TurnSpan, then: Callable[[], None]) -> None:
-        left = len(turn.calls)
-        if not left:
-            then()
-            return
+    def _calls(self, agent: AgentSpan, turn: TurnSpan, then: Callable[[], None]) -> None:
+        begun = [stint for stint in agent.given if stint.turn == turn.number]
+        awaited = {stint.call for stint in begun if not stint.is_background}
+        direct = [call for call in turn.calls if call.key not in awaited]
+        wait = _Countdown(len(direct) + sum(not stint.is_background for stint in begun), then)
+        for call in direct:
+            self._after(self.tool_s(call), wait.one)
+        for stint in begun:
+            self._start(stint, partial(self._returned, stint) if stint.is_background else wait.one)
+        wait.start()
 
-        def done() -> None:
-            nonlocal left
-            left -= 1
-            if not left:
-                then()
+    def _returned(self, stint: StintSpan) -> None:
+        """Note that what was done in the background is done; whoever waits for it goes on."""
+        self._done.add(id(stint))
+        self._awaited.pop(id(stint), _nothing)()
 
-        for call in turn.calls:
-            if call.child is None:
-                self._after(self.tool_s(call), done)
-            else:
-                self._start(self._timeline.agents[call.child], done)
-
-    def _start(self, child: AgentSpan, then: Callable[[], None]) -> None:
-        """Run a sub-agent when there is a place for it."""
+    def _start(self, stint: StintSpan, then: Callable[[], None]) -> None:
+        """Have a sub-agent work when there is a place for it."""
 
         def ended() -> None:
             self._running -= 1
@@ -207,7 +236,8 @@ class _Simulation:
 
         def begin() -> None:
             self._running += 1
-            self._agent(child, ended)
+            child = self._timeline.agents[stint.agent]
+            self._turn(child, iter(self._timeline.turns_of(stint)), ended)
 
         if self._running < self._model.agents_running:
             begin()

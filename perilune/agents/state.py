@@ -3,108 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
+from perilune.agents.agent_state import ROOT, AgentState, CallState
 from perilune.agents.context import discard_all, hide_tool_results, summarised
 from perilune.agents.journal import Event
 from perilune.agents.messages import Message, ToolCall, Usage, estimate_tokens, text_of
+from perilune.agents.stints import Stint, critical_steps, critical_steps_of, steps_until
 from perilune.agents.tools.validation import read_json
 
-Status = Literal[
-    "completed",
-    "max_steps",
-    "max_tool_calls",
-    "max_critical_steps",
-    "budget",
-    "timeout",
-    "cancelled",
-    "error",
-    "context_overflow",
-    "stuck",
-]
-"""How an agent ended."""
-
-ROOT = "root"
-
-
-@dataclass(slots=True)
-class CallState:
-    """A call of an agent's last turn."""
-
-    key: str
-    """Unique in the run: agent, turn and place."""
-    index: int
-    call: ToolCall
-    effect: str | None = None
-    """Of the tool, once it was started."""
-    started: int = 0
-    """Number of the event `tool_started`; 0 before."""
-    finished: int = 0
-    result: Message | None = None
-
-
-@dataclass(slots=True)
-class AgentState:
-    """A conversation, and where it stands."""
-
-    id: str
-    parent: str | None
-    profile: str
-    depth: int
-    spawned: int
-    """Number of the event."""
-    messages: list[Message]
-    call: str | None = None
-    """The parent's call that it answers."""
-    turns: int = 0
-    """Finished turns, which are its steps."""
-    tool_calls: int = 0
-    admitted_calls: int = 0
-    """Calls of the last turn that may run; those after them are refused."""
-    run_calls: int = 0
-    """Calls of all turns that could run."""
-    was_cut: bool = False
-    """Whether the last answer ended at its limit of tokens."""
-    cancel_reason: str | None = None
-    """Why it was told to end, if it was."""
-    usage: Usage = field(default_factory=Usage)
-    cost_usd: float | None = 0.0
-    """None where a call had no known price."""
-    calls: dict[str, CallState] = field(default_factory=dict)
-    """Calls of the last turn, until each has its result."""
-    open_turn: int = 0
-    """Number of the event of a turn that began and did not end; 0 without."""
-    attempts: int = 0
-    """Attempts at the open turn that failed."""
-    last: int = 0
-    """Number of its last event, the cause of its next."""
-    children: list[str] = field(default_factory=list)
-    groups: dict[int, list[str]] = field(default_factory=dict)
-    """By turn, the sub-agents that it started."""
-    steers: list[str] = field(default_factory=list)
-    """What people said while results were awaited."""
-    repeated: tuple[str, int] = ("", 0)
-    """The last call, and how often it came one after another."""
-    last_words: Status | None = None
-    """The limit that it met; its next turn is its last."""
-    was_asked_for_more: bool = False
-    is_running: bool = False
-    """Whether it has a place among those that run."""
-    compactions: int = 0
-    context_tokens: int = 0
-    """Tokens of the last request and its answer, as the server counted them."""
-    added_tokens: int = 0
-    """An estimate of those that have come since."""
-    status: Status | None = None
-    result: str = ""
-    error: str | None = None
-
-    @property
-    def answer(self) -> str:
-        """The last text that it wrote."""
-        return next((m.content for m in reversed(self.messages) if m.role == "assistant" and m.content), "")
+_NOT_ENDED = "[you were stopped before this call ended; its outcome is unknown]"
 
 
 @dataclass(slots=True)
@@ -122,6 +32,8 @@ class RunState:
     """System prompts by name."""
     consents: list[Mapping[str, Any]] = field(default_factory=list)
     """Requests for consent and their resolutions, in order."""
+    lapsed: set[str] = field(default_factory=set)
+    """Requests whose agents ended before anybody answered."""
     questions: dict[str, str] = field(default_factory=dict)
     """Questions to people by call, until they are answered or nobody waits for it any more."""
     answers: dict[str, str] = field(default_factory=dict)
@@ -152,11 +64,7 @@ class RunState:
         """Requests for consent that nobody has answered, of agents that still wait for it, by id."""
         answered = {entry["id"] for entry in self.consents if "name" not in entry}
         asked = [entry for entry in self.consents if "name" in entry and entry["id"] not in answered]
-        return {entry["id"]: entry for entry in asked if self._is_alive(entry["agent"])}
-
-    def _is_alive(self, agent_id: str) -> bool:
-        agent = self.agents.get(agent_id)
-        return agent is not None and agent.status is None
+        return {entry["id"]: entry for entry in asked if entry["id"] not in self.lapsed}
 
     @property
     def root(self) -> AgentState:
@@ -186,12 +94,26 @@ class RunState:
         return sum(agent.tool_calls for agent in self.agents.values())
 
     def critical_steps(self, agent_id: str = ROOT) -> int:
-        """Sum over stages of an agent's step and the steps of the slowest sub-agent that it started there.
-
-        Source: Kimi K2.5 (2602.02276), section 3.
-        """
+        """Return the steps that had to be taken one after another; see `stints.critical_steps`."""
         agents = self.agents
-        return critical_steps(agent_id, lambda name: agents[name].turns, lambda name: agents[name].groups.values())
+        return critical_steps(agent_id, lambda name: agents[name].turns, lambda name: agents[name].given)
+
+    def critical_steps_so_far(self, agent_id: str) -> int:
+        """Return the steps that had to be taken one after another to where an agent is, its callers' among them."""
+        agent, agents = self.agents[agent_id], self.agents
+        if agent.stint is None:
+            return self.critical_steps(agent_id)
+        own = critical_steps_of(agent.stint, lambda name: agents[name].turns, lambda name: agents[name].given)
+        return self._steps_before(agent) + own
+
+    def _steps_before(self, agent: AgentState) -> int:
+        """Those before an agent was given what it works on."""
+        if agent.stint is None or agent.parent is None:
+            return 0
+        agents, parent = self.agents, self.agents[agent.parent]
+        begin = 0 if parent.stint is None else parent.stint.begin
+        turns, given = (lambda name: agents[name].turns), (lambda name: agents[name].given)
+        return self._steps_before(parent) + steps_until(parent.id, begin, agent.stint.turn, turns, given)
 
     def apply(self, event: Event) -> None:
         """Take an event in; those of unknown types change nothing."""
@@ -208,15 +130,21 @@ class RunState:
         agent = self.agents.get(event.agent)
         if agent is None:
             return
-        agent.last = event.seq
+        if event.type != "tool_progress":  # it makes nothing possible
+            agent.last = event.seq
         if event.type == "tool_finished":
             self.questions.pop(event.payload["call"], None)
         elif event.type == "agent_finished":
             for call in agent.calls:
                 self.questions.pop(call, None)
-        if event.type in _OF_AGENT:
+            self.lapsed |= {name for name, entry in self.approvals.items() if entry["agent"] == agent.id}
+        if event.type == "agent_resumed":
+            self._resume(agent, event)
+        elif event.type == "result_delivered":
+            self._return(agent, event)
+        elif event.type in _OF_AGENT:
             _OF_AGENT[event.type](agent, event)
-        if event.type in ("turn_retry", "turn_finished", "turn_summarised", "turn_failed", "turn_lost"):
+        if event.type in _ATTEMPTS and event.payload.get("fault") != "budget":  # then nobody was asked
             self.llm_calls += 1
 
     def _spawn(self, event: Event) -> None:
@@ -228,29 +156,46 @@ class RunState:
             depth=payload["depth"],
             spawned=event.seq,
             messages=[Message.from_dict(message) for message in payload["messages"]],
-            call=payload.get("call"),
+            model=payload.get("model"),
             last=event.seq,
         )
-        agent.added_tokens = estimate_tokens(text_of(agent.messages))
         self.agents[event.agent] = agent
         if agent.parent is not None:
             parent = self.agents[agent.parent]
             parent.children.append(agent.id)
-            parent.groups.setdefault(parent.turns - 1, []).append(agent.id)
+            if "fork" in payload:
+                agent.prompts, agent.is_fork = agent.messages, True
+                agent.messages = [*parent.messages[: payload["fork"]], *agent.messages]
+            self._give(parent, agent, payload)
+        agent.added_tokens = estimate_tokens(text_of(agent.messages))
 
+    def _resume(self, agent: AgentState, event: Event) -> None:
+        """Have an agent that has ended go on with another task."""
+        assert agent.parent is not None
+        agent.status, agent.result, agent.error, agent.last_words = None, "", None, None
+        agent.was_asked_for_more, agent.repeated, agent.overflows = False, ("", 0), 0
+        prompt = Message(role="user", content=event.payload["text"])
+        agent.prompts = [*agent.prompts, prompt]
+        _say(agent, prompt)
+        self._give(self.agents[agent.parent], agent, event.payload)
 
-def critical_steps(agent_id: str, steps: Callable[[str], int], groups: Callable[[str], Iterable[Sequence[str]]]) -> int:
-    """Return an agent's steps, and of each group that it started those of the slowest member, by the same rule.
+    def _give(self, parent: AgentState, agent: AgentState, payload: Mapping[str, Any]) -> None:
+        agent.stint = Stint(
+            agent=agent.id,
+            call=payload["call"],
+            turn=parent.turns - 1,
+            begin=agent.turns,
+            item=payload.get("item"),
+            is_background=payload.get("background", False),
+        )
+        parent.given.append(agent.stint)
 
-    Args:
-        agent_id: the agent.
-        steps: an agent's own.
-        groups: the sub-agents of each of an agent's turns that started any.
-
-    Source: Kimi K2.5 (2602.02276), section 3.
-    """
-    slowest = (max(critical_steps(child, steps, groups) for child in group) for group in groups(agent_id))
-    return steps(agent_id) + sum(slowest)
+    def _return(self, agent: AgentState, event: Event) -> None:
+        """Let an agent read what a sub-agent in the background came to."""
+        stint = self.agents[event.payload["child"]].stint
+        if stint is not None:
+            stint.back = agent.turns
+        _say(agent, Message(role="user", content=event.payload["text"]))
 
 
 def result_text(payload: Mapping[str, Any]) -> str:
@@ -343,6 +288,7 @@ def _turn_over(agent: AgentState, event: Event) -> None:
 
 def _turn_failed(agent: AgentState, event: Event) -> None:
     _turn_over(agent, event)
+    agent.overflows += event.payload.get("fault") == "context_overflow"
     _deliver(agent)
 
 
@@ -375,8 +321,9 @@ def _turn_finished(agent: AgentState, event: Event) -> None:
     agent.messages.append(message)
     if not message.tool_calls:
         _deliver(agent)
-    for call in message.tool_calls:
-        same = _canonical(call)
+    agent.overflows = 0
+    if message.tool_calls:  # one turn is one repetition, however often it makes a call
+        same = "\n".join(sorted({_canonical(call) for call in message.tool_calls}))
         agent.repeated = (same, agent.repeated[1] + 1 if same == agent.repeated[0] else 1)
 
 
@@ -384,6 +331,12 @@ def _tool_started(agent: AgentState, event: Event) -> None:
     call = agent.calls.get(event.payload["call"])
     if call is not None:
         call.started, call.effect = event.seq, event.payload["effect"]
+
+
+def _tool_progress(agent: AgentState, event: Event) -> None:
+    call = agent.calls.get(event.payload["call"])
+    if call is not None:
+        call.progress = (event.payload["done"], event.payload["total"])
 
 
 def _tool_finished(agent: AgentState, event: Event) -> None:
@@ -434,9 +387,9 @@ def _context_compacted(agent: AgentState, event: Event) -> None:
         case "hide_tool_results":
             agent.messages = hide_tool_results(agent.messages)
         case "discard_all":
-            agent.messages = discard_all(agent.messages, agent.compactions + 1)
+            agent.messages = discard_all(agent.messages, agent.compactions + 1, agent.prompts)
         case "summarise":
-            agent.messages = summarised(agent.messages, event.payload["summary"])
+            agent.messages = summarised(agent.messages, event.payload["summary"], agent.prompts)
     agent.compactions += 1
     agent.context_tokens = 0
     agent.added_tokens = estimate_tokens(text_of(agent.messages))
@@ -445,9 +398,16 @@ def _context_compacted(agent: AgentState, event: Event) -> None:
 def _agent_finished(agent: AgentState, event: Event) -> None:
     payload = event.payload
     agent.status, agent.result, agent.error = payload["status"], payload["result"], payload.get("error")
+    if agent.calls:  # whoever goes on with this history must find a result of every call
+        for call in agent.calls.values():
+            _say(agent, call.result or Message(role="tool", content=_NOT_ENDED, tool_call_id=call.call.id))
     agent.is_running, agent.calls, agent.open_turn = False, {}, 0
+    agent.active_s += payload.get("active_s", 0.0)
+    if agent.stint is not None:
+        agent.stint.end = agent.turns
 
 
+_ATTEMPTS = frozenset(("turn_retry", "turn_finished", "turn_summarised", "turn_failed", "turn_lost"))
 _OF_AGENT = {
     "agent_started": _agent_started,
     "turn_started": _turn_started,
@@ -457,6 +417,7 @@ _OF_AGENT = {
     "turn_failed": _turn_failed,
     "turn_lost": _turn_failed,
     "tool_started": _tool_started,
+    "tool_progress": _tool_progress,
     "tool_finished": _tool_finished,
     "steered": _steered,
     "cancel_requested": _cancel_requested,

@@ -1,4 +1,4 @@
-"""`create_subagent` and `assign_task`: the orchestrator's two tools, and the sub-agents that they start.
+"""Sub-agents: registered, started, continued, waited for, and what their parents are told.
 
 Source: Kimi K2.5 (2602.02276), section 3 and appendix E.8.
 """
@@ -9,78 +9,29 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from perilune.agents.loop import drive
+from perilune.agents.assigning import AssignRules
+from perilune.agents.background import Background
+from perilune.agents.loop import AgentWork, drive
 from perilune.agents.runtime import HeldPlace, Runtime
 from perilune.agents.state import AgentState, CallState
-from perilune.agents.tools.base import Tool, ToolContext, ToolError, ToolOutput
+from perilune.agents.swarm_tools import CREATE_SUBAGENT, SWARM_MAP, swarm_schemas
+from perilune.agents.tools.base import ToolError, ToolOutput
 from perilune.agents.tools.shorten import whole_characters
-from perilune.agents.tools.validation import read_json
-
-CREATE_SUBAGENT = "create_subagent"
-ASSIGN_TASK = "assign_task"
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _MAX_PROMPT_CHARS = 16_000
 
-SCHEMAS: tuple[dict[str, Any], ...] = (
-    {
-        "type": "function",
-        "function": {
-            "name": CREATE_SUBAGENT,
-            "description": (
-                "Register a kind of sub-agent under a name of its own, to be given tasks with assign_task. The system "
-                "prompt says who it is and how it works. Nothing runs yet."
-            ),
-            "parameters": {
-                "type": "object",
-                "properties": {
-                    "name": {"type": "string", "description": "Unique name, of letters, digits, '_', '.' and '-'."},
-                    "system_prompt": {"type": "string", "description": "Who it is and how it works."},
-                },
-                "required": ["name", "system_prompt"],
-                "additionalProperties": False,
-            },
-        },
-    },
-    {
-        "type": "function",
-        "function": {
-            "name": ASSIGN_TASK,
-            "description": (
-                "Have a registered sub-agent work on a task. It begins afresh, knows nothing but its system prompt and "
-                "this prompt, and returns one message when it is done. Several may be started in one turn: they work "
-                "at the same time, which is much faster."
-            ),
-            "parameters": {
-                "type": "object",
-                "properties": {
-                    "agent": {"type": "string", "description": "Name that was given to create_subagent."},
-                    "prompt": {"type": "string", "description": "The whole task, with all that is needed for it."},
-                },
-                "required": ["agent", "prompt"],
-                "additionalProperties": False,
-            },
-        },
-    },
-)
-
-
-async def _never(arguments: dict[str, Any], context: ToolContext) -> ToolOutput:
-    raise AssertionError(f"{context.agent_id}: not run by a registry: {arguments}")
-
-
-SWARM_TOOLS: Mapping[str, Tool] = {
-    schema["function"]["name"]: Tool(**schema["function"], run=_never, effect="idempotent") for schema in SCHEMAS
-}
-"""The two as tools, for rules of consent; `Subagents` runs them."""
-
 CONTRACT = (
     "You work alone on the task below and cannot ask anybody back. Your final message is all that the caller sees: put "
     "the whole result there.{limit}"
+)
+FORK = (
+    "[You are {agent} from here on, a sub-agent that begins with a copy of its caller's history. Tools that are not "
+    "offered any more were the caller's.]\n\n{system}\n\n{contract}\n\n{prompt}"
 )
 
 
@@ -89,10 +40,12 @@ def offers_subagents(runtime: Runtime, agent: AgentState) -> bool:
     return agent.depth < runtime.config.max_depth
 
 
-def tools_of(runtime: Runtime, agent: AgentState) -> list[dict[str, Any]]:
+def tools_of(runtime: Runtime, agent: AgentState) -> tuple[dict[str, Any], ...]:
     """Return what an agent's model is offered."""
-    found = [tool.to_dict() for tool in runtime.registry.tools.values()]
-    return [*SCHEMAS, *found] if offers_subagents(runtime, agent) else found
+    found = tuple(tool.to_dict() for tool in runtime.registry.tools.values())
+    if not offers_subagents(runtime, agent):
+        return found
+    return (*swarm_schemas(runtime.config.extensions, tuple(runtime.models)), *found)
 
 
 class Subagents:
@@ -100,22 +53,26 @@ class Subagents:
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
-        self.run_calls: Callable[[AgentState], Awaitable[None]] | None = None
-        """Has an agent's open calls run; set by who knits the parts together."""
+        self._rules = AssignRules(runtime)
+        self.background = Background(runtime, self._run, self._report)
+        self.work: AgentWork | None = None
+        """Has the calls of agents run; set by who knits the parts together."""
 
-    async def call(self, agent: AgentState, call: CallState, arguments: dict[str, str]) -> ToolOutput:
-        """Answer one of the two tools."""
+    async def call(self, agent: AgentState, call: CallState, arguments: dict[str, Any]) -> ToolOutput:
+        """Answer one of the swarm's tools."""
         if call.call.name == CREATE_SUBAGENT:
             return self._create(agent, arguments)
+        if call.call.name == SWARM_MAP:
+            return await self._map(agent, call, arguments)
         return await self._assign(agent, call, arguments)
 
     @asynccontextmanager
     async def group(self, agent: AgentState, calls: Sequence[CallState]) -> AsyncIterator[None]:
         """Watch over the sub-agents that a turn starts: cancel those that are late, by the group's policy.
 
-        An agent that waits for others gives its own place to them.
+        An agent that waits for others gives its own place to them. Those in the background are nobody's group.
         """
-        keys = frozenset(call.key for call in calls if call.call.name == ASSIGN_TASK)
+        keys = frozenset(call.key for call in calls if self._rules.is_awaited(call))
         if not keys or not offers_subagents(self._runtime, agent):
             yield
             return
@@ -138,14 +95,16 @@ class Subagents:
     def _arrived(self, agent: AgentState, turn: int) -> None:
         """Cut a group off when enough of it are done."""
         policy = self._runtime.config.group
-        group = [self._runtime.state.agents[name] for name in agent.groups.get(turn, ())]
-        if policy.kind == "quorum" and sum(child.status is not None for child in group) >= policy.quorum:
-            calls = frozenset(child.call for child in group if child.call)
-            self._cut(agent, calls, f"{policy.quorum} of the group are done")
+        if policy.kind != "quorum":
+            return
+        group = [stint for stint in agent.given if stint.turn == turn and not stint.is_background]
+        if sum(stint.end is not None for stint in group) >= policy.quorum:
+            self._cut(agent, frozenset(stint.call for stint in group), f"{policy.quorum} of the group are done")
 
     def _cut(self, agent: AgentState, calls: frozenset[str], why: str) -> None:
         for name in agent.children:
-            if self._runtime.state.agents[name].call in calls:
+            stint = self._runtime.state.agents[name].stint
+            if stint is not None and stint.call in calls and not stint.is_background:
                 self._runtime.cancel(name, why)
 
     def _create(self, agent: AgentState, arguments: dict[str, str]) -> ToolOutput:
@@ -163,60 +122,90 @@ class Subagents:
             runtime.emit("profile_created", "", {"name": name, "system_prompt": prompt, "by": agent.id})
         return ToolOutput(text=f"Sub-agent {name} is ready; give it tasks with assign_task.")
 
-    async def _assign(self, agent: AgentState, call: CallState, arguments: dict[str, str]) -> ToolOutput:
-        child = self._child_of(agent, call)
-        if child is None:
-            refusal = self._refusal(agent, call, arguments)
+    async def _assign(self, agent: AgentState, call: CallState, arguments: dict[str, Any]) -> ToolOutput:
+        found = self._children_of(agent, call)
+        if found:
+            child = found[0]
+        else:
+            refusal = self._rules.refusal(agent, call, arguments)
             if refusal is not None:
                 return _error(refusal)
-            child = self._spawn(agent, call, arguments)
-        await self._run(child)
-        self._arrived(agent, agent.turns - 1)
+            child = self._go_on(call, arguments) if "resume" in arguments else self._spawn(agent, call, arguments)
+        if child.stint is not None and child.stint.is_background:
+            self._runtime.budget_of(child)  # its share is one of those that its turn starts
+            self.background.begin(child)
+            report = {"agent_id": child.id, "agent": child.profile, "status": "running"}
+            return ToolOutput(text=json.dumps(report))
+        await self._await(agent, child)
         return ToolOutput(text=self._report(child), is_error=child.status == "error")
 
-    def _child_of(self, agent: AgentState, call: CallState) -> AgentState | None:
-        """The sub-agent that a call started before the run was broken off."""
+    async def _map(self, agent: AgentState, call: CallState, arguments: dict[str, Any]) -> ToolOutput:
+        """Give a task to many; after a crash, to those that had none yet."""
+        children = {child.stint.item: child for child in self._children_of(agent, call) if child.stint is not None}
+        prompts = self._rules.prompts(agent, arguments, is_begun=bool(children))
+        if isinstance(prompts, str):
+            return _error(prompts)
+        for item, prompt in enumerate(prompts):
+            if item not in children:
+                one = {"agent": arguments["agent"], "prompt": prompt}
+                children[item] = self._spawn(agent, call, one, item=item)
+        async with asyncio.TaskGroup() as group:
+            for child in children.values():
+                group.create_task(self._await(agent, child), name=child.id)
+        reports = [self._report(children[item]) for item in range(len(prompts))]
+        return ToolOutput(text=f"[{', '.join(reports)}]")
+
+    async def _await(self, agent: AgentState, child: AgentState) -> None:
+        await self._run(child)
+        self._arrived(agent, agent.turns - 1)
+
+    def _children_of(self, agent: AgentState, call: CallState) -> list[AgentState]:
+        """The sub-agents that a call set to work before the run was broken off."""
         children = (self._runtime.state.agents[name] for name in agent.children)
-        return next((child for child in children if child.call == call.key), None)
+        return [child for child in children if child.call == call.key]
 
-    def _refusal(self, agent: AgentState, call: CallState, arguments: dict[str, str]) -> str | None:
-        runtime, name, prompt = self._runtime, arguments["agent"], arguments["prompt"]
-        if name not in runtime.state.profiles:
-            known = ", ".join(runtime.state.profiles) or "none yet"
-            return f"there is no sub-agent {name[:80]!r}; make it with create_subagent. There are: {known}"
-        if not prompt.strip():
-            return "prompt is empty"
-        for other in agent.calls.values():
-            if other.index < call.index and other.call.name == ASSIGN_TASK and swarm_arguments(other) == arguments:
-                return "duplicate: the same task was given to the same sub-agent in this turn"
-        if runtime.state.subagents >= runtime.config.max_agents_total:
-            return f"the limit of {runtime.config.max_agents_total} sub-agents is reached"
-        return None
-
-    def _spawn(self, agent: AgentState, call: CallState, arguments: dict[str, str]) -> AgentState:
+    def _spawn(
+        self, agent: AgentState, call: CallState, arguments: dict[str, Any], item: int | None = None
+    ) -> AgentState:
         runtime = self._runtime
         child_id = f"{agent.id}/{len(agent.children) + 1}"
         most = runtime.config.subagent.max_tool_calls
-        limit = "" if most is None else f" You have {most} tool calls."
-        system = f"{runtime.state.profiles[arguments['agent']]}\n\n{CONTRACT.format(limit=limit)}"
-        payload = {
+        contract = CONTRACT.format(limit="" if most is None else f" You have {most} tool calls.")
+        system, prompt = runtime.state.profiles[arguments["agent"]], arguments["prompt"]
+        payload: dict[str, Any] = {
             "parent": agent.id,
             "profile": arguments["agent"],
             "call": call.key,
             "depth": agent.depth + 1,
             "messages": [
-                {"role": "system", "content": system},
-                {"role": "user", "content": arguments["prompt"]},
+                {"role": "system", "content": f"{system}\n\n{contract}"},
+                {"role": "user", "content": prompt},
             ],
         }
+        if "fork" in arguments:
+            text = FORK.format(agent=child_id, system=system, contract=contract, prompt=prompt)
+            payload["messages"] = [{"role": "user", "content": text}]
+            payload["fork"] = len(agent.messages) - 1  # all but the turn whose calls are open
+        if item is not None:
+            payload["item"] = item
+        payload |= {key: arguments[key] for key in ("background", "model") if key in arguments}
         runtime.emit("agent_spawned", child_id, payload, cause=call.started)
         return runtime.state.agents[child_id]
+
+    def _go_on(self, call: CallState, arguments: dict[str, Any]) -> AgentState:
+        """Give another task to a sub-agent that has ended."""
+        child = self._runtime.state.agents[arguments["resume"]]
+        payload: dict[str, Any] = {"call": call.key, "text": arguments["prompt"]}
+        if "background" in arguments:
+            payload["background"] = True
+        self._runtime.emit("agent_resumed", child.id, payload, cause=call.started)
+        return child
 
     async def _run(self, child: AgentState) -> None:
         """Run a sub-agent to its end, in the task that is cancelled if it is."""
         runtime, task = self._runtime, asyncio.current_task()
         assert task is not None
-        assert self.run_calls is not None
+        assert self.work is not None
         runtime.scopes[child.id] = task
         place = runtime.places[child.id] = HeldPlace(runtime.slots)
         try:
@@ -229,7 +218,7 @@ class Subagents:
                 if runtime.elsewhere is not None:
                     await runtime.elsewhere.drive(runtime, child)
                 else:
-                    await drive(runtime, child, tools_of(runtime, child), self.run_calls)
+                    await drive(runtime, child, self.work)
         except asyncio.CancelledError:
             if child.id not in runtime.cancelled:
                 raise
@@ -265,23 +254,6 @@ class Subagents:
             return self._runtime.artifacts.put(text.encode(), name=name)
         except (OSError, ToolError) as error:
             return f"the whole could not be kept: {error}"
-
-
-def swarm_arguments(call: CallState) -> dict[str, str] | str:
-    """Return the arguments of one of the two tools, or what is wrong with them."""
-    name = call.call.name
-    wanted = ("name", "system_prompt") if name == CREATE_SUBAGENT else ("agent", "prompt")
-    try:
-        found = read_json(call.call.arguments)
-    except ValueError as error:
-        return f"{name}: the arguments are no JSON: {error}"
-    if not isinstance(found, dict) or set(found) != set(wanted):
-        there = ", ".join(found) if isinstance(found, dict) else type(found).__name__
-        return f"{name} takes {' and '.join(wanted)}, got {there or 'nothing'}"
-    for key in wanted:
-        if not isinstance(found[key], str):
-            return f"{name}: {key} must be a string, got {type(found[key]).__name__}"
-    return found
 
 
 def _error(text: str) -> ToolOutput:

@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from perilune.agents.journal import Event
 from perilune.agents.state import ROOT
@@ -69,6 +69,8 @@ class SpanFold:
         self._later: dict[str, int] = {}
         """By agent, the farthest clock of the sub-agents that ended since."""
         self._steps: dict[str, int] = {}
+        self._background: set[str] = set()
+        """Agents whose parents go on meanwhile."""
         self._model, self._last = "", 0.0
         self._wall = self._at = 0.0
 
@@ -119,6 +121,28 @@ class SpanFold:
     def _spawned(self, event: Event, at: float) -> None:
         payload = event.payload
         self._agent(event.agent, payload["profile"], payload["parent"], payload.get("call"), at)
+        self._note_background(event)
+
+    def _note_background(self, event: Event) -> None:
+        if event.payload.get("background"):
+            self._background.add(event.agent)
+        else:
+            self._background.discard(event.agent)
+
+    def _agent_resumed(self, event: Event, at: float) -> None:
+        """Begin another span: the sub-agent has another task, after a turn of its parent."""
+        agent = event.agent
+        parent = agent.rpartition("/")[0]
+        self._known(parent, at)
+        common = self._common.get(agent, {})
+        self._agent(agent, str(common.get("gen_ai.agent.name", "resumed")), parent, event.payload["call"], at)
+        self._note_background(event)
+
+    def _delivered(self, event: Event, at: float) -> None:
+        """What worked in the background counts from the turn that reads its result."""
+        self._known(event.agent, at)
+        there = self._clock.get(event.payload["child"], 0)
+        self._later[event.agent] = max(self._later.get(event.agent, 0), there)
 
     def _agent(self, agent: str, profile: str, parent: str | None, call: str | None, at: float) -> None:
         common: dict[str, Value] = {
@@ -171,6 +195,7 @@ class SpanFold:
             attributes["http.response.status_code"] = payload["status"]
         if payload.get("wait_s") is not None:
             attributes["perilune.wait_ms"] = round(1000 * payload["wait_s"], 3)
+        attributes |= _spent(payload)
         if f"chat {event.agent}" in self._open:
             self._sink.note(f"chat {event.agent}", "retry", at, attributes)
 
@@ -178,26 +203,20 @@ class SpanFold:
         payload, agent = event.payload, event.agent
         self._clock[agent] = max(self._clock.get(agent, 0), self._later.pop(agent, 0)) + 1
         self._steps[agent] = self._steps.get(agent, 0) + 1
-        usage = payload["usage"]
         attributes: dict[str, Value] = {
             "gen_ai.response.model": payload["model"],
             "gen_ai.response.finish_reasons": (payload["finish_reason"],),
-            "gen_ai.usage.input_tokens": usage["prompt_tokens"],
-            "gen_ai.usage.output_tokens": usage["completion_tokens"],
-            "gen_ai.usage.cache_read.input_tokens": usage["cached_tokens"],
-            "gen_ai.usage.reasoning.output_tokens": usage["reasoning_tokens"],
+            **_spent(payload),
             "gen_ai.response.time_to_first_chunk": payload["first_token_s"],
             "perilune.queue_ms": round(1000 * payload["queued_s"], 3),
             "perilune.critical_step": self._clock[agent],
         }
-        if payload["cost_usd"] is not None:
-            attributes["perilune.cost_usd"] = payload["cost_usd"]
         if self._captures:
             attributes["gen_ai.output.messages"] = json.dumps([payload["message"]])
         self._end(f"chat {agent}", at, attributes)
 
     def _unanswered(self, event: Event, at: float) -> None:
-        self._end(f"chat {event.agent}", at, {}, str(event.payload.get("fault", "lost")))
+        self._end(f"chat {event.agent}", at, _spent(event.payload), str(event.payload.get("fault", "lost")))
 
     def _tool_started(self, event: Event, at: float) -> None:
         payload, agent = event.payload, event.agent
@@ -224,7 +243,8 @@ class SpanFold:
         agent, status = event.agent, event.payload["status"]
         parent = agent.rpartition("/")[0]
         self._known(agent, at)
-        self._later[parent] = max(self._later.get(parent, 0), self._clock.get(agent, 0))
+        if agent not in self._background:
+            self._later[parent] = max(self._later.get(parent, 0), self._clock.get(agent, 0))
         for key in reversed(list(self._open)):
             if key == f"chat {agent}" or (key.startswith("tool ") and self._open[key] == f"agent {agent}"):
                 self._end(key, at, {}, status)
@@ -240,6 +260,8 @@ _HANDLERS = {
     "run_stopped": SpanFold._run_ended,
     "run_finished": SpanFold._run_ended,
     "agent_spawned": SpanFold._spawned,
+    "agent_resumed": SpanFold._agent_resumed,
+    "result_delivered": SpanFold._delivered,
     "agent_started": SpanFold._admitted,
     "agent_finished": SpanFold._agent_ended,
     "turn_started": SpanFold._turn_started,
@@ -359,3 +381,19 @@ def tracing_from_environment() -> Iterator[Callable[[str], Tracing]]:
 
 def _nanoseconds(at: float) -> int:
     return round(at * 1e9)
+
+
+def _spent(payload: Mapping[str, Any]) -> dict[str, Value]:
+    """What an attempt took, as far as it is known."""
+    usage = payload.get("usage")
+    if usage is None:
+        return {}
+    found: dict[str, Value] = {
+        "gen_ai.usage.input_tokens": usage["prompt_tokens"],
+        "gen_ai.usage.output_tokens": usage["completion_tokens"],
+        "gen_ai.usage.cache_read.input_tokens": usage["cached_tokens"],
+        "gen_ai.usage.reasoning.output_tokens": usage["reasoning_tokens"],
+    }
+    if payload["cost_usd"] is not None:
+        found["perilune.cost_usd"] = payload["cost_usd"]
+    return found

@@ -29,7 +29,8 @@ from perilune.run.serving import ServeOptions, serve_model
 from perilune.run.serving_models import KNOWN_MODELS, TextModel, find_model, load_served, read_text_parts
 from perilune.run.stages import STAGES
 from perilune.run.swarm_config import SwarmRecipe
-from perilune.run.swarming import load_swarm, open_swarm, recorded_recipe
+from perilune.run.swarm_recorded import recorded_recipe
+from perilune.run.swarming import load_swarm, open_swarm
 from perilune.run.sweep import plan_sweep, run_sweep
 
 __all__ = [

@@ -3,7 +3,7 @@
 No postponed annotations here: recipe validation reads them.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from perilune.agents.config import SwarmConfig
@@ -44,6 +44,8 @@ class EndpointConfig:
     """Whether answers come in pieces."""
     dialect: Literal["openai", "kimi_k2"] = "openai"
     """kimi_k2: tool calls are raw text that nobody at the server parses."""
+    tool_images: Literal["tool", "user"] = "tool"
+    """Whose messages hold the pictures that tools return; user: a person's, for servers that take no others."""
     concurrency: int = 8
     """Calls at a time to begin with; it grows with successes and shrinks with refusals."""
     max_concurrency: int = 256
@@ -65,6 +67,29 @@ class EndpointConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PoolModelConfig:
+    """A model that sub-agents may be given; what is not said is as for the endpoint."""
+
+    model: str
+    """Its name at the endpoint."""
+    base_url: str | None = None
+    """Address of another endpoint, which is not sent the key of the first."""
+    api_key_env: str | None = None
+    """Environment variable that holds its key."""
+    price: PriceConfig | None = None
+    """Without it, that of the package genai-prices, where it knows the model."""
+
+    def at(self, endpoint: EndpointConfig) -> EndpointConfig:
+        """Return its endpoint, beside that of the run."""
+        if self.base_url is None or self.base_url == endpoint.base_url:
+            key = self.api_key_env or endpoint.api_key_env
+            return replace(endpoint, model=self.model, api_key_env=key, price=self.price)
+        return replace(
+            endpoint, model=self.model, base_url=self.base_url, api_key_env=self.api_key_env, price=self.price
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class McpConfig:
     """A server of tools that speaks MCP: a command, or an address."""
 
@@ -76,9 +101,17 @@ class McpConfig:
     """Patterns of its tools that are offered."""
     effects: dict[str, Effect] | None = None
     """What repeating a tool would do, by name; side_effect for those that are not named."""
+    env: tuple[str, ...] = ()
+    """Environment variables that the program is given too; without them PATH, HOME and a few more."""
+    api_key_env: str | None = None
+    """Environment variable that holds a key, sent as a bearer token to `url`."""
+    isolate: bool = False
+    """Whether each agent has a server of its own, which ends with the agent."""
 
     def __post_init__(self) -> None:
         require((self.url is None) == bool(self.command), "url", "given without command, or the other way", self.url)
+        require(not (self.env and self.url), "env", "given with command only", self.env)
+        require(not (self.api_key_env and self.command), "api_key_env", "given with url only", self.api_key_env)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,17 +123,23 @@ class ToolsConfig:
     read_only: bool = False
     """Whether they may only read there."""
     corpus: str | None = None
-    """Directory of texts that they may search."""
+    """Directory whose `.txt` and `.md` files they may search."""
     fetch: bool = False
     """Whether they may read web pages; addresses of private networks are refused."""
     allow_hosts: tuple[str, ...] = ()
     """Hosts that fetch may ask; without any, all public ones."""
     python: Literal["none", "monty", "process"] = "none"
     """A Python in a sandbox: monty, a subset of the language in a worker, or process, CPython in namespaces."""
+    unsafe_python: bool = False
+    """Whether process may start where the machine permits no namespaces: its code then has your files and network."""
     ask_human: bool = False
     """Whether they may ask whoever watches the run."""
     mcp: dict[str, McpConfig] = field(default_factory=dict)
     """Servers by name."""
+
+    def __post_init__(self) -> None:
+        is_meant = self.python == "process" or not self.unsafe_python
+        require(is_meant, "unsafe_python", 'given with python = "process" only', self.unsafe_python)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,11 +162,15 @@ class SwarmRecipe:
 
     endpoint: EndpointConfig
     """The model."""
+    models: dict[str, PoolModelConfig] = field(default_factory=dict)
+    """A pool, by name: an orchestrator may choose a model of it for a sub-agent. Without any, it cannot choose."""
     swarm: SwarmConfig = field(default_factory=SwarmConfig)
     """Limits and behavior."""
     tools: ToolsConfig = field(default_factory=ToolsConfig)
     """What agents can do."""
     rules: tuple[RuleConfig, ...] = ()
     """Consent."""
+    payload: Literal["kept", "hashed"] = "kept"
+    """What journals hold: kept: all that was said; hashed: SHA-256 in place of texts, so that no run can be resumed."""
     durability: Literal["normal", "full"] = "normal"
     """normal: the journal survives a killed process; full: a loss of power too, at 30 times the cost of a commit."""

@@ -228,8 +228,16 @@ def _broken(sim: _Sim, agent: str, turn: int, at: float, number: int) -> tuple[s
     sim.add(at + 0.002, "turn_started", agent, turn=turn, hash="x")
     if number % 7 == 5:
         return "cancelled", "the group's 60 s are over", at + 1.5
-    sim.add(at + 2.0, "turn_failed", agent, turn=turn, fault="server", error="500 internal <b>error</b>")
+    sim.add(at + 2.0, "turn_failed", agent, turn=turn, fault="server", error="500 internal <b>error</b>",
+            **_lost(sim, 11))  # fmt: skip
     return "error", "500 internal <b>error</b>", at + 2.0
+
+
+def _lost(sim: _Sim, tokens: int) -> dict[str, Any]:
+    """What an attempt took that broke off."""
+    usage = {"prompt_tokens": 300, "completion_tokens": tokens, "reasoning_tokens": 0, "cached_tokens": 100,
+             "is_estimated": True}  # fmt: skip
+    return {"usage": usage, "cost_usd": None if sim.shape.price is None else (300 + 4 * tokens) * sim.shape.price}
 
 
 def _turn(
@@ -240,7 +248,7 @@ def _turn(
     queued, total = (rng.uniform(0, 0.6) if agent != "root" else 0.0), rng.lognormvariate(0.3, 0.4)
     if sim.shape.faults and rng.random() < 0.08:
         sim.add(at + queued + 0.2, "turn_retry", agent, turn=turn, attempt=1, fault="rate_limit", status=429,
-                error="429 too many requests", wait_s=0.8)  # fmt: skip
+                error="429 too many requests", wait_s=0.8, **_lost(sim, 7))  # fmt: skip
         queued += 1.2
     end = at + queued + total
     asked = [

@@ -133,7 +133,8 @@ def run_swarm(
     """Run a task to its end; nothing may be left running."""
 
     async def act() -> RunResult:
-        swarm = Swarm(endpoint=endpoint(policy), config=config or SwarmConfig(), tools=tools, **settings)
+        settings.setdefault("endpoint", endpoint(policy))
+        swarm = Swarm(config=config or SwarmConfig(), tools=tools, **settings)
         run = await swarm.start(task, journal, run_id="r")
         if during is not None:
             await during(run)

@@ -17,7 +17,7 @@ from perilune.agents.critical import (
     totals,
 )
 from perilune.agents.simulate import LatencyModel, Lognormal, serial, simulate
-from perilune.agents.timeline import AgentSpan, CallSpan, Timeline, TurnSpan
+from perilune.agents.timeline import AgentSpan, CallSpan, StintSpan, Timeline, TurnSpan
 
 
 def run_of(stages: list[tuple[int, list[int]]], tokens: int = 10, turn_s: float = 1.0) -> Timeline:
@@ -36,7 +36,10 @@ def run_of(stages: list[tuple[int, list[int]]], tokens: int = 10, turn_s: float 
                 child = AgentSpan(id=f"root/{children}", parent="root", profile="w", spawned=0.0, started=0.0)
                 child.turns = [_turn(n, tokens, turn_s) for n in range(steps)]
                 timeline.agents[child.id] = child
-                turn.calls.append(CallSpan(key=f"c{children}", name="assign_task", started=0.0, child=child.id))
+                call = CallSpan(key=f"c{children}", name="assign_task", started=0.0)
+                turn.calls.append(call)
+                stint = StintSpan(agent=child.id, call=call.key, turn=turn.number, begin=0, spawned=0.0, started=0.0)
+                root.given.append(stint)
     return timeline
 
 
@@ -148,3 +151,74 @@ def test_draws_depend_on_what_they_are_for_and_on_the_seed() -> None:
     assert simulate(timeline, model, seed=1).wall_s != simulate(timeline, model, seed=2).wall_s
     with pytest.raises(ValueError, match="concurrency must be >= 1"):
         LatencyModel(concurrency=0)
+
+
+@st.composite
+def busy_runs(draw: st.DrawFn) -> Timeline:
+    """A run whose orchestrator waits for some, goes on while others work, and gives some another task."""
+    own = draw(st.integers(1, 6))
+    root = AgentSpan(id="root", parent=None, profile="", spawned=0.0, started=0.0)
+    timeline = Timeline(run_id="r", agents={"root": root})
+    root.turns = [_turn(number, 10, 1.0) for number in range(own)]
+    for turn in range(own):
+        for place in range(draw(st.integers(0, 3))):
+            ready = [name for name in timeline.agents if name != "root" and _is_ready(root, name, turn)]
+            name = draw(st.sampled_from([*ready, f"root/{len(timeline.agents)}"]))
+            child = timeline.agents.setdefault(
+                name, AgentSpan(id=name, parent="root", profile="w", spawned=0.0, started=0.0)
+            )
+            begin, steps = child.steps, draw(st.integers(0, 9))
+            child.turns += [_turn(begin + n, 10, 1.0) for n in range(steps)]
+            call = CallSpan(key=f"root:{turn}:{place}", name="assign_task", started=0.0)
+            root.turns[turn].calls.append(call)
+            is_background = draw(st.booleans())
+            back = draw(st.sampled_from([None, *range(turn + 1, own + 1)])) if is_background else None
+            stint = StintSpan(agent=name, call=call.key, turn=turn, begin=begin, end=begin + steps, spawned=0.0)
+            stint.is_background, stint.back = is_background, back
+            root.given.append(stint)
+    return timeline
+
+
+def _is_ready(root: AgentSpan, name: str, turn: int) -> bool:
+    """Whether all that an agent did is read, so that it may be given something else."""
+    found = [stint.read_in for stint in root.given if stint.agent == name]
+    return all(read is not None and read <= turn for read in found)
+
+
+def longest_chain(timeline: Timeline) -> int:
+    """The longest chain of turns, each with those that it follows: slow, and plainly what is meant."""
+    given = timeline.root.given
+
+    def chain(agent: str, turn: int) -> int:
+        stint = next((s for s in given if s.agent == agent and s.begin <= turn < (s.end or 0)), None)
+        if stint is not None:
+            return 1 + (chain("root", stint.turn) if turn == stint.begin else chain(agent, turn - 1))
+        before = [chain("root", turn - 1)] if turn else [0]
+        read = [chain(s.agent, s.end - 1) for s in given if s.read_in == turn and s.end and s.end > s.begin]
+        return 1 + max(before + read)
+
+    return max(chain(agent.id, turn.number) for agent in timeline.agents.values() for turn in agent.turns)
+
+
+@given(busy_runs())
+def test_critical_steps_are_the_longest_chain_with_the_background_and_with_other_tasks(timeline: Timeline) -> None:
+    expected = longest_chain(timeline)
+    path = critical_path(timeline, "steps")
+    assert critical_steps(timeline) == sum(s.weight for s in path) == makespan(timeline, math.inf) == expected
+    model = LatencyModel(turn=Lognormal(median_s=1.0))
+    assert simulate(timeline, model).wall_s == pytest.approx(expected)
+    assert serial(timeline, model).wall_s == pytest.approx(timeline.total_steps)
+    assert expected <= makespan(timeline, 2) <= makespan(timeline, 1) <= timeline.total_steps
+    two = LatencyModel(turn=Lognormal(median_s=1.0), agents_running=2)
+    assert simulate(timeline, two).wall_s == pytest.approx(makespan(timeline, 2))
+
+
+def test_turns_beside_the_background_do_not_add_to_it() -> None:
+    """Turn 0 begins 5 steps in the background, turn 3 reads them: 1 + 5 + 1, whatever was done meanwhile."""
+    timeline = run_of([(1, [5]), (1, []), (1, []), (1, [])])
+    stint = timeline.root.given[0]
+    assert critical_steps(timeline) == 9
+    stint.is_background, stint.back = True, 3
+    assert critical_steps(timeline) == 7
+    stint.back = None
+    assert critical_steps(timeline) == 6

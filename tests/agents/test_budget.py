@@ -36,12 +36,23 @@ def test_a_share_is_kept_for_last_words() -> None:
 def test_a_child_has_its_share_of_what_is_left_and_what_it_leaves_is_for_all() -> None:
     run = Budget("run", {"usd": 10.0})
     run.spend({"usd": 2.0})
-    children = [run.child(f"c{i}", run.shares(4)) for i in range(4)]
+    children = [run.child(f"c{i}", run.shares(3)) for i in range(3)]  # one share stays for whoever started them
     assert all(child.left("usd") == 2.0 for child in children)
     children[0].spend({"usd": 0.5})
     assert run.left("usd") == 7.5
     assert run.child("late").left("usd") == 7.5
     assert Budget("free").child("c").left("usd") == math.inf
+    assert Budget("run", {"llm_calls": 30.0}).shares(10) == {"llm_calls": 2}
+    assert Budget("run", {"llm_calls": 3.0}).shares(10) == {"llm_calls": 0}
+
+
+def test_what_must_be_left_beside_is_not_reserved() -> None:
+    run = Budget("run", {"tokens_in": 1000.0})
+    run.reserve({"tokens_in": 400}, spare={"tokens_in": 600}).settle({"tokens_in": 400})
+    with pytest.raises(BudgetExceeded):
+        run.child("a").reserve({"tokens_in": 200}, spare={"tokens_in": 401})
+    run.reserve({"tokens_in": 600}, is_last=True)
+    assert Budget("run", {"tokens_out": 1000.0}).clipped("tokens_out", 1000, spare=200) == 800
 
 
 def test_the_fullest_limit_is_named() -> None:

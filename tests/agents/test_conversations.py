@@ -211,6 +211,27 @@ def test_last_words_and_steers_survive_a_history_that_is_discarded() -> None:
     assert discard_all(history[:2], 1)[0].content == "s"
 
 
+def test_notes_take_the_place_of_earlier_notes() -> None:
+    from perilune.agents.context import summarised
+
+    history = [Message(role="system", content="s"), Message(role="user", content="task")]
+    for n in range(3):
+        history = summarised([*history, says("hm"), Message(role="user", content=f"hurry {n}")], f"notes {n}")
+    assert [m.content for m in history[:2]] == ["s", "task"]
+    assert [m.content.splitlines()[-1] for m in history[2:]] == ["hurry 0", "hurry 1", "notes 2", "hurry 2"]
+
+
+def test_a_later_task_stays_beside_notes_whatever_it_says() -> None:
+    from perilune.agents.context import summarised
+
+    text = "[Notes of the work so far, which was dropped to save space] are what I want"
+    task, later = (Message(role="user", content=content) for content in ("task", text))
+    history = [Message(role="system", content="s"), task, says("old"), later]
+    for notes in ("first", "second"):
+        history = summarised([*history, says("more")], notes, [later])
+    assert [m.content.splitlines()[-1] for m in history] == ["s", "task", text, "second"]
+
+
 @pytest.mark.parametrize("most", [3, 5, 7])
 def test_a_summary_that_the_budget_does_not_allow_ends_the_agent_as_a_budget_does(tmp_path: Path, most: int) -> None:
     @tool(effect="pure")
@@ -249,6 +270,34 @@ def test_an_overflow_is_mended_without_a_summary_that_would_overflow_too(tmp_pat
 
     config = SwarmConfig(orchestrator=AgentLimits(context=ContextConfig(policy="summarise")))
     assert run_swarm(reader, tmp_path / "a.db", [page], config).status == "completed"
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_only_overflows_in_a_row_end_an_agent(tmp_path: Path, fits: bool) -> None:
+    """Each turn the history is dropped because it is near its limit; then one request is too long, or all are."""
+
+    @tool(effect="pure")
+    def page(number: int) -> str:
+        """Read a page.
+
+        Args:
+            number: which.
+        """
+        return f"page {number} " + "x" * 2000
+
+    asked: list[int] = []
+
+    def reader(request: ChatRequest) -> Any:
+        asked.append(request.turn)
+        if request.turn >= 12 and (not fits or asked.count(12) == 1):
+            return EndpointError("400: too long", fault="context_overflow", status=400)
+        return says("read") if request.turn > 12 else calls(call("page", number=request.turn))
+
+    context = ContextConfig(policy="discard_all", max_tokens=500, threshold=0.5)
+    result = run_swarm(reader, tmp_path / "a.db", [page], SwarmConfig(orchestrator=AgentLimits(context=context)))
+    compacted = [e for e in load_events(tmp_path / "a.db") if e.type == "context_compacted"]
+    assert len(compacted) > 12
+    assert (result.status, asked.count(12)) == (("completed", 2) if fits else ("context_overflow", 9))
 
 
 def test_rules_hold_for_the_two_tools_of_the_swarm_and_their_names_are_taken(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from perilune.agents.tools.base import Tool, ToolContext
 from perilune.agents.tools.function import tool
 from perilune.agents.tools.human import Rule
 from perilune.errors import PeriluneError
+from tests.agents.extension_cases import CONFIG, EVERYTHING, everything
 from tests.agents.swarm_cases import SURVEYED, Ledger, call, calls, endpoint, results, says, survey
 
 pytest.importorskip("ray", reason="ray is not installed")
@@ -437,3 +438,12 @@ def test_without_ray_or_a_cluster_nothing_begins(monkeypatch: pytest.MonkeyPatch
 def test_settings_are_checked(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):
         RemoteAgents(client=partial(ScriptedClient, survey), **settings)
+
+
+def test_sub_agents_on_the_cluster_are_resumed_forked_mapped_and_left_in_the_background(tmp_path: Path) -> None:
+    result = run_remotely(everything, tmp_path, CONFIG)
+    assert (result.status, result.answer) == ("completed", EVERYTHING)
+    state = RunState.fold("r", load_events(tmp_path / "a.db"))
+    assert state.agents["root/4"].result.startswith("root/4: south, 2 before")
+    assert [state.agents[f"root/{n}"].turns for n in (1, 2, 3, 4)] == [2, 1, 1, 1]
+    assert asyncio.run(replay_run(tmp_path / "a.db", None, tmp_path / "copy.db")).result.answer == result.answer

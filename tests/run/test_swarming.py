@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ from aiohttp import web
 
 from perilune.agents import ChatRequest, Message, Swarm
 from perilune.agents.swarm import SwarmRun
+from perilune.agents.tools.artifacts import MemoryArtifacts
+from perilune.agents.tools.base import ToolContext, ToolError
+from perilune.agents.tools.mcp import McpServer, McpTools
 from perilune.errors import DataError, RecipeError
 from perilune.run import load_swarm, open_swarm, recorded_recipe
 
@@ -52,6 +56,7 @@ def test_every_key_that_is_missing_is_named() -> None:
         ("endpoint.price={prompt = -1.0, completion = 1.0}", "prompt must be >= 0"),
         ("endpoint.transport=carrier", "endpoint.transport must be one of aiohttp, openai"),
         ("tools.mcp.a={}", "url must be given without command"),
+        ("tools.unsafe_python=true", 'unsafe_python must be given with python = "process" only'),
         ("swarm.max_agents_running=400", "max_agents_running must be <= max_agents_total"),
         ('rules=[{mode = "perhaps"}]', "mode must be one of auto, ask, deny"),
     ],
@@ -106,12 +111,114 @@ def test_a_swarm_has_the_tools_rules_and_limits_of_its_recipe(tmp_path: Path) ->
     assert (swarm.endpoint.price.prompt, swarm.endpoint.price.completion) == (1.0, 2.0)
 
 
+def test_a_python_that_cannot_be_shut_in_runs_only_if_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("perilune.agents.tools.sandbox.process.namespaces_refused", lambda: "it permits none")
+    with pytest.raises(ToolError, match=r"it permits none.*tools\.unsafe_python=true"):
+        opened(load_swarm(None, ["tools.python=process"], POINT))
+    wanted = ["tools.python=process", "tools.unsafe_python=true"]
+    tools = opened(load_swarm(None, wanted, POINT), lambda swarm: swarm.tools)
+    assert next(tool.effect for tool in tools if tool.name == "python") == "side_effect"
+
+
+def test_an_endpoint_that_takes_text_alone_from_tools_is_sent_pictures_otherwise() -> None:
+    picture = Message(role="tool", content="x", tool_call_id="c", images=("data:image/png;base64,cmVk",))
+    asked = ChatRequest(model="m", messages=(picture,))
+    for wanted, roles in (("tool", ["tool"]), ("user", ["tool", "user"])):
+        recipe = load_swarm(None, [f"endpoint.tool_images={wanted}"], POINT)
+        client = opened(recipe, lambda swarm: swarm.endpoint.client)
+        assert [message["role"] for message in json.loads(client._encode(asked, False))["messages"]] == roles
+
+
+def test_a_pool_of_models_is_as_the_endpoint_unless_it_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEY", "k")
+    wanted = ["endpoint.api_key_env=KEY", "endpoint.price={prompt = 1.0, completion = 2.0}", "endpoint.attempts=2"]
+    wanted += ["models.fast={model = 'm2', price = {prompt = 3.0, completion = 3.0}}"]
+    wanted += ["models.far={model = 'm3', base_url = 'http://far/v1'}", "swarm.extensions.background=true"]
+    recipe = load_swarm(None, wanted, POINT)
+    fast, far = (recipe.models[name].at(recipe.endpoint) for name in ("fast", "far"))
+    assert (fast.base_url, fast.api_key_env, fast.model, fast.attempts) == (URL, "KEY", "m2", 2)
+    assert (far.base_url, far.api_key_env, far.model, far.price) == ("http://far/v1", None, "m3", None)
+    swarm = opened(recipe, lambda swarm: swarm)
+    assert {name: point.model for name, point in swarm.models.items()} == {"fast": "m2", "far": "m3"}
+    assert swarm.models["fast"].price.prompt == 3.0
+    assert swarm.models["fast"].limiter is not swarm.endpoint.limiter
+    assert swarm.config.extensions.background
+    with pytest.raises(RecipeError, match=r"price of m3 is not known.*--set models\.far\.price\.prompt=1"):
+        opened(load_swarm(None, [*wanted, "swarm.budget.usd=1.0"], POINT))
+    with pytest.raises(RecipeError, match=r"models\.fast\.api_key_env: the environment variable NOT_SET is not set"):
+        opened(load_swarm(None, [*wanted, "models.fast.api_key_env=NOT_SET"], POINT))
+
+
+def test_a_pool_is_not_sent_its_recorded_keys_elsewhere() -> None:
+    pool = {"near": {"model": "a", "api_key_env": "NEAR"},
+            "far": {"model": "b", "base_url": "http://far/v1", "api_key_env": "FAR"}}  # fmt: skip
+    recorded = {**POINT, "models": pool}
+
+    def keys(options: dict[str, object]) -> list[str | None]:
+        models = load_swarm(None, (), options, recorded).models
+        return [models[name].api_key_env for name in ("near", "far")]
+
+    assert keys({}) == ["NEAR", "FAR"]
+    assert keys({"endpoint": {"base_url": URL}}) == ["NEAR", "FAR"]
+    assert keys({"endpoint": {"base_url": "http://other/v1"}}) == [None, "FAR"]
+    assert keys({"models": {"far": {"base_url": "http://other/v1"}}}) == ["NEAR", None]
+    assert keys({"models": {"near": {"base_url": "http://other/v1"}}}) == [None, "FAR"]
+
+
 def test_what_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOT_SET", raising=False)
     with pytest.raises(RecipeError, match=r"endpoint\.api_key_env: the environment variable NOT_SET is not set"):
         opened(load_swarm(None, ["endpoint.api_key_env=NOT_SET"], POINT))
     with pytest.raises(DataError, match=r"tools\.files: nowhere/at/all is not a directory"):
         opened(load_swarm(None, ["tools.files=nowhere/at/all"], POINT))
+
+
+def test_a_corpus_is_of_text_and_markdown_and_never_empty(tmp_path: Path) -> None:
+    recipe = load_swarm(None, [f"tools.corpus={tmp_path}"], POINT)
+    (tmp_path / "a.pdf").write_text("no text")
+    with pytest.raises(DataError, match=r"tools\.corpus: .* holds no \.txt and no \.md files"):
+        opened(recipe)
+    (tmp_path / "b.md").write_text("# Lima\nThe capital of Peru.")
+
+    async def search(swarm: Swarm) -> str:
+        tool = next(tool for tool in swarm.tools if tool.name == "search")
+        context = ToolContext(run_id="r", agent_id="root", call_id="c", artifacts=MemoryArtifacts())
+        return (await tool.run({"queries": ["capital"]}, context)).text
+
+    assert "b.md" in opened(recipe, search)
+
+
+def test_mcp_servers_are_given_the_variables_that_the_recipe_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[McpServer] = []
+
+    async def connect(servers: list[McpServer], on_changed: object) -> object:
+        seen.extend(servers)
+        return type("NoTools", (), {"tools": (), "close": lambda self: asyncio.sleep(0)})()
+
+    monkeypatch.setattr(McpTools, "connect", connect)
+    monkeypatch.setenv("TOKEN", "t-1")
+    monkeypatch.setenv("KEY", "k-1")
+    monkeypatch.delenv("NOT_SET", raising=False)
+    opened(load_swarm(None, ['tools.mcp.a={command = ["x"], env = ["TOKEN"]}'], POINT))
+    opened(load_swarm(None, ['tools.mcp.b={isolate = true, url = "http://localhost/mcp", api_key_env = "KEY"}'], POINT))
+    assert [(dict(s.env), dict(s.headers), s.isolate) for s in seen] == [
+        ({"TOKEN": "t-1"}, {}, False),
+        ({}, {"Authorization": "Bearer k-1"}, True),
+    ]
+    with pytest.raises(RecipeError, match=r"tools\.mcp\.a\.env: the environment variable NOT_SET is not set"):
+        opened(load_swarm(None, ['tools.mcp.a={command = ["x"], env = ["NOT_SET"]}'], POINT))
+    for wrong in ('{url = "http://a", env = ["A"]}', '{command = ["x"], api_key_env = "A"}'):
+        with pytest.raises(RecipeError, match="must be given with"):
+            load_swarm(None, [f"tools.mcp.a={wrong}"], POINT)
+
+
+def test_another_mcp_server_is_not_sent_the_recorded_key() -> None:
+    own = {"url": "http://one/mcp", "api_key_env": "KEY"}
+    recorded = {**POINT, "tools": {"mcp": {"a": own, "b": {"command": ["x"], "env": ["TOKEN"]}}}}
+    same = load_swarm(None, ['tools.mcp.a.tools=["search"]'], {}, recorded).tools.mcp
+    assert (same["a"].api_key_env, same["b"].env) == ("KEY", ("TOKEN",))
+    other = load_swarm(None, ["tools.mcp.a.url=http://two/mcp", 'tools.mcp.b.command=["y"]'], {}, recorded).tools.mcp
+    assert (other["a"].url, other["a"].api_key_env, other["b"].env) == ("http://two/mcp", None, ())
 
 
 def test_a_budget_of_money_without_a_price_says_how_to_give_one() -> None:

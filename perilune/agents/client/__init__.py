@@ -2,7 +2,7 @@
 
 base        what a client is, and how calls fail
 http        any OpenAI-compatible endpoint, over aiohttp; openai_sdk: the same over the openai package
-stream      pieces of an answer, put together; body, faults, limits, timing: what both clients need besides
+stream      pieces of an answer, put together; body, faults, limits, pictures, proxy, timing: what they need besides
 retry       attempts until there is an answer
 scripted    a Python function in place of a model; replay: a recorded run; chaos: any client, disturbed
 mock        an endpoint on this machine whose model is a Python function; latency: how long that takes

@@ -6,23 +6,28 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from perilune.agents.client.pictures import ToolImages, pictures_from_user
 from perilune.agents.messages import ChatRequest, Message, Sampling, Usage, estimate_tokens, text_of
 
+_INVALID = "invalid_arguments"
 _NUMBERS = ("temperature", "top_p", "max_tokens", "seed")
 _OWN_KEYS = frozenset((*_NUMBERS, "model", "messages", "tools", "tool_choice", "stop", "stream", "stream_options"))
 
 
-def to_body(request: ChatRequest, *, messages: Iterable[Message] | None = None) -> dict[str, Any]:
+def to_body(
+    request: ChatRequest, *, messages: Iterable[Message] | None = None, tool_images: ToolImages = "tool"
+) -> dict[str, Any]:
     """Return what is sent, without the keys that ask for a stream.
 
     Args:
         request: what is asked.
         messages: stand in for the request's own, where a dialect wrote them anew.
+        tool_images: whose messages hold the pictures that tools return.
     """
-    sampling = request.sampling
+    sampling, said = request.sampling, request.messages if messages is None else messages
     body: dict[str, Any] = {
         "model": request.model,
-        "messages": [message.to_dict() for message in (request.messages if messages is None else messages)],
+        "messages": [_to_send(m) for m in (pictures_from_user(said) if tool_images == "user" else said)],
     }
     if request.tools:
         body["tools"] = list(request.tools)
@@ -60,6 +65,34 @@ def from_body(body: Mapping[str, Any]) -> ChatRequest:
         sampling=sampling,
         stream=bool(body.get("stream")),
     )
+
+
+def _to_send(message: Message) -> dict[str, Any]:
+    """A message as servers accept it: arguments that are no JSON object stand as a text in one.
+
+    Servers read the arguments of past calls for their chat templates, vLLM and SGLang among them, and refuse the whole
+    request if they cannot: one call that a model wrote wrongly would be the end of its conversation.
+    """
+    found = message.to_dict()
+    for call in found.get("tool_calls", ()):
+        function = call["function"]
+        if not _is_object(function["arguments"]):
+            function["arguments"] = json.dumps({_INVALID: function["arguments"]})
+    return found
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(_DECODER.decode(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def estimate_usage(request: ChatRequest, answer: Sequence[Message]) -> Usage:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -17,6 +18,8 @@ from perilune.agents.client.body import to_body
 from perilune.agents.client.dialects.base import Dialect
 from perilune.agents.client.faults import error_of_response, without_secrets
 from perilune.agents.client.limits import RateLimits, rate_limits
+from perilune.agents.client.pictures import ToolImages
+from perilune.agents.client.proxy import proxy_of
 from perilune.agents.client.stream import AnswerReader
 from perilune.agents.client.timing import CallTimer, Timeouts
 from perilune.agents.messages import ChatRequest, Reply, Usage
@@ -31,6 +34,8 @@ _MAX_ERROR_BYTES = 1 << 16
 class HttpClient:
     """Asks an endpoint; connections are kept for later calls.
 
+    HTTPS_PROXY, HTTP_PROXY and NO_PROXY are honored, but for this machine's own addresses.
+
     It belongs to the event loop of its first call until it is closed.
     """
 
@@ -42,6 +47,7 @@ class HttpClient:
         timeouts: Timeouts | None = None,
         stream: bool = True,
         dialect: Dialect | None = None,
+        tool_images: ToolImages = "tool",
         on_limits: Callable[[RateLimits], None] | None = None,
     ) -> None:
         """Prepare; nothing is opened yet.
@@ -52,6 +58,8 @@ class HttpClient:
             timeouts: of every call; None: those of `Timeouts()`.
             stream: whether to ask for answers in pieces.
             dialect: of a model whose server has no parser of tool calls.
+            tool_images: whose messages hold the pictures that tools return; `user` for servers that take text alone
+                from tools.
             on_limits: told of the limits that responses state.
 
         Raises:
@@ -64,11 +72,13 @@ class HttpClient:
             raise missing_extra(EngineError, "agents need", error.name, "agents") from error
         self._dumps, self._loads = orjson.dumps, orjson.loads
         self._url = base_url.rstrip("/") + "/chat/completions"
-        self._secrets = (api_key,) if api_key else ()
+        self._proxy = proxy_of(base_url)
+        self._secrets = tuple(found for found in (api_key, self._proxy and urlsplit(self._proxy).password) if found)
         self._headers = {"Content-Type": "application/json", "Accept": "text/event-stream, application/json"}
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._stream, self._dialect, self._on_limits = stream, dialect, on_limits
+        self._tool_images: ToolImages = tool_images
         self._timeouts = timeouts or Timeouts()
         self._session: ClientSession | None = None
         self._sends_done = False
@@ -88,7 +98,7 @@ class HttpClient:
         timer = CallTimer(self._timeouts, use_stream)
         broke = False
         try:
-            async with timer.limit, session.post(self._url, data=body, allow_redirects=False) as response:
+            async with timer.limit, self._post(session, body) as response:
                 if response.status != 200 or self._on_limits:
                     await self._check(response)
                 await self._read(response, reader, timer)
@@ -130,13 +140,16 @@ class HttpClient:
             connector=TCPConnector(limit=0, keepalive_timeout=30.0),
             timeout=ClientTimeout(total=None, sock_connect=self._timeouts.connect_s),
             cookie_jar=DummyCookieJar(),
-            headers=self._headers,
         )
         return self._session
 
+    def _post(self, session: ClientSession, body: bytes) -> AbstractAsyncContextManager[ClientResponse]:
+        # A session's own headers would go to the proxy too, the key among them.
+        return session.post(self._url, data=body, headers=self._headers, proxy=self._proxy, allow_redirects=False)
+
     def _encode(self, request: ChatRequest, use_stream: bool) -> bytes:
         messages = request.messages if self._dialect is None else self._dialect.outgoing(request.messages)
-        body = to_body(request, messages=messages)
+        body = to_body(request, messages=messages, tool_images=self._tool_images)
         if use_stream:
             body.setdefault("stream_options", {"include_usage": True})
         body["stream"] = use_stream

@@ -18,6 +18,7 @@ from perilune.agents.client.dialects.base import Dialect
 from perilune.agents.client.faults import error_in_stream, error_of_response
 from perilune.agents.client.http import check_base_url
 from perilune.agents.client.limits import RateLimits, rate_limits
+from perilune.agents.client.pictures import ToolImages
 from perilune.agents.client.stream import AnswerReader
 from perilune.agents.client.timing import CallTimer, Timeouts
 from perilune.agents.messages import ChatRequest, Reply
@@ -35,6 +36,7 @@ class OpenAiSdkClient:
         timeouts: Timeouts | None = None,
         stream: bool = True,
         dialect: Dialect | None = None,
+        tool_images: ToolImages = "tool",
         on_limits: Callable[[RateLimits], None] | None = None,
     ) -> None:
         """Prepare; the arguments are those of `HttpClient`.
@@ -56,6 +58,7 @@ class OpenAiSdkClient:
         )
         self._secrets = (api_key,) if api_key else ()
         self._stream, self._dialect, self._on_limits = stream, dialect, on_limits
+        self._tool_images: ToolImages = tool_images
 
     async def chat(self, request: ChatRequest) -> Reply:
         """Return the whole answer.
@@ -117,7 +120,7 @@ class OpenAiSdkClient:
 
     async def _ask(self, request: ChatRequest, use_stream: bool) -> Any:
         messages = request.messages if self._dialect is None else self._dialect.outgoing(request.messages)
-        body = to_body(request, messages=messages)
+        body = to_body(request, messages=messages, tool_images=self._tool_images)
         if use_stream:
             body.setdefault("stream_options", {"include_usage": True})
         model, messages = body.pop("model"), body.pop("messages")

@@ -253,15 +253,19 @@ def _usage(value: Mapping[str, Any] | None) -> Usage | None:
     if not value:
         return None
     try:
-        prompt, completion = value["prompt_tokens"], value["completion_tokens"]
-        thought = (value.get("completion_tokens_details") or {}).get("reasoning_tokens") or 0
-        cached = (value.get("prompt_tokens_details") or {}).get("cached_tokens") or value.get("cached_tokens") or 0
-        return Usage(
-            prompt_tokens=int(prompt), completion_tokens=int(completion),
-            reasoning_tokens=int(thought), cached_tokens=int(cached),
-        )  # fmt: skip
-    except (AttributeError, KeyError, TypeError, ValueError):
+        prompt, completion = int(value["prompt_tokens"]), int(value["completion_tokens"])
+        thought = int((value.get("completion_tokens_details") or {}).get("reasoning_tokens") or 0)
+        cached = int((value.get("prompt_tokens_details") or {}).get("cached_tokens") or value.get("cached_tokens") or 0)
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
         return None
+    if min(prompt, completion, thought, cached) < 0:  # it would give back to budgets
+        return None
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        reasoning_tokens=min(thought, completion),
+        cached_tokens=min(cached, prompt),
+    )
 
 
 def _string(value: object) -> str:

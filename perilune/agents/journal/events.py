@@ -2,11 +2,14 @@
 
 | type | payload |
 |---|---|
-| run_started | task, model, config, tools, rules, recipe, version |
-| run_resumed | owner, model, config, tools, rules, recipe, version |
+| run_started | task, model, models?, config, tools, rules, recipe, version, payload?: "hashed" without what was said |
+| run_resumed | owner, model, models?, config, tools, rules, recipe, version |
 | run_stopped | error?: what stopped it, if it was not on purpose |
 | cancel_requested | reason |
-| agent_spawned | parent, profile, call, depth, messages |
+| agent_spawned | parent, profile, call, depth, messages, background?, model?, item?: its place in a call for many,
+| | fork?: how many messages of the parent's history stand before its own
+| agent_resumed | call, text, background?: one that had ended has another task |
+| result_delivered | child, text: the agent's next turn reads what one in the background came to |
 | agent_started | queued_s: it has a place among those that run |
 | turn_started | turn, hash, max_tokens |
 | turn_retry | turn, attempt, fault, status, error, wait_s, usage, cost_usd |
@@ -16,8 +19,10 @@
 | turn_failed | turn, fault, error, usage?, cost_usd? |
 | turn_lost | turn |
 | tool_started | call, name, arguments, effect |
+| tool_progress | call, done, total: how far it is; total null where the tool does not know, at most once a second |
 | tool_finished | call, name, text, is_error, elapsed_s, note?, images? |
 | profile_created | name, system_prompt, by |
+| tool_changed | tool: as models are offered it from here on, its server describes it anew |
 | last_words | status, text: the limit that was met; the agent is asked once more, without tools |
 | asked_for_more | text: its answer was too short |
 | context_compacted | policy, summary |
@@ -26,7 +31,7 @@
 | approval_resolved | id, allowed, scope, by |
 | question_asked, question_answered | id, text |
 | steered | text |
-| agent_finished | status, result, error |
+| agent_finished | status, result, error, active_s?: seconds that count for its limit of time |
 | run_finished | status, answer, error |
 """
 

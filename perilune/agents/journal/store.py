@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from perilune.agents.journal.events import Event
+from perilune.agents.journal.payloads import hashed, redacted
+from perilune.agents.journal.reading import load_events
 from perilune.agents.journal.schema import JournalError, chained, check_head, connect, is_plain, with_blobs
 
 __all__ = ["Journal", "JournalError", "Synchronous"]
@@ -29,8 +31,6 @@ Synchronous = Literal["normal", "full"]
 _LEASE_S = 30.0
 _GROUP_S = 0.02
 _GROUP_EVENTS = 512
-_NAMES = frozenset(("hash", "call", "id", "tool_call_id", "parent", "agent", "profile", "name", "role", "status"))
-"""Keys of a payload whose values are names that other events use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,13 @@ class Journal:
     """One run's journal, open for writing; use it from one event loop."""
 
     def __init__(
-        self, path: Path, run_id: str, *, synchronous: Synchronous = "normal", redact: Sequence[str] = ()
+        self,
+        path: Path,
+        run_id: str,
+        *,
+        synchronous: Synchronous = "normal",
+        redact: Sequence[str] = (),
+        keeps_payload: bool = True,
     ) -> None:
         """Open the file and take the run's lease.
 
@@ -60,6 +66,7 @@ class Journal:
             run_id: the run that is written.
             synchronous: what a commit survives.
             redact: regular expressions; what they match in a payload becomes ***.
+            keeps_payload: whether texts are written, rather than their hashes alone.
 
         Raises:
             JournalError: the file cannot be written, or another process drives the run; the message names it.
@@ -68,7 +75,7 @@ class Journal:
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self.seq: int
         """Number of the last event."""
-        self._redact = [re.compile(pattern) for pattern in redact]
+        self._redact, self._keeps_payload = [re.compile(pattern) for pattern in redact], keeps_payload
         self.error: JournalError | None = None
         self.on_error: Callable[[JournalError], None] | None = None
         """Called in the event loop when nothing can be written any more."""
@@ -102,10 +109,10 @@ class Journal:
         Raises:
             JournalError: the file cannot be written, or there is such a run.
         """
+        task = redacted(task, self._redact)
+        row = (self.run_id, time.time(), task if self._keeps_payload else hashed(task), model)
         try:
-            self._connection.execute(
-                "INSERT INTO runs VALUES (?, ?, ?, ?, 'running')", (self.run_id, time.time(), self._clean(task), model)
-            )
+            self._connection.execute("INSERT INTO runs VALUES (?, ?, ?, ?, 'running')", row)
         except sqlite3.IntegrityError as error:
             raise JournalError(f"{self.path}: there is a run {self.run_id} already; resume it") from error
         except sqlite3.Error as error:
@@ -114,13 +121,13 @@ class Journal:
     def append(self, type_: str, agent: str, payload: Mapping[str, Any], cause: int = 0) -> Event:
         """Number an event; it is on its way to the disk when this returns, and there after `commit`.
 
-        What the event says is what is written: without what is to be redacted.
+        What the event says is what is written, without what is to be redacted; or its hashes are.
 
         Raises:
             JournalError: the journal broke before.
         """
         self.check()
-        payload = self._clean(payload) if self._redact else payload
+        payload = redacted(payload, self._redact) if self._redact else payload
         event = Event(
             seq=self.seq + 1,
             type=type_,
@@ -149,11 +156,20 @@ class Journal:
             raise self.error
         self.seq = event.seq
         blobs: dict[str, bytes] = {}
-        content = _dumps(event.payload)
+        payload = event.payload if self._keeps_payload else hashed(event.payload)
+        content = _dumps(payload)
         if not is_plain(content):
-            content = _dumps(with_blobs(dict(event.payload), blobs))
+            content = _dumps(with_blobs(dict(payload), blobs))
         row = (event.seq, event.type, event.agent, event.cause, event.wall, event.at, content)
         self._queue.put(_Row(row, blobs))
+
+    def load(self) -> list[Event]:
+        """Return the run's events, as they are on the disk.
+
+        Raises:
+            JournalError: they cannot be read.
+        """
+        return load_events(self.path, self.run_id)
 
     async def commit(self) -> None:
         """Wait until every event so far is on the disk.
@@ -204,18 +220,6 @@ class Journal:
         with contextlib.suppress(sqlite3.Error):
             self._connection.execute("DELETE FROM leases WHERE run_id = ? AND owner = ?", (self.run_id, self.owner))
         self._connection.close()
-
-    def _clean(self, value: Any, key: str = "") -> Any:
-        """Return a copy without what is to be redacted; what holds a run together stays as it is."""
-        if isinstance(value, str):
-            for pattern in self._redact if key not in _NAMES else ():
-                value = pattern.sub("***", value)
-            return value
-        if isinstance(value, Mapping):
-            return {name: self._clean(item, name) for name, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [self._clean(item) for item in value]
-        return value
 
     def _take_lease(self) -> None:
         connection = self._connection

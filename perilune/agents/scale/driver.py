@@ -9,6 +9,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+from perilune.agents.agent_state import AgentState, Status
 from perilune.agents.budget import QUANTITIES
 from perilune.agents.config import SwarmConfig
 from perilune.agents.journal import JournalError
@@ -18,7 +19,6 @@ from perilune.agents.scale.desk import Desk
 from perilune.agents.scale.link import Link, Lost, reached
 from perilune.agents.scale.messages import Instruction, Job, RemoteAgents
 from perilune.agents.scale.worker import work
-from perilune.agents.state import AgentState, Status
 from perilune.agents.tools.registry import describe_error
 
 logger = logging.getLogger(__name__)

@@ -11,6 +11,7 @@ from perilune.agents.budget import QUANTITIES, Quantity
 from perilune.agents.runtime import Runtime
 from perilune.agents.scale.messages import Instruction, Message
 from perilune.agents.state import AgentState
+from perilune.agents.swarm_tools import SWARM_TOOLS
 from perilune.agents.tools.base import ToolContext
 from perilune.agents.tools.registry import Abandoned
 
@@ -156,7 +157,8 @@ class Link:
         context = ToolContext(
             run_id=runtime.state.run_id, agent_id=agent_id, call_id=call_id, artifacts=runtime.artifacts
         )
-        decision = await runtime.approvals.check(runtime.registry.tools[name], arguments, context)
+        tool = SWARM_TOOLS.get(name) or runtime.registry.tools[name]
+        decision = await runtime.approvals.check(tool, arguments, context)
         self._answer(ticket, (decision.allowed, decision.reason))
 
     async def _question(self, ticket: int, value: tuple[str, str]) -> None:

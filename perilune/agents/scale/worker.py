@@ -17,10 +17,10 @@ from perilune.agents.calls import Calls
 from perilune.agents.endpoint import Endpoint
 from perilune.agents.journal import Event
 from perilune.agents.loop import drive
-from perilune.agents.runtime import Runtime
+from perilune.agents.runtime import HeldPlace, Runtime
 from perilune.agents.scale.messages import Job, Kind, Message, Wish
 from perilune.agents.state import AgentState, RunState
-from perilune.agents.subagents import Subagents, tools_of
+from perilune.agents.subagents import Subagents
 from perilune.agents.tools.artifacts import MemoryArtifacts
 from perilune.agents.tools.base import Tool, ToolContext, ToolError
 from perilune.agents.tools.human import Decision
@@ -62,11 +62,11 @@ async def _drive(job: Job, desk: Any, client: Any, registry: ToolRegistry) -> No
     runtime = _runtime(job, line, client, registry)
     subagents = Subagents(runtime)
     calls = Calls(runtime, subagents)
-    subagents.run_calls = calls.run
+    subagents.work = calls
     agent = runtime.state.agents[job.agent_id]
     driving = asyncio.create_task(_to_the_end(runtime, agent, calls))
     runtime.scopes[agent.id] = driving
-    listening = asyncio.create_task(_listen(runtime, job.task, desk))
+    listening = asyncio.create_task(_listen(runtime, job.agent_id, job.task, desk))
     try:
         await asyncio.wait((driving, listening), return_when=asyncio.FIRST_COMPLETED)
     finally:
@@ -84,19 +84,40 @@ async def _drive(job: Job, desk: Any, client: Any, registry: ToolRegistry) -> No
 
 
 async def _to_the_end(runtime: Runtime, agent: AgentState, calls: Calls) -> None:
-    async with runtime.slots:  # which it gives to those that it starts, while it waits for them
-        await drive(runtime, agent, tools_of(runtime, agent), calls.run)
+    place = runtime.places[agent.id] = HeldPlace(
+        runtime.slots
+    )  # given to those that it starts, while it waits for them
+    await place.acquire()
+    try:
+        await drive(runtime, agent, calls)
+    finally:
+        place.release()
 
 
-async def _listen(runtime: Runtime, task: str, desk: Any) -> None:
+async def _listen(runtime: Runtime, job_agent: str, task: str, desk: Any) -> None:
     """Do what the run says; ends with an error when it is gone."""
     while True:
         for instruction in await desk.listen.remote(task):
             agent = runtime.state.agents.get(instruction.agent_id)
             if instruction.order == "cancel":
-                runtime.cancel(instruction.agent_id, instruction.text)
+                _cancel(runtime, instruction.agent_id, job_agent, instruction.text)
             elif agent is not None and agent.status is None:
                 runtime.emit("steered", agent.id, {"text": instruction.text})
+
+
+def _cancel(runtime: Runtime, agent_id: str, job_agent: str, why: str) -> None:
+    """End an agent. If it is for good, the run has written it down; if the run is only stopped, nothing must be.
+
+    The task's own agent is told to end in both cases. If it is for good, the run finishes it.
+    """
+    agent = runtime.state.agents.get(agent_id)
+    if agent is None or agent.status is not None:
+        return
+    if agent_id != job_agent:
+        runtime.cancelled[agent_id] = why
+    scope = runtime.scopes.get(agent_id)
+    if scope is not None:
+        scope.cancel()
 
 
 def _runtime(job: Job, line: Line, client: Any, registry: ToolRegistry) -> Runtime:

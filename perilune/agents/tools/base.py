@@ -45,6 +45,8 @@ class ToolContext:
     """Puts a question to a person and waits; None where there is nobody."""
     traceparent: str | None = None
     """W3C trace context of the call's span, for tools that speak to other services."""
+    progress: Callable[[float, float | None], None] | None = None
+    """Told how far the call is, and what the whole would be if that is known; from any thread."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +78,8 @@ class Tool:
     """Longer results are cut in the middle, and kept whole as an artifact."""
     close: Callable[[], Awaitable[None]] | None = field(default=None, compare=False)
     """Called once when the run ends."""
+    leave: Callable[[str, str], Awaitable[None]] | None = field(default=None, compare=False)
+    """Called with the run's and the agent's id when an agent has ended, for tools that keep something for each."""
     origin: str = field(default="", compare=False)
     """Where it comes from, for people: `perilune.agents.tools.files.read_file`, `git.status of MCP server repo`."""
 

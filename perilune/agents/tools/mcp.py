@@ -8,65 +8,25 @@ model unless the host passes it on. Servers cannot sample from a model, and thei
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from pathlib import Path
-from typing import Any, TextIO
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
-from perilune.agents.tools.base import Effect, Tool, ToolContext, ToolError, ToolOutput
-from perilune.agents.tools.mcp_content import answer_form, output_of
-from perilune.agents.tools.references import inline_references
-from perilune.agents.tools.registry import describe_error, qualified_name
-from perilune.agents.tools.validation import Validator
+from perilune.agents.tools.base import Tool, ToolContext, ToolError, ToolOutput
+from perilune.agents.tools.mcp_connection import Connection
+from perilune.agents.tools.mcp_server import McpServer
 from perilune.errors import missing_extra
 
+__all__ = ["McpServer", "McpTools"]
+
 logger = logging.getLogger(__name__)
-
-_MAX_DESCRIPTION_CHARS = 8_000
-_MAX_PAGES = 50
-_STOP_S = 10.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class McpServer:
-    """A server, and what is wanted of it."""
-
-    name: str
-    """Of this run's own choosing; its tools are named `name__tool`."""
-    command: tuple[str, ...] = ()
-    """Program and arguments, for stdio."""
-    env: Mapping[str, str] = field(default_factory=dict, repr=False)
-    """Given to the program besides PATH, HOME and a few more; nothing else of this program's environment is."""
-    cwd: str | None = None
-    url: str | None = None
-    """For streamable HTTP."""
-    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
-    """Sent with each request, for keys."""
-    tools: tuple[str, ...] = ("*",)
-    """Patterns of the tools that are wanted, by the server's names."""
-    effects: Mapping[str, Effect] = field(default_factory=dict)
-    """By the server's names; what is not named has side effects."""
-    timeout_s: float = 60.0
-    """For a call."""
-    start_timeout_s: float = 30.0
-    max_restarts: int = 3
-    """In a run."""
-    backoff_s: float = 0.5
-    """Before the first restart; doubled for each."""
-
-    def __post_init__(self) -> None:
-        if bool(self.command) == (self.url is not None):
-            raise ToolError(f"MCP server {self.name!r} needs either command or url")
 
 
 class McpTools:
     """Servers of a run, started, and their tools."""
 
-    def __init__(self, connections: Sequence[_Connection], warnings: Sequence[str]) -> None:
+    def __init__(self, connections: Sequence[Connection], warnings: Sequence[str]) -> None:
         """Use `connect`."""
         self._connections = tuple(connections)
         self.warnings = tuple(warnings)
@@ -79,15 +39,13 @@ class McpTools:
         servers: Sequence[McpServer],
         *,
         on_changed: Callable[[Tool], None] | None = None,
-        on_progress: Callable[[str, float, float | None], None] | None = None,
     ) -> McpTools:
         """Start all servers at once.
 
         Args:
             servers: with different names.
-            on_changed: gets a tool whose server now describes it otherwise, such as `ToolRegistry.replace`; if None,
-                tools stay what they were at the start. New tools never come.
-            on_progress: is told a call's id, how far it is, and what the whole would be.
+            on_changed: gets a tool whose server now describes it otherwise, such as `Swarm.describe`; if None, tools
+                stay what they were at the start, as those of isolated servers always do. New tools never come.
 
         Raises:
             ToolError: two servers have one name, or `mcp` is not installed.
@@ -99,7 +57,7 @@ class McpTools:
         names = [server.name for server in servers]
         if len(set(names)) != len(names):
             raise ToolError(f"two MCP servers have one name: {', '.join(sorted(names))}")
-        connections = [_Connection(server, on_changed, on_progress) for server in servers]
+        connections = [_PerAgent(server) if server.isolate else Connection(server, on_changed) for server in servers]
         failures = await asyncio.gather(*(connection.start() for connection in connections))
         warnings = [failure for failure in failures if failure is not None]
         warnings += [warning for connection in connections for warning in connection.warnings]
@@ -112,288 +70,43 @@ class McpTools:
         await asyncio.gather(*(connection.close() for connection in self._connections))
 
 
-class _Connection:
-    """One server. A task of its own holds the client, as the package wants it opened and closed in one task."""
+class _PerAgent(Connection):
+    """A server whose first process only lists its tools; each agent's calls go to one of the agent's own."""
 
-    def __init__(
-        self,
-        server: McpServer,
-        on_changed: Callable[[Tool], None] | None,
-        on_progress: Callable[[str, float, float | None], None] | None,
-    ) -> None:
-        self.server = server
-        self.tools: tuple[Tool, ...] = ()
-        self.warnings: list[str] = []
-        self._on_changed, self._on_progress = on_changed, on_progress
-        self._client: Any = None
-        self._task: asyncio.Task[None] | None = None
-        self._stopping = asyncio.Event()
-        self._starting = asyncio.Lock()
-        self._restarts = 0
-        self._is_closed = False
-        self._asks: list[Callable[[str], Awaitable[str]]] = []
-        self._refreshing: set[asyncio.Task[None]] = set()
+    def __init__(self, server: McpServer) -> None:
+        super().__init__(server)
+        self.call_of = self._call_for_agent
+        self._own: dict[tuple[str, str], Connection] = {}
+        self._left: set[tuple[str, str]] = set()
 
     async def start(self) -> str | None:
-        """Start the server and take its tools; return why not."""
-        try:
-            listed = await self._open()
-        except ToolError as error:
-            return f"{error}; its tools are missing"
-        self.tools = tuple(tool for one in listed if (tool := self._tool(one)) is not None)
-        return None
+        """Take the tools; see `Connection.start`."""
+        failure = await super().start()
+        await super().close()
+        self.tools = tuple(replace(tool, leave=self._leave) for tool in self.tools)
+        return failure
 
     async def close(self) -> None:
-        """Stop the server."""
-        self._is_closed = True
-        task, self._task, self._client = self._task, None, None
-        self._stopping.set()
-        if task is None:
-            return
-        _, late = await asyncio.wait((task,), timeout=_STOP_S)
-        if late:
-            task.cancel()
-            logger.warning("MCP server %s did not stop within %g s", self.server.name, _STOP_S)
+        """Stop the servers of all agents."""
+        own, self._own = list(self._own.values()), {}
+        await asyncio.gather(*(connection.close() for connection in own))
 
-    async def call(self, name: str, arguments: dict[str, Any], context: ToolContext) -> ToolOutput:
-        """Call a tool by the server's own name."""
-        from mcp import MCPError
-        from mcp.types import CONNECTION_CLOSED
+    async def _call_for_agent(self, name: str, arguments: dict[str, Any], context: ToolContext) -> ToolOutput:
+        who = (context.run_id, context.agent_id)
+        connection = self._own.get(who)
+        if connection is None:
+            connection = self._own[who] = Connection(self.server)
+        output = await connection.call(name, arguments, context)
+        if who in self._left:
+            self._left.discard(who)
+            output = replace(output, text=f"{_STARTED_ANEW}\n{output.text}")
+        return output
 
-        client = await self._connected()
-        if context.ask is not None:
-            self._asks.append(context.ask)
-        try:
-            result = await client.call_tool(
-                name,
-                arguments,
-                read_timeout_seconds=self.server.timeout_s,
-                progress_callback=self._progress(context),
-                meta={"traceparent": context.traceparent} if context.traceparent else None,
-            )
-        except MCPError as error:
-            if error.code == CONNECTION_CLOSED:
-                raise self._lost(client) from error
-            raise ToolError(f"MCP server {self.server.name}: {error.message}") from error
-        except (OSError, EOFError) as error:
-            raise self._lost(client) from error
-        except Exception as error:
-            if self._client is not client:
-                raise self._lost(client) from error
-            raise
-        finally:
-            if context.ask is not None:
-                self._asks.remove(context.ask)
-        return output_of(result, context.artifacts)
-
-    def _lost(self, client: Any) -> ToolError:
-        """Give up a client; whoever calls next starts another."""
-        if self._client is client:
-            self._client = None
-            self._stopping.set()
-        return ToolError(
-            f"MCP server {self.server.name} stopped during the call; what it had begun may or may not have been done"
-        )
-
-    async def _connected(self) -> Any:
-        async with self._starting:
-            while self._client is None:
-                if self._is_closed:
-                    raise ToolError(f"MCP server {self.server.name} is closed")
-                if self._restarts >= self.server.max_restarts:
-                    raise ToolError(
-                        f"MCP server {self.server.name} stopped, was restarted {self._restarts} times, and is given up"
-                    )
-                await asyncio.sleep(self.server.backoff_s * 2**self._restarts)
-                self._restarts += 1
-                try:
-                    self._refresh(await self._open())
-                except ToolError as error:
-                    logger.warning("restart %d: %s", self._restarts, error)
-            return self._client
-
-    async def _open(self) -> list[Any]:
-        """Start a client in a task of its own; return the tools that the server lists."""
-        if self._task is not None:  # of a client that was given up
-            await asyncio.wait((self._task,), timeout=_STOP_S)
-        self._stopping = asyncio.Event()
-        ready: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
-        task = self._task = asyncio.ensure_future(self._live(ready, self._stopping))
-        try:
-            async with asyncio.timeout(self.server.start_timeout_s):
-                return await asyncio.shield(ready)
-        except TimeoutError:
-            await _end(task)
-            raise ToolError(
-                f"MCP server {self.server.name} did not start within {self.server.start_timeout_s:g} s"
-            ) from None
-        except asyncio.CancelledError:
-            await _end(task)
-            raise
-
-    async def _live(self, ready: asyncio.Future[list[Any]], stopping: asyncio.Event) -> None:
-        client = None
-        try:
-            async with contextlib.AsyncExitStack() as stack:
-                sink = stack.enter_context(Path(os.devnull).open("w"))  # noqa: SIM115 - servers chatter on stderr
-                client = await stack.enter_async_context(await self._make_client(stack, sink))
-                listed = await _list_tools(client)
-                self._client = client
-                if not ready.done():
-                    ready.set_result(listed)
-                if self._on_changed is not None:
-                    watching = asyncio.ensure_future(self._watch(client))
-                    stack.callback(watching.cancel)
-                await stopping.wait()
-        except asyncio.CancelledError:
-            raise
-        except BaseException as error:
-            text = f"MCP server {self.server.name} did not start: {describe_error(error)}"
-            if not ready.done():
-                ready.set_exception(ToolError(text))
-            else:
-                logger.info("MCP server %s ended: %s", self.server.name, describe_error(error))
-        finally:
-            if not ready.done():
-                ready.cancel()
-            if self._client is client:
-                self._client = None
-
-    async def _make_client(self, stack: contextlib.AsyncExitStack, sink: TextIO) -> Any:
-        import httpx2
-        from mcp import Client, StdioServerParameters
-        from mcp.client.stdio import stdio_client
-        from mcp.client.streamable_http import streamable_http_client
-
-        server = self.server
-        if server.url is not None:
-            timeout = httpx2.Timeout(30.0, read=max(300.0, server.timeout_s))
-            http = await stack.enter_async_context(httpx2.AsyncClient(headers=dict(server.headers), timeout=timeout))
-            transport = streamable_http_client(server.url, http_client=http)
-        else:
-            program, *arguments = server.command
-            parameters = StdioServerParameters(command=program, args=arguments, env=dict(server.env), cwd=server.cwd)
-            transport = stdio_client(parameters, errlog=sink)
-        return Client(
-            transport,
-            read_timeout_seconds=server.timeout_s,
-            elicitation_callback=self._elicit,
-            message_handler=self._notified,
-            cache=None,
-        )
-
-    async def _elicit(self, context: Any, params: Any) -> Any:
-        from mcp.types import ElicitResult
-
-        del context
-        # The request does not say which call it belongs to; the one that began last is likeliest.
-        if not self._asks or params.mode != "form":  # a server's link could lead anywhere
-            return ElicitResult(action="decline")
-        content = await answer_form(self.server.name, params.message, params.requested_schema, self._asks[-1])
-        return ElicitResult(action="decline") if content is None else ElicitResult(action="accept", content=content)
-
-    async def _notified(self, message: Any) -> None:
-        from mcp.types import ToolListChangedNotification
-
-        if isinstance(message, ToolListChangedNotification) and self._on_changed is not None:
-            # Not here: whoever delivers messages waits for this to return.
-            task = asyncio.ensure_future(self._list_again())
-            self._refreshing.add(task)
-            task.add_done_callback(self._refreshing.discard)
-
-    async def _watch(self, client: Any) -> None:
-        """Subscribe to changes where the protocol has it; the older one sends them unasked."""
-        from mcp import MCPError
-        from mcp.client.subscriptions import ListenNotSupportedError, SubscriptionLost
-
-        try:
-            async with client.listen(tools_list_changed=True) as changes:
-                async for _ in changes:
-                    await self._list_again()
-        except (ListenNotSupportedError, SubscriptionLost, MCPError, TimeoutError) as error:
-            logger.debug("MCP server %s: no word of changes: %s", self.server.name, error)
-
-    async def _list_again(self) -> None:
-        client = self._client
-        if client is None:
-            return
-        try:
-            self._refresh(await _list_tools(client))
-        except Exception as error:
-            logger.warning("MCP server %s: its tools could not be listed: %s", self.server.name, describe_error(error))
-
-    def _refresh(self, listed: Sequence[Any]) -> None:
-        """Pass on tools that are known and are described otherwise; leave out all others."""
-        known = {tool.name: tool for tool in self.tools}
-        changed: dict[str, Tool] = {}
-        for one in listed:
-            tool = self._tool(one)
-            if tool is None or tool.name not in known:
-                logger.info("MCP server %s: its new tool %.80r is not taken", self.server.name, one.name)
-                continue
-            old = known[tool.name]
-            if (tool.description, tool.parameters) != (old.description, old.parameters) and tool.origin == old.origin:
-                changed[tool.name] = tool
-        if self._on_changed is None:
-            return
-        for tool in changed.values():
-            self._on_changed(tool)
-        self.tools = tuple(changed.get(tool.name, tool) for tool in self.tools)
-
-    def _tool(self, listed: Any) -> Tool | None:
-        """Return a tool that the server lists, None if it is not wanted or cannot be used."""
-        server, name = self.server, listed.name
-        if not any(fnmatchcase(name, pattern) for pattern in server.tools):
-            return None
-        unique = qualified_name(server.name, name)
-        try:
-            parameters = inline_references(listed.input_schema)
-            parameters.setdefault("type", "object")
-            Validator(unique, parameters)
-        except ToolError as error:
-            self.warnings.append(f"MCP server {server.name}: {name!r} is left out: {error}")
-            return None
-
-        async def run(arguments: dict[str, Any], context: ToolContext) -> ToolOutput:
-            return await self.call(name, arguments, context)
-
-        return Tool(
-            name=unique,
-            description=(listed.description or listed.title or name)[:_MAX_DESCRIPTION_CHARS],
-            parameters=parameters,
-            run=run,
-            effect=server.effects.get(name, "side_effect"),
-            # Room for a restart; the client's own limit is the call's.
-            timeout_s=server.timeout_s + server.start_timeout_s + 5,
-            close=self.close,
-            origin=f"{name!r} of MCP server {server.name}",
-        )
-
-    def _progress(self, context: ToolContext) -> Any:
-        if self._on_progress is None:
-            return None
-        report = self._on_progress
-
-        async def progress(done: float, total: float | None, message: str | None) -> None:
-            del message
-            report(context.call_id, done, total)
-
-        return progress
+    async def _leave(self, run_id: str, agent_id: str) -> None:
+        connection = self._own.pop((run_id, agent_id), None)
+        if connection is not None:
+            self._left.add((run_id, agent_id))
+            await connection.close()
 
 
-async def _end(task: asyncio.Task[None]) -> None:
-    """Cancel a client's task and wait until its program has ended."""
-    task.cancel()
-    await asyncio.wait((task,), timeout=_STOP_S)
-
-
-async def _list_tools(client: Any) -> list[Any]:
-    listed: list[Any] = []
-    cursor = None
-    for _ in range(_MAX_PAGES):  # a list need not end
-        page = await client.list_tools(cursor=cursor)
-        listed += page.tools
-        cursor = page.next_cursor
-        if cursor is None:
-            break
-    return listed
+_STARTED_ANEW = "[this server was started anew for you; what it had in memory from your earlier task is gone]"

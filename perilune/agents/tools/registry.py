@@ -9,7 +9,7 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -58,6 +58,9 @@ class ToolRegistry:
         self._validators: dict[str, Validator] = {}
         self._slots: dict[str, asyncio.Semaphore] = {}
         self._abandoned: list[Abandoned] = []
+        self._leaving: set[asyncio.Task[None]] = set()
+        self.version = 0
+        """Counts descriptions that were replaced."""
         for tool in tools:
             self._add(tool)
 
@@ -88,6 +91,7 @@ class ToolRegistry:
             raise ToolError(f"{tool.name!r}: effect and origin must stay {known.effect!r} and {known.origin!r}")
         self._validators[tool.name] = Validator(tool.name, tool.parameters)
         self._tools[tool.name] = tool
+        self.version += 1
 
     def validate(self, name: str, raw_arguments: str) -> dict[str, Any] | str:
         """Return the arguments of a call, or what is wrong with it, for the model. Nothing is mended.
@@ -126,8 +130,17 @@ class ToolRegistry:
                 output = await self._run(tool, arguments, context)
         return fit_output(output, tool.max_result_chars, tool.name, context.artifacts)
 
+    def agent_ended(self, run_id: str, agent_id: str) -> None:
+        """Have tools give back what they keep for an agent; `close` waits for them."""
+        for leave in {tool.leave: None for tool in self._tools.values() if tool.leave is not None}:
+            task = asyncio.ensure_future(_quietly(leave(run_id, agent_id)))
+            self._leaving.add(task)
+            task.add_done_callback(self._leaving.discard)
+
     async def close(self) -> None:
         """Close every tool; one that fails or hangs does not keep the others from it."""
+        if self._leaving:
+            await asyncio.wait(set(self._leaving), timeout=self.grace_s)
         # Tools of one source share what they close.
         closers = list({tool.close: None for tool in self._tools.values() if tool.close is not None})
         tasks = [asyncio.ensure_future(closer()) for closer in closers]
@@ -221,6 +234,13 @@ def _result(task: asyncio.Task[ToolOutput], tool: Tool) -> ToolOutput:
     if not isinstance(output, ToolOutput):
         return ToolOutput(text=f"{tool.name} failed: it returned no ToolOutput", is_error=True)
     return output
+
+
+async def _quietly(leaving: Awaitable[None]) -> None:
+    try:
+        await leaving
+    except Exception as error:
+        logger.warning("a tool failed to let an agent go: %s", describe_error(error))
 
 
 def _forsake(task: asyncio.Task[Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sqlite3
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -85,16 +85,19 @@ class Corpus:
         return cls(connection)
 
     @classmethod
-    def from_folder(cls, folder: Path, path: Path | None = None, *, glob: str = "**/*.txt") -> Corpus:
+    def from_folder(
+        cls, folder: Path, path: Path | None = None, *, globs: Sequence[str] = ("**/*.txt", "**/*.md")
+    ) -> Corpus:
         """Index text files; a document's id is its path below the folder, its title the first line.
 
         Args:
             folder: where they are.
             path: as for `build`.
-            glob: which of them.
+            globs: which of them.
         """
-        files = (file for file in sorted(folder.glob(glob)) if file.is_file() and not file.is_symlink())
-        return cls.build((_page(folder, file) for file in files), path)
+        files = sorted({file for glob in globs for file in folder.glob(glob)})
+        pages = (_page(folder, file) for file in files if file.is_file() and not file.is_symlink())
+        return cls.build(pages, path)
 
     @classmethod
     def open(cls, path: Path) -> Corpus:

@@ -3,6 +3,7 @@
 model    what every view shows: agents as they stand, and events without their long texts
 transcript  all that an agent was told, said and did
 text     trees, critical paths, costs and differences of runs for the command line
+steps    a run a step at a time
 web      pages and a stream of events for `perilune.serve`
 page     the same page as one text, with or without a run's data in it
 export   JSONL, self-contained HTML, OTLP/JSON

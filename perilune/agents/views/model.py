@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from typing import Any, Literal
 
 from perilune.agents.critical import Totals, totals
 from perilune.agents.journal import Event, find_run, load_events
-from perilune.agents.state import ROOT, AgentState, RunState, agent_of_call
+from perilune.agents.state import ROOT, AgentState, CallState, RunState, agent_of_call
+from perilune.agents.swarm_tools import ASSIGN_TASK, SWARM_MAP
 from perilune.agents.timeline import Timeline
 
 Activity = Literal[
@@ -83,6 +85,8 @@ class AgentRow:
     elapsed_s: float
     """Seconds since it had a place; since it was spawned, while it waits for one."""
     retries: int
+    traits: tuple[str, ...] = ()
+    """Background, fork, its model, its item, how often it was resumed: see `traits_of`."""
 
 
 def totals_of(timeline: Timeline) -> Totals | None:
@@ -105,7 +109,7 @@ def activity_of(agent: AgentState, state: RunState, fault: str | None = None) ->
     """
     if agent.status is not None:
         return _ENDS.get(agent.status, "limit"), "" if agent.status == "completed" else agent.error or agent.status
-    if agent.parent is not None and not agent.is_running and not agent.turns:
+    if agent.stint is not None and not agent.is_running and agent.turns == agent.stint.begin:
         return "queued", ""
     if agent.open_turn:
         if agent.attempts:
@@ -117,10 +121,34 @@ def activity_of(agent: AgentState, state: RunState, fault: str | None = None) ->
     asked = next((text for call, text in state.questions.items() if agent_of_call(call) == agent.id), None)
     if asked is not None:
         return "question", _cut(asked) or ""
-    tools = [call.call.name for call in open_calls if call.call.name != "assign_task"]
+    tools = [call for call in open_calls if call.call.name not in (ASSIGN_TASK, SWARM_MAP)]
     if tools:
-        return "tool", tools[0] if len(tools) == 1 else f"{tools[0]} +{len(tools) - 1}"
-    return ("sub-agents", str(len(open_calls))) if open_calls else ("idle", "")
+        first = f"{tools[0].call.name}{_how_far(tools[0])}"
+        return "tool", first if len(tools) == 1 else f"{first} +{len(tools) - 1}"
+    working = sum(stint.end is None for stint in agent.given) or len(open_calls)
+    return ("sub-agents", str(working)) if working else ("idle", "")
+
+
+def _how_far(call: CallState) -> str:
+    if call.progress is None:
+        return ""
+    done, total = call.progress
+    return f" {math.floor(done)}" if total is None else f" {math.floor(100 * done / total)} %"
+
+
+def traits_of(agent: AgentState) -> tuple[str, ...]:
+    """Return what sets a sub-agent apart from one that begins afresh and is waited for, in words."""
+    if agent.stint is None:
+        return ()
+    tasks = len(agent.prompts) - agent.is_fork
+    found = {
+        "background": agent.stint.is_background,
+        "fork": agent.is_fork,
+        f"model {agent.model}": agent.model is not None,
+        f"item {agent.stint.item}": agent.stint.item is not None,
+        "resumed" if tasks == 1 else f"resumed {tasks} times": tasks > 0,
+    }
+    return tuple(word for word, is_so in found.items() if is_so)
 
 
 def agent_rows(run: RunData) -> list[AgentRow]:
@@ -174,6 +202,7 @@ def _row(run: RunData, agent: AgentState, fault: str | None) -> AgentRow:
         cost_usd=agent.cost_usd,
         elapsed_s=ended - began,
         retries=sum(turn.retries for turn in span.turns),
+        traits=traits_of(agent),
     )
 
 
@@ -194,6 +223,7 @@ def _lean_run(payload: Mapping[str, Any]) -> dict[str, Any]:
 
 def _lean_spawn(payload: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: payload.get(key) for key in ("parent", "profile", "call", "depth")}
+    kept |= {key: payload[key] for key in ("background", "fork", "item", "model") if key in payload}
     task = next((m["content"] for m in reversed(payload["messages"]) if m["role"] == "user"), "")
     return {**kept, "task": _cut(task) if isinstance(task, str) else ""}
 
@@ -215,6 +245,8 @@ def _without(*names: str) -> Any:
 _LEAN: Mapping[str, Any] = {
     "run_started": _lean_run,
     "agent_spawned": _lean_spawn,
+    "agent_resumed": _without("text"),
+    "result_delivered": _without("text"),
     "turn_started": _without("hash"),
     "turn_retry": _without(),
     "turn_finished": _lean_turn,

@@ -93,8 +93,10 @@ def tree(run: RunData) -> TextView:
 def _agent_line(row: AgentRow) -> Text:
     retries = f", {row.retries} retries" if row.retries else ""
     detail = f" {printable(row.detail)[:60]}" if row.detail else ""
+    traits = f"[{printable(', '.join(row.traits))}]  " if row.traits else ""
     return Text.assemble(
-        (row.agent, "bold"), f" {printable(row.profile)}  ", (f"{row.activity}{detail}", _STYLES[row.activity]),
+        (row.agent, "bold"), f" {printable(row.profile)}  ", (traits, "cyan"),
+        (f"{row.activity}{detail}", _STYLES[row.activity]),
         (f"  {row.steps} steps, {row.tool_calls} calls, {row.prompt_tokens + row.completion_tokens:,} tokens, "
          f"{money(row.cost_usd)}, {row.elapsed_s:.1f} s{retries}", "dim"),
     )  # fmt: skip

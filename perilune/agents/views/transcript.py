@@ -68,7 +68,10 @@ def _entries(event: Event, turn: int) -> list[Entry]:
     payload = event.payload
     match event.type:
         case "agent_spawned":
-            return [_entry(event, m["role"], _text(m["content"])) for m in payload["messages"]]
+            copied = payload.get("fork")
+            note = f"a copy of the {copied} messages of {payload['parent']} stands before this"
+            head = [] if copied is None else [_entry(event, "note", "", title=note)]
+            return head + [_entry(event, m["role"], _text(m["content"])) for m in payload["messages"]]
         case "turn_finished" | "turn_summarised":
             return _said(event, turn)
         case "tool_finished":
@@ -83,6 +86,10 @@ def _entries(event: Event, turn: int) -> list[Entry]:
             return [_entry(event, "note", payload["error"], title=f"no answer ({payload['fault']})", is_error=True)]
         case "turn_lost":
             return [_entry(event, "note", "", title="the run broke off during this turn; it is asked again")]
+        case "agent_resumed":
+            return [_entry(event, "user", payload["text"], title="another task")]
+        case "result_delivered":
+            return [_entry(event, "user", payload["text"], title=f"result of {payload['child']}")]
         case "steered" | "last_words" | "asked_for_more":
             return [_entry(event, "user", payload["text"], title=event.type.replace("_", " "))]
         case "context_compacted":

@@ -59,8 +59,10 @@ class _Lines:
         self._began = self._written = time.monotonic()
 
     def tell(self, event: Event) -> None:
-        """Write a line if the last is old enough."""
-        del event
+        """Write a line if the last is old enough, and what else somebody should know."""
+        if event.type == "tool_changed":
+            name = event.payload["tool"]["function"]["name"]
+            self._progress.note(f"{self._prefix}the server of {name} describes it anew")
         if time.monotonic() - self._written >= _INTERVAL_S:
             self.write()
 

@@ -13,7 +13,7 @@ from perilune.agents.client.http import HttpClient
 from perilune.agents.client.timing import Timeouts
 from perilune.agents.messages import Message, Sampling, ToolCall
 from perilune.errors import EngineError
-from tests.agents.client.helpers import WEATHER, RawServer, call_delta, delta, failure, http, request, sse
+from tests.agents.client.helpers import WEATHER, RawServer, call, call_delta, delta, failure, http, request, sse
 
 KEY = "sk-very-secret"
 FINE = sse(delta(content="Fi"), delta(content="ne."), delta("stop"))
@@ -31,6 +31,19 @@ async def ask(server, *requests, **options):
 
 def body_of(server):
     return json.loads(server.requests[-1][1])
+
+
+@pytest.mark.parametrize("wrong", ['{"city": "Lis', "", "[1]", '"Lisbon"', '{"day": NaN}', "[" * 100_000])
+def test_arguments_that_are_no_object_are_sent_as_a_text_in_one(wrong):
+    """Servers that read the arguments of past calls refuse a history for good that holds one which they cannot read."""
+    server = RawServer(http(FINE))
+    right = '{"city":  "Lisbon"}'
+    said = Message(role="assistant", tool_calls=(call(arguments=right), call(arguments=wrong, call_id="call_2")))
+    asyncio.run(ask(server, request(messages=(Message(role="user", content="?"), said))))
+    sent = [one["function"]["arguments"] for one in body_of(server)["messages"][1]["tool_calls"]]
+    assert sent[0] == right
+    assert json.loads(sent[1]) == {"invalid_arguments": wrong}
+    assert said.tool_calls[1].arguments == wrong
 
 
 def test_a_stream_is_read_and_the_request_is_what_the_api_wants():

@@ -211,8 +211,11 @@ def test_an_answer_that_broke_off_is_counted():
 def test_usage_beside_a_choice_counts_and_nonsense_does_not():
     inner = {"choices": [{"delta": {"content": "Fine."}, "finish_reason": "stop", "usage": USAGE}]}
     assert read(sse(inner)).usage.prompt_tokens == 7
-    for usage in ({"prompt_tokens": "many", "completion_tokens": 1}, {"total_tokens": 5}, [1]):
+    below, endless = {**USAGE, "prompt_tokens": -5}, {**USAGE, "completion_tokens": float("inf")}
+    for usage in ({"prompt_tokens": "many", "completion_tokens": 1}, {"total_tokens": 5}, [1], below, endless):
         assert read(sse({**delta("stop", content="Fine."), "usage": usage})).usage.is_estimated
+    more = {**USAGE, "prompt_tokens_details": {"cached_tokens": 900}}
+    assert read(sse({**delta("stop", content="Fine."), "usage": more})).usage.cached_tokens == 7
 
 
 def test_a_refusal_is_text():

@@ -23,11 +23,14 @@ TOOLS = {
     "ask_url": ANY,
     "change": ANY,
     "meta": ANY,
+    "count": ANY,
+    "work": ANY,
     "sample": ANY,
     "junk": ANY,
     "broken": {"type": "object", "properties": {"a": {"$ref": "http://127.0.0.1:1/secret"}}},
     "two words": ANY,
 }
+counted = 0
 descriptions = {name: f"About {name}." for name in TOOLS}
 
 
@@ -56,7 +59,17 @@ def ask_client(method, params):
 
 
 def call(name, arguments, params):
+    global counted
     match name:
+        case "count":  # what a server remembers
+            counted += 1
+            return text(f"{counted} in {os.getpid()}")
+        case "work":
+            token = params["_meta"]["progressToken"]
+            for done in (1, 2, 3):
+                params = {"progressToken": token, "progress": done, "total": 4}
+                send(method="notifications/progress", params=params)
+            return text("worked")
         case "echo":
             return text(arguments.get("text", ""))
         case "fail":

@@ -9,7 +9,7 @@ from perilune.agents.tools.base import Tool, ToolContext, ToolOutput
 from perilune.agents.tools.registry import ToolRegistry
 
 
-def context(agent_id="root", call_id="c1", ask=None, artifacts=None, traceparent=None) -> ToolContext:
+def context(agent_id="root", call_id="c1", ask=None, artifacts=None, traceparent=None, progress=None) -> ToolContext:
     """Return who calls."""
     return ToolContext(
         run_id="run",
@@ -18,6 +18,7 @@ def context(agent_id="root", call_id="c1", ask=None, artifacts=None, traceparent
         artifacts=artifacts if artifacts is not None else MemoryArtifacts(),
         ask=ask,
         traceparent=traceparent,
+        progress=progress,
     )
 
 

@@ -229,6 +229,41 @@ def test_the_host_may_pass_changes_on_but_new_tools_never_come(tmp_path):
     assert "f__extra" not in names
 
 
+def test_a_call_says_how_far_it_is(tmp_path):
+    told = []
+    result = do(faulty(tmp_path), "f__work", context(progress=lambda done, total: told.append((done, total))))
+    assert result.text == "worked"
+    assert told == [(1, 4), (2, 4), (3, 4)]
+
+
+def test_each_agent_has_an_isolated_server_of_its_own_until_it_ends(tmp_path):
+    async def whole():
+        async with connected(faulty(tmp_path, isolate=True)) as (found, registry, ask):
+            said = {}
+            for name in ("root/1", "root/2"):
+                caller = context(agent_id=name)
+                texts = await asyncio.gather(*(ask("f__count", caller) for _ in range(2)))
+                said[name] = sorted(result.text for result in texts)
+            registry.agent_ended(context().run_id, "root/1")
+            await asyncio.sleep(0)
+            said["again"] = (await ask("f__count", context(agent_id="root/1"))).text
+            return found.warnings, said
+
+    warnings, said = run(whole())
+    assert not [warning for warning in warnings if "left out" not in warning]
+    one, two = ({text.split()[2] for text in said[name]} for name in ("root/1", "root/2"))
+    assert len(one) == len(two) == 1
+    assert one != two
+    assert [[text[0] for text in said[name]] for name in ("root/1", "root/2")] == [["1", "2"]] * 2
+    note, count = said["again"].splitlines()
+    assert "started anew for you" in note
+    assert count.startswith("1 in ")
+    assert int((tmp_path / "starts").read_text()) == 4  # one that listed the tools, and three that were called
+    for pid in {*one, *two, count.split()[2]}:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
+
+
 def test_effects_and_wanted_tools_are_the_hosts_to_say(tmp_path):
     async def whole():
         server = faulty(tmp_path, effects={"echo": "pure"}, tools=("e*", "fail"))
@@ -341,16 +376,16 @@ def test_server_everything():
     async def whole():
         progress = []
         server = McpServer(name="all", command=(*everything(), "stdio"))
-        more = {"on_progress": lambda call_id, done, total: progress.append((call_id, done, total))}
-        async with connected(server, **more) as (_, _, call):
+        async with connected(server) as (_, _, call):
             assert (await call("all__echo", message="hi")).text == "Echo: hi"
             assert len((await call("all__get-tiny-image")).images) == 1
             assert "Ann" in (await call("all__trigger-elicitation-request", context(ask=ask))).text
             assert "Resource 1" in (await call("all__get-resource-reference", resourceType="Text", resourceId=1)).text
-            await call("all__trigger-long-running-operation", duration=0.2, steps=2)
+            caller = context(progress=lambda done, total: progress.append((done, total)))
+            await call("all__trigger-long-running-operation", caller, duration=0.2, steps=2)
         return progress
 
-    assert run(whole())[-1] == ("c1", 2, 2)
+    assert run(whole())[-1] == (2, 2)
 
 
 def test_streamable_http():

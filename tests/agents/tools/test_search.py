@@ -97,9 +97,10 @@ def test_a_corpus_is_kept_in_a_file(tmp_path):
 def test_a_folder_becomes_a_corpus(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a.txt").write_bytes(b"\n# First line\nbody \xff text")
-    (tmp_path / "b.md").write_text("not taken")
+    (tmp_path / "b.md").write_text("# Other")
+    (tmp_path / "c.pdf").write_text("not taken")
     corpus = Corpus.from_folder(tmp_path)
-    assert len(corpus) == 1
+    assert len(corpus) == 2
     assert corpus.page("sub/a.txt").title == "First line"
     assert corpus.search("body")[0].doc == "sub/a.txt"
 

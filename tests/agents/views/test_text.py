@@ -87,10 +87,12 @@ def test_a_refused_attempt_shows_as_rate_limited() -> None:
 def test_the_critical_path_comes_with_the_totals_and_never_alone(run: RunData) -> None:
     view = text.critical_path_view(run)
     assert view.data["total"] == pytest.approx(sum(s["weight"] for s in view.data["segments"]))
+    assert sum(turn.lost_prompt_tokens for agent in run.timeline.agents.values() for turn in agent.turns) > 0
     assert view.data["totals"]["cost_usd"] == pytest.approx(run.state.cost_usd)
+    assert view.data["totals"]["prompt_tokens"] == run.state.usage.prompt_tokens
     printed = shown(view)
     assert "unlimited: 3.69x" in printed
-    assert "117,614 tokens in, 7,929 out; $0.2987" in printed
+    assert "118,514 tokens in, 7,954 out; $0.3007" in printed
     assert text.critical_path_view(run, "steps").data["total"] == 13
 
 

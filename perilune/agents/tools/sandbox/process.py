@@ -55,8 +55,8 @@ class ProcessSandbox:
         refusal = namespaces_refused()
         if refusal is not None and not is_unsafe:
             raise ToolError(
-                f"Python cannot be shut in on this machine: {refusal}. Use the monty back end, or is_unsafe=True where "
-                "the machine itself is one to throw away"
+                f"Python cannot be shut in on this machine: {refusal}. Use the monty back end, or is_unsafe=True "
+                "(tools.unsafe_python=true in a recipe) where the machine itself is one to throw away"
             )
         self.is_confined = refusal is None
 

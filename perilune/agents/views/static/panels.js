@@ -8,7 +8,7 @@ const Panels = (() => {
     const pairs = [
       ["elapsed", Format.seconds(t.wall_s), "seconds that the run was driven"],
       ["steps", Format.number(t.steps), "turns of all agents"],
-      ["critical steps", Format.number(t.critical_steps), "turns of the orchestrator and of the slowest sub-agent of each stage"],
+      ["critical steps", Format.number(t.critical_steps), "turns that had to be taken one after another"],
       ["parallelism", `${t.parallelism.toFixed(1)}×`, "steps for each critical step; what it cost stands beside it"],
       ["tool calls", Format.number(t.tool_calls), ""],
       ["tokens in", Format.short(t.prompt_tokens), `${Format.number(t.prompt_tokens)}, of them ${Format.number(t.cached_tokens)} cached`],

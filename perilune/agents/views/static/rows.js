@@ -213,7 +213,7 @@ class Rows {
       draw("llm", asked, turn.ended, `${hint}${Format.seconds(turn.total)}, ${turn.prompt} tokens in, ${turn.completion} out`, turn.seq);
     }
     const end = (call) => call.ended !== null ? call.ended : agent.ended !== null ? agent.ended : now;
-    const waits = turn.calls.filter((call) => call.child);
+    const waits = turn.calls.filter((call) => call.awaited);
     if (waits.length) draw("wait", Math.min(...waits.map((c) => c.started)), Math.max(...waits.map(end)), `${waits.length} sub-agents`, 0, 11, 3);
     for (const call of turn.calls) {
       if (call.child || (call.ended === null && agent.asked.some((one) => one.id === call.key && one.to === null))) continue;
