@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from functools import reduce
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from perilune.engine.graphs import StepGraphs
@@ -133,13 +131,13 @@ class EngineCore:
                 self._sample(part, hidden)
                 sampled.append(row)
             parts.append(part)
-        self.running.rows = reduce(Rows.append, parts)
+        self.running.rows = Rows.join(parts)
         return sampled
 
     def _sample(self, rows: Rows, hidden: Tensor, resumed: int = 0) -> None:
         """Draw a token for each of `rows`; one that joins has `resumed` already."""
         self._buffers.reserve(1 + max(self.running.most_sampled(), resumed))
-        sample_rows(rows, F.linear(hidden, self._model.output_weight), self._buffers, self._factory)
+        sample_rows(rows, self._model.logits(hidden), self._buffers, self._factory)
         self.num_tokens += len(rows)
 
     def _make_room(self) -> None:
@@ -185,29 +183,42 @@ class EngineCore:
 
     def _start(self) -> list[StepOutput]:
         """Start samples of prefilled texts in free rows."""
-        free = self._options.max_batch - len(self.running)
         outputs: list[StepOutput] = []
+        while wave := self._next_wave():
+            outputs += self._start_wave(wave)
+        return outputs
+
+    def _next_wave(self) -> list[tuple[Fill, int]]:
+        """Texts whose samples start together, and how many of each: one product with the output matrix serves all."""
+        free = self._options.max_batch - len(self.running)
+        wave: list[tuple[Fill, int]] = []
         for fill in self.intake.ready():
             count = min(free, fill.num_samples)
             if count:
-                outputs += self._start_from(fill, count)
-            free = self._options.max_batch - len(self.running)
-        return outputs
+                wave.append((fill, count))
+                free -= count
+                if self._options.deterministic:
+                    break
+        return wave
 
-    def _start_from(self, fill: Fill, count: int) -> list[StepOutput]:
-        if fill.hidden is None:
-            return []
+    def _start_wave(self, wave: Sequence[tuple[Fill, int]]) -> list[StepOutput]:
         before = len(self.running)
-        rows, samples = self._resume(fill) if fill.resumed is not None else self._new_rows(fill, count)
-        self.memory.reserve(pages=0, slots=0, rows=min(self._options.max_batch, _rounded(before + count)))
-        if fill.holding.slot is not None:
-            self.memory.start_rows(before, [fill.holding.slot] * count)
-        self.running.append(samples, rows, [fill.done] * count)
-        is_replaying = fill.resumed is not None and self._options.deterministic
-        if fill.resumed is not None:
+        is_replaying = self._options.deterministic and wave[0][0].resumed is not None
+        started = [self._resume(fill) if fill.resumed is not None else self._new_rows(fill, n) for fill, n in wave]
+        rows = Rows.join([part for part, _ in started])
+        if not is_replaying:
+            hidden = torch.stack([fill.hidden for fill, n in wave if fill.hidden is not None for _ in range(n)])
+            self._sample(rows, hidden, max(len(fill.tokens) - fill.prompt_length for fill, _ in wave))
+        self.memory.reserve(pages=0, slots=0, rows=min(self._options.max_batch, _rounded(before + len(rows))))
+        self.memory.start_rows(
+            before, [slot for fill, n in wave if (slot := fill.holding.slot) is not None for _ in range(n)]
+        )
+        samples = [sample for _, part in started for sample in part]
+        self.running.append(samples, rows, [fill.done for fill, n in wave for _ in range(n)])
+        for fill, _ in wave:
             fill.resumed = None
-        if not fill.num_samples:
-            self.intake.close(fill)
+            if not fill.num_samples:
+                self.intake.close(fill)
         return [] if is_replaying else self._finish(list(range(before, len(self.running))))
 
     def _new_rows(self, fill: Fill, count: int) -> tuple[Rows, list[Sample]]:
@@ -219,7 +230,6 @@ class EngineCore:
             Sample(fill.ticket, fill.waiting.popleft(), slot, self.manager.fork(fill.holding), fill.epoch)
             for slot in slots
         ]
-        self._sample_each(rows, fill)
         return rows, samples
 
     def _resume(self, fill: Fill) -> tuple[Rows, list[Sample]]:
@@ -227,14 +237,7 @@ class EngineCore:
             raise ValueError("the text belongs to no preempted sample")
         sample, rows = fill.resumed
         sample.holding, sample.epoch = self.manager.fork(fill.holding), fill.epoch
-        if not self._options.deterministic:
-            self._sample_each(rows, fill)
         return rows, [sample]
-
-    def _sample_each(self, rows: Rows, fill: Fill) -> None:
-        if fill.hidden is not None:
-            resumed = len(fill.tokens) - fill.prompt_length
-            self._sample(rows, fill.hidden.expand(len(rows), -1), resumed)
 
     def _finish(self, sampled: Sequence[int]) -> list[StepOutput]:
         """Report what `sampled` rows have got, and let those that have ended leave."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from perilune.nn.linear import Linear, Packing
 from perilune.nn.roles import MatrixLayout
+from perilune.ops.packing import packed_linear, packed_linear_mul
+from perilune.ops.precision import autocast_dtype
 from perilune.ops.swiglu import swiglu
 
 
@@ -18,12 +21,22 @@ class MLP(nn.Module):
         """Create a layer of hidden width `d_ff`."""
         super().__init__()
         self.gate_up_proj = nn.Linear(d_model, 2 * d_ff, bias=False)
-        self.down_proj = nn.Linear(d_ff, d_model, bias=False)
+        self.down_proj = Linear(d_ff, d_model, bias=False)
+        self.packing = Packing(num_parts=2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., d]` to `[..., d]`."""
-        y: Tensor = self.down_proj(swiglu(self.gate_up_proj(x)))
+        y: Tensor = self.down_proj(self._hidden(x))
         return y
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        """`[..., d_ff]`; by packed weights without a pass over memory for the activation or the product."""
+        packed = self.packing.find(x, self.gate_up_proj.weight)
+        if not packed:
+            return swiglu(self.gate_up_proj(x))
+        w_gate, w_up = packed
+        x = x.to(autocast_dtype(x))
+        return packed_linear_mul(x, w_up, packed_linear(x, w_gate, activation="swish"))
 
     def logical_matrices(self) -> dict[str, MatrixLayout]:
         """Gate and up are two matrices."""
