@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,26 +44,33 @@ class Packing:
         """Drop the copy."""
         self._key, self._parts = (), ()
 
-    def find(self, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        """Return the packed parts of `weight` `[out, in]` for a product with `x` `[..., in]`; none if plain is better.
+    def find(self, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        """Return the packed parts of `weights` `[out, in]`, one below the other; none if plain products are better.
 
-        Their dtype is that in which the product is computed, autocast's included.
+        Their dtype is that in which the product with `x` `[..., in]` is computed, autocast's included.
         """
-        if not self.is_on or torch.is_grad_enabled() or weight.device.type != "cpu":
+        if not self.is_on or torch.is_grad_enabled() or x.device.type != "cpu":
             return ()
         dtype = autocast_dtype(x)
-        if weight.numel() < _LEAST_WEIGHT or x.numel() < _LEAST_ROWS.get(dtype, 1) * weight.shape[1]:
+        size = sum(weight.numel() for weight in weights)
+        if size < _LEAST_WEIGHT or x.numel() < _LEAST_ROWS.get(dtype, 1) * x.shape[-1]:
             return ()
-        is_mixed = weight.dtype != dtype and not torch.is_autocast_enabled("cpu")
+        is_mixed = weights[0].dtype != dtype and not torch.is_autocast_enabled("cpu")
         if is_mixed or not can_pack(dtype):
             return ()
-        version = 0 if weight.is_inference() else weight._version
-        key = (weight.data_ptr(), version, weight.dtype, weight.shape, dtype)
+        key = (dtype, *(_fingerprint(weight) for weight in weights))
         if key != self._key:
             self.clear()
-            self._parts = tuple(pack(part) for part in weight.detach().to(dtype).chunk(self._num_parts))
+            joined = weights[0] if len(weights) == 1 else torch.cat(weights)
+            self._parts = tuple(pack(part) for part in joined.detach().to(dtype).chunk(self._num_parts))
             self._key = key
         return self._parts
+
+
+def _fingerprint(weight: Tensor) -> tuple[object, ...]:
+    """What changes when a weight does, as far as PyTorch counts."""
+    version = 0 if weight.is_inference() else weight._version
+    return weight.data_ptr(), version, weight.dtype, weight.shape
 
 
 def find_packings(module: nn.Module) -> list[Packing]:
@@ -89,3 +98,14 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Map `[..., in]` to `[..., out]`."""
         return apply_linear(input, self.weight, self.packing, self.bias)
+
+
+def project_jointly(x: Tensor, projections: Sequence[nn.Linear], packing: Packing) -> Sequence[Tensor]:
+    """Apply several projections without bias to `x` `[..., in]`, as one product where packed weights are faster."""
+    if any(projection.bias is not None for projection in projections):
+        return [projection(x) for projection in projections]
+    packed = packing.find(x, *(projection.weight for projection in projections))
+    if not packed:
+        return [projection(x) for projection in projections]
+    y = packed_linear(x.to(autocast_dtype(x)), packed[0])
+    return y.split([projection.out_features for projection in projections], dim=-1)

@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+# Elements up to which a forward without gradients gains by PyTorch's own function: one call instead of seven.
+_FEW = 1 << 18
+
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
@@ -44,7 +47,9 @@ def rms_norm_torch(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) ->
     if not x.numel():
         return (x * weight.to(x.dtype)).to(dtype)
     x, weight = x.to(wide), weight.to(wide)
-    if not torch.is_grad_enabled():  # an autograd function costs a step of a few rows more than its arithmetic
+    if not torch.is_grad_enabled():
+        if x.numel() <= _FEW:
+            return F.rms_norm(x, x.shape[-1:], weight, eps).to(dtype)
         return (x * _reciprocal_rms(x, eps)).mul_(weight).to(dtype)
     y: Tensor = _RMSNorm.apply(x.contiguous(), weight, eps)  # pyright: ignore[reportAssignmentType]
     return y.to(dtype)
