@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from perilune.nn.linear import Linear, Packing
@@ -9,6 +10,9 @@ from perilune.nn.roles import MatrixLayout
 from perilune.ops.packing import packed_linear, packed_linear_mul
 from perilune.ops.precision import autocast_dtype
 from perilune.ops.swiglu import swiglu
+
+_PACKED_ROWS = 512
+"""Rows at a time: larger hidden layers come from memory that the system has to clear first, and are cleared again."""
 
 
 class MLP(nn.Module):
@@ -26,17 +30,19 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., d]` to `[..., d]`."""
-        y: Tensor = self.down_proj(self._hidden(x))
-        return y
-
-    def _hidden(self, x: Tensor) -> Tensor:
-        """`[..., d_ff]`; by packed weights without a pass over memory for the activation or the product."""
         packed = self.packing.find(x, self.gate_up_proj.weight)
         if not packed:
-            return swiglu(self.gate_up_proj(x))
+            y: Tensor = self.down_proj(swiglu(self.gate_up_proj(x)))
+            return y
         w_gate, w_up = packed
-        x = x.to(autocast_dtype(x))
-        return packed_linear_mul(x, w_up, packed_linear(x, w_gate, activation="swish"))
+        flat = x.to(autocast_dtype(x)).reshape(-1, x.shape[-1])
+        parts: list[Tensor] = []
+        for part in flat.split(_PACKED_ROWS):
+            # the activation and the product are applied to results that are still in registers
+            gate = packed_linear(part, w_gate, activation="swish")
+            parts.append(self.down_proj(packed_linear_mul(part, w_up, gate)))
+        y = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return y.view(*x.shape[:-1], -1)
 
     def logical_matrices(self) -> dict[str, MatrixLayout]:
         """Gate and up are two matrices."""

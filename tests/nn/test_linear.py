@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from perilune.nn import MLP, Linear, find_packings, initialize
-from perilune.nn.linear import Packing
+from perilune.nn.linear import Packing, project_jointly
 from perilune.ops.packing import can_pack
 
 pytestmark = pytest.mark.skipif(not can_pack(torch.float32), reason="this build of PyTorch has no packed weights")
@@ -153,3 +153,24 @@ def test_where_nothing_can_be_packed_all_is_plain(monkeypatch):
     with torch.no_grad():
         assert layer(x).equal(plain(layer, x))
     assert all(packing.is_empty for packing in find_packings(layer))
+
+
+def test_many_rows_are_computed_in_pieces(monkeypatch):
+    monkeypatch.setattr("perilune.nn.mlp._PACKED_ROWS", 5)
+    layer, x = make("mlp"), inputs(13, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), plain(layer, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_joint_projections_equal_single_ones(bias):
+    projections = [turned_on(initialize(Linear(24, size, bias=bias), seed=size, init_range=0.3)) for size in (8, 3, 5)]
+    packing, x = Packing(), inputs(6, 24)
+    packing.is_on = True
+    with torch.no_grad():
+        found = project_jointly(x, projections, packing)
+        assert packing.is_empty == bias
+        for part, projection in zip(found, projections, strict=True):
+            torch.testing.assert_close(part, plain(projection, x), rtol=1e-5, atol=1e-5)
+        projections[1].weight.zero_()
+        assert bias or not project_jointly(x, projections, packing)[1].any()

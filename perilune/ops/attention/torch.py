@@ -31,6 +31,8 @@ GROUP_BYTES = 2 << 20
 BLOCK_BYTES = 8 << 20
 # Probabilities that one call keeps for its backward; beyond this they are recomputed.
 KEPT_BYTES = 64 << 20
+# Of PyTorch's kernel, which keeps no scores either; other dtypes would get one that does.
+_FUSED_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +141,8 @@ def _fused_group(q: Tensor, k: Tensor, v: Tensor, group: Group, scale: float) ->
 
 def _is_fused(q: Tensor, k: Tensor, v: Tensor, group: Group) -> bool:
     """Whether that kernel takes a group: it sees the first keys of a sequence, and wants one size of vectors."""
-    return q.device.type == "cpu" and q.shape[-1] == k.shape[-1] == v.shape[-1] and not any(group.offsets)
+    is_known = q.device.type == "cpu" and q.dtype in _FUSED_DTYPES and q.shape[-1] == v.shape[-1]
+    return is_known and not any(group.offsets)
 
 
 def _head_max(row_max: Tensor, x: _Operands) -> Tensor:
