@@ -133,9 +133,10 @@ def _forward_group(x: _Operands, scale: float, row_max: Tensor | None, kept: lis
 
 def _fused_group(q: Tensor, k: Tensor, v: Tensor, group: Group, scale: float) -> Tensor:
     """Output `[B, L, H, Dv]` by PyTorch's kernel; padded keys are later than every query that counts."""
-    batches = (group.queries.pad(q), group.keys.pad(k), group.keys.pad(v))
-    heads = (batch.transpose(1, 2) for batch in batches)
-    o = F.scaled_dot_product_attention(*heads, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    padded = group.queries.pad(q), group.keys.pad(k), group.keys.pad(v)
+    queries, keys, values = (x.transpose(1, 2) for x in padded)
+    is_shared = q.shape[1] != k.shape[1]
+    o = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale, enable_gqa=is_shared)
     return o.transpose(1, 2)
 
 
