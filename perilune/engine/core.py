@@ -42,6 +42,8 @@ class EngineCore:
         self._num_added = 0
         self.graphs = StepGraphs(model, memory, options, self._device) if options.graphs else None
         """Steps of rows, captured; None where they are not."""
+        self._is_late = False
+        """Whether rows have to decode at the next step, because they did not at this one."""
         self.num_preemptions = 0
         """Rows and prompts that had to make room."""
         self.num_tokens = 0
@@ -93,8 +95,14 @@ class EngineCore:
             self.graphs.weights_updated()
 
     def step(self) -> list[StepOutput]:
-        """Decode one token of every running row, prefill a piece of what waits, and start what is ready."""
-        outputs = self._decode()
+        """Decode one token of every running row, prefill a piece of what waits, and start what is ready.
+
+        Who comes while rows decode does not wait for a token of theirs: that step only prefills, and the next decodes.
+        """
+        outputs: list[StepOutput] = []
+        self._is_late = not self._is_late and bool(self.intake.num_waiting) and len(self.running) > 0
+        if not self._is_late:
+            outputs += self._decode()
         self.intake.step(len(self.running))
         outputs += self._start()
         return outputs
