@@ -106,7 +106,8 @@ class Server:
             "temperature": 0, "stream": True,
         }  # fmt: skip
         start, first = time.perf_counter(), None
-        async with session.post(f"{self.url}/v1/completions", data=orjson.dumps(body)) as answer:
+        headers = {"Content-Type": "application/json"}
+        async with session.post(f"{self.url}/v1/completions", data=orjson.dumps(body), headers=headers) as answer:
             if answer.status != 200:
                 raise SystemExit(f"{answer.status}: {await answer.text()}")
             async for line in answer.content:

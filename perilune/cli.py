@@ -137,7 +137,9 @@ def chat(
         typer.Argument(help="A run, a checkpoint's directory, a .gguf file, or smollm2, e.g. runs/demo."),
     ],
     stage: StageName = None,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 takes the most likely token.")] = 0.7,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 takes the most likely token; what the model's makers advise, else 0.7.")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(max=1_000_000, help="Longest response, in tokens.")] = 512,
     prompt: Annotated[str | None, typer.Option(help="Answer this and exit; a conversation without it.")] = None,
     seed: Annotated[int, typer.Option(help="Decides what is sampled.")] = 0,

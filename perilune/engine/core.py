@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from functools import reduce
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from perilune.engine.graphs import StepGraphs
@@ -44,6 +42,8 @@ class EngineCore:
         self._num_added = 0
         self.graphs = StepGraphs(model, memory, options, self._device) if options.graphs else None
         """Steps of rows, captured; None where they are not."""
+        self._is_late = False
+        """Whether rows have to decode at the next step, because they did not at this one."""
         self.num_preemptions = 0
         """Rows and prompts that had to make room."""
         self.num_tokens = 0
@@ -95,8 +95,14 @@ class EngineCore:
             self.graphs.weights_updated()
 
     def step(self) -> list[StepOutput]:
-        """Decode one token of every running row, prefill a piece of what waits, and start what is ready."""
-        outputs = self._decode()
+        """Decode one token of every running row, prefill a piece of what waits, and start what is ready.
+
+        Who comes while rows decode does not wait for a token of theirs: that step only prefills, and the next decodes.
+        """
+        outputs: list[StepOutput] = []
+        self._is_late = not self._is_late and bool(self.intake.num_waiting) and len(self.running) > 0
+        if not self._is_late:
+            outputs += self._decode()
         self.intake.step(len(self.running))
         outputs += self._start()
         return outputs
@@ -141,13 +147,13 @@ class EngineCore:
                 self._sample(part, hidden)
                 sampled.append(row)
             parts.append(part)
-        self.running.rows = reduce(Rows.append, parts)
+        self.running.rows = Rows.join(parts)
         return sampled
 
     def _sample(self, rows: Rows, hidden: Tensor, resumed: int = 0) -> None:
         """Draw a token for each of `rows`; one that joins has `resumed` already."""
         self._buffers.reserve(1 + max(self.running.most_sampled(), resumed))
-        sample_rows(rows, F.linear(hidden, self._model.output_weight), self._buffers, self._factory)
+        sample_rows(rows, self._model.logits(hidden), self._buffers, self._factory)
         self.num_tokens += len(rows)
 
     def _make_room(self) -> None:
@@ -226,7 +232,7 @@ class EngineCore:
         parts = [rows.select(self.memory.index([row])) for row in range(len(rows))]
         for part, state in zip(parts[:count], hidden.split(1), strict=False):
             self._sample(part, state)
-        return reduce(Rows.append, parts)
+        return Rows.join(parts)
 
     def _join(self, shares: Sequence[tuple[Fill, int]], samples: Sequence[Sample], rows: Rows) -> None:
         """Let samples run; texts from which all have started give back what they hold."""

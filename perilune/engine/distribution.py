@@ -7,6 +7,7 @@ without sorting the vocabulary: only the blocks that matter are looked into.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor
 # N rows  V vocabulary  B blocks  S tokens of a block  K candidates
 _BLOCK = 64
 _NUM_CANDIDATES = (80, 1024, 4096)
+_SUMMED_ROWS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +78,8 @@ class TokenDistribution:
         self._divisors = torch.where(self._is_greedy, 1.0, temperature)
         # Asking whether a pass over the vocabulary can be saved is cheap on the CPU; a GPU would be waited for.
         is_cpu = logits.device.type == "cpu"
-        is_plain = is_cpu and bool((self._divisors == 1).all())
+        self._is_plain = is_cpu and bool((self._divisors == 1).all())
         self._draws_any = not (is_cpu and bool(self._is_greedy.all()))
-        self._probs = (logits if is_plain else logits / self._divisors[:, None]).softmax(dim=-1)
         self._blocks = logits.reshape(logits.shape[0], -1, _BLOCK)
         self._block_peaks = self._blocks.amax(dim=-1)
         self._peaks, block = self._block_peaks.max(dim=-1)
@@ -86,6 +87,26 @@ class TokenDistribution:
 
     def __len__(self) -> int:
         return self._peaks.shape[0]
+
+    @cached_property
+    def _probs(self) -> Tensor:
+        """`[N, V]` probabilities, padding included."""
+        return self._softmax(slice(None))
+
+    @cached_property
+    def _largest(self) -> Tensor:
+        """`[N]` float64, natural log of the most likely token's probability."""
+        index = self._most_likely[:, None]
+        if self._draws_any:
+            return self._probs.gather(1, index)[:, 0].double().log()
+        # Of a few rows at a time, probabilities that nobody else wants never leave the processor's cache.
+        parts = [slice(row, row + _SUMMED_ROWS) for row in range(0, len(self), _SUMMED_ROWS)]
+        largest = [self._softmax(part).gather(1, index[part]) for part in parts]
+        return torch.cat(largest or [self._peaks[:, None]])[:, 0].double().log()
+
+    def _softmax(self, rows: slice) -> Tensor:
+        logits = self._blocks[rows].flatten(1)
+        return (logits if self._is_plain else logits / self._divisors[rows, None]).softmax(dim=-1)
 
     def is_possible(self) -> Tensor:
         """`[N]` bool: rows with at least one token of finite logit and no NaN or +inf."""
@@ -107,7 +128,7 @@ class TokenDistribution:
         # One more than asked for tells whether the last place is shared; then all of its equals must be seen.
         ids, values = _candidates(self._blocks[index], self._block_peaks[index], min(count + 1, self._vocab_size))
         if bool((values[:, -1] == values[:, count - 1]).any()):
-            ids, values = _candidates(self._blocks[index], self._block_peaks[index], self._probs.shape[1])
+            ids, values = _candidates(self._blocks[index], self._block_peaks[index], self._blocks[0].numel())
         return ids[:, :count], self._logprobs(values[:, :count], index)
 
     def draw(self, uniforms: Tensor, truncation: Truncation | None = None) -> Tensor:
@@ -143,9 +164,8 @@ class TokenDistribution:
 
         Relative to the most likely token's, whose probability is at least 1 / V: that of an unlikely one underflows.
         """
-        largest = self._probs[index, self._most_likely[index]].double().log()
         shifted = (logits.double() - self._peaks[index, None]) / self._divisors[index, None]
-        return (shifted + largest[:, None]).float()
+        return (shifted + self._largest[index, None]).float()
 
     def _draw_any(self, uniforms: Tensor) -> Tensor:
         """Choose the block, then the token in it, with the same uniform number."""

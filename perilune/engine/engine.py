@@ -19,6 +19,7 @@ from perilune.engine.requests import Completion, EngineStats, Request, StreamedT
 from perilune.engine.tickets import StepOutput
 from perilune.engine.weights import WeightsWatch
 from perilune.errors import EngineError
+from perilune.nn import find_packings
 
 if TYPE_CHECKING:
     from perilune.models import Decoder
@@ -59,6 +60,7 @@ class Engine:
         snapshot_interval: int = 1024,
         deterministic: bool = False,
         cuda_graphs: bool = True,
+        packed_weights: bool = True,
         vocab_size: int | None = None,
     ) -> None:
         """Keep `model` (its weights are read at each call, so training it in place needs no copying).
@@ -79,6 +81,8 @@ class Engine:
             deterministic: every request is computed as if it were alone, to the bit; costs what batches gain.
             cuda_graphs: on a GPU, capture decode steps; not of models with MoBA layers or with experts that are not
                 bfloat16, nor with `deterministic`.
+            packed_weights: on a CPU, compute with copies of large weights in the order in which it reads them, which
+                take as much memory again; made when first needed, and anew after a change.
             vocab_size: the tokenizer's size where the model's vocabulary is padded beyond it: ids from here on are no
                 tokens, are never drawn, and take no probability. None for the model's own size.
 
@@ -107,6 +111,7 @@ class Engine:
         self.model = model
         self._precision = precision
         self._modules = list(model.modules())
+        self._packings = find_packings(model) if packed_weights and not model.output_weight.is_cuda else []
         self._watch = WeightsWatch(model)
         templates = model.new_cache(1).entries
         size = fitting_block_size(templates, block_size)
@@ -177,6 +182,8 @@ class Engine:
         `generate` and `stream` notice changes that PyTorch counts by themselves; writing through `.data` is none.
         """
         self._watch.has_changed()
+        for packing in self._packings:
+            packing.clear()
         self._core.weights_updated()
 
     def stats(self) -> EngineStats:
@@ -300,9 +307,13 @@ class Engine:
         training = [module for module in self._modules if module.training]
         for module in training:
             module.training = False
+        for packing in self._packings:
+            packing.is_on = True
         try:
             with torch.inference_mode(), torch.autocast(device_type, dtype=torch.bfloat16, enabled=is_low):
                 yield
         finally:
             for module in training:
                 module.training = True
+            for packing in self._packings:
+                packing.is_on = False

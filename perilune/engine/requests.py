@@ -162,7 +162,7 @@ class SamplingParams:
             self.presence_penalty != 0
             or self.frequency_penalty != 0
             or self.repetition_penalty != 1
-            or bool(self.logit_bias or self.blocked_ids or self.min_tokens)
+            or bool(self.logit_bias or self.blocked_ids or (self.min_tokens and self.end_ids))
             or self.allowed_ids is not None
             or self.grammar is not None
         )

@@ -78,11 +78,12 @@ class Rows:
         """Rows at `index` `[M]`, in that order."""
         return Rows(*(tensor[index] for tensor in self._tensors()))
 
-    def append(self, other: Rows) -> Rows:
-        """These rows, then `other`'s; stop tokens are padded to the wider of the two."""
-        width = max(self.stops.shape[1], other.stops.shape[1])
-        pairs = zip(self._padded(width)._tensors(), other._padded(width)._tensors(), strict=True)
-        return Rows(*(torch.cat(pair) for pair in pairs))
+    @classmethod
+    def join(cls, parts: Sequence[Rows]) -> Rows:
+        """Rows of all parts, one or more, in order; stop tokens are padded to the widest."""
+        width = max(part.stops.shape[1] for part in parts)
+        columns = zip(*(part._padded(width)._tensors() for part in parts), strict=True)
+        return cls(*(torch.cat(column) for column in columns))
 
     def _padded(self, width: int) -> Rows:
         missing = width - self.stops.shape[1]

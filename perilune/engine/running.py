@@ -43,7 +43,7 @@ class RunningRows:
     def append(self, samples: Sequence[Sample], rows: Rows, lengths: Sequence[int]) -> None:
         """Add rows whose caches hold `lengths` tokens; pages of those may be shared with others."""
         self.samples += samples
-        self.rows = rows if self.rows is None else self.rows.append(rows)
+        self.rows = rows if self.rows is None else Rows.join([self.rows, rows])
         self._lengths = np.concatenate([self._lengths, np.asarray(lengths, dtype=np.int64)])
         prompts = [len(sample.ticket.request.prompt_ids) for sample in samples]
         self._prompts = np.concatenate([self._prompts, np.asarray(prompts, dtype=np.int64)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
 
 from perilune.engine.manager import CacheManager
 from perilune.engine.rows import OutputBuffers, RowFactory, Rows, Work
@@ -38,4 +37,4 @@ class Starter:
                 sample.holding, sample.epoch = self._manager.fork(fill.holding), fill.epoch
                 samples.append(sample)
                 parts.append(row)
-        return samples, reduce(Rows.append, parts)
+        return samples, Rows.join(parts)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perilune.models.config import ModelConfig
@@ -18,8 +17,10 @@ from perilune.nn import (
     Mixer,
     MoBAttention,
     MoE,
+    Packing,
     QKClipSpec,
     RMSNorm,
+    apply_linear,
     initialize,
 )
 from perilune.ops.layout import SequenceLayout, as_layout
@@ -66,6 +67,8 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         tied = config.tie_embeddings
         self.lm_head = None if tied else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.packing = Packing()
+        """Of the output matrix, whoever owns it."""
 
     def forward(
         self,
@@ -76,7 +79,7 @@ class Decoder(nn.Module):
         prompt_lengths: Tensor | None = None,
     ) -> Tensor:
         """Logits `[T, vocab_size]`; arguments as for `hidden`."""
-        return F.linear(self.hidden(tokens, cu_seqlens, cache, prompt_lengths=prompt_lengths), self.output_weight)
+        return self.logits(self.hidden(tokens, cu_seqlens, cache, prompt_lengths=prompt_lengths))
 
     def hidden(
         self,
@@ -120,6 +123,10 @@ class Decoder(nn.Module):
             cache.advance(layout)
         y: Tensor = self.norm(x)
         return y
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Map what `hidden` returns, `[..., d_model]`, to logits `[..., vocab_size]`."""
+        return apply_linear(hidden, self.output_weight, self.packing)
 
     @property
     def output_weight(self) -> Tensor:

@@ -17,6 +17,7 @@ from perilune.nn.conv import ShortConv
 from perilune.nn.gqa import GroupedQueryAttention
 from perilune.nn.init import initialize
 from perilune.nn.kda import KimiDeltaAttention
+from perilune.nn.linear import Linear, Packing, apply_linear, find_packings
 from perilune.nn.mixers import MIXERS, Mixer
 from perilune.nn.mla import MultiHeadLatentAttention
 from perilune.nn.mlp import MLP
@@ -47,6 +48,7 @@ __all__ = [
     "KeyConv",
     "KimiDeltaAttention",
     "LayerCaches",
+    "Linear",
     "MLAConfig",
     "MatrixLayout",
     "MatrixSplit",
@@ -57,6 +59,7 @@ __all__ = [
     "MoE",
     "MoEConfig",
     "MultiHeadLatentAttention",
+    "Packing",
     "PageRows",
     "PagedBlocks",
     "PagedCache",
@@ -69,6 +72,8 @@ __all__ = [
     "StateEntry",
     "TokenEntry",
     "TokenStore",
+    "apply_linear",
+    "find_packings",
     "initialize",
     "rotate",
     "zero_key_convs",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from perilune.nn.cache_entries import TokenEntry
 from perilune.nn.config import GQAConfig
 from perilune.nn.heads import head_projections, heads_clip_spec
+from perilune.nn.linear import Packing, project_jointly
 from perilune.nn.norm import RMSNorm
 from perilune.nn.precision import apply_keeping_float32
 from perilune.nn.qk_clip import QKClipSpec
@@ -32,6 +33,7 @@ class GroupedQueryAttention(nn.Module):
         super().__init__()
         self.config = config
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = head_projections(config, d_model)
+        self.packing = Packing()
         self.q_norm = RMSNorm(config.head_dim, config.qk_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.qk_norm_eps) if config.qk_norm else None
         self.register_buffer("max_logits", torch.full((config.num_heads,), -torch.inf), persistent=False)
@@ -97,9 +99,8 @@ class GroupedQueryAttention(nn.Module):
 
     def _project(self, x: Tensor, layout: SequenceLayout, cache: TokenStore | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[T, H, D]`, keys and values `[T, Hkv, D]`, normalized and rotated if so configured."""
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.config.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        projected = project_jointly(x, (self.q_proj, self.k_proj, self.v_proj), self.packing)
+        q, k, v = (part.unflatten(-1, (-1, self.config.head_dim)) for part in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self._rotary is None:

@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from perilune.nn.config import GQAConfig
+from perilune.nn.linear import Linear
 from perilune.nn.qk_clip import QKClipSpec
 
 
@@ -24,15 +25,15 @@ class HeadsLayer(Protocol):
         ...
 
 
-def head_projections(config: GQAConfig, d_model: int) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]:
+def head_projections(config: GQAConfig, d_model: int) -> tuple[Linear, Linear, Linear, Linear]:
     """Projections to queries, keys and values, and from the heads' outputs, for inputs of width `d_model`."""
     width, kv_width = config.num_heads * config.head_dim, config.kv_heads * config.head_dim
     bias = config.qkv_bias
     return (
-        nn.Linear(d_model, width, bias=bias),
-        nn.Linear(d_model, kv_width, bias=bias),
-        nn.Linear(d_model, kv_width, bias=bias),
-        nn.Linear(width, d_model, bias=False),
+        Linear(d_model, width, bias=bias),
+        Linear(d_model, kv_width, bias=bias),
+        Linear(d_model, kv_width, bias=bias),
+        Linear(width, d_model, bias=False),
     )
 
 

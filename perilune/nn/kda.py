@@ -13,6 +13,7 @@ from perilune.nn.cache_entries import StateEntry
 from perilune.nn.config import KDAConfig
 from perilune.nn.conv import ShortConv
 from perilune.nn.init import uniform
+from perilune.nn.linear import Linear
 from perilune.nn.norm import RMSNorm
 from perilune.nn.precision import apply_keeping_float32
 from perilune.nn.stepping import check_rows, is_draft, is_step
@@ -39,25 +40,25 @@ class KimiDeltaAttention(nn.Module):
         """Create the layer for inputs of width `d_model`; `perilune.nn.initialize` gives it its values."""
         super().__init__()
         self.config = config
-        self.q_proj = nn.Linear(d_model, config.key_width, bias=False)
-        self.k_proj = nn.Linear(d_model, config.key_width, bias=False)
-        self.v_proj = nn.Linear(d_model, config.value_width, bias=False)
-        self.b_proj = nn.Linear(d_model, config.value_heads, bias=False)
+        self.q_proj = Linear(d_model, config.key_width, bias=False)
+        self.k_proj = Linear(d_model, config.key_width, bias=False)
+        self.v_proj = Linear(d_model, config.value_width, bias=False)
+        self.b_proj = Linear(d_model, config.value_heads, bias=False)
         if config.gate == "channel":
-            self.f_a_proj = nn.Linear(d_model, config.rank, bias=False)
-            self.f_b_proj = nn.Linear(config.rank, config.num_decays, bias=False)
+            self.f_a_proj = Linear(d_model, config.rank, bias=False)
+            self.f_b_proj = Linear(config.rank, config.num_decays, bias=False)
         else:
-            self.f_proj = nn.Linear(d_model, config.num_decays, bias=False)
+            self.f_proj = Linear(d_model, config.num_decays, bias=False)
         if config.output_gate != "none" and config.full_rank_gate:
-            self.g_proj = nn.Linear(d_model, config.value_width, bias=config.output_gate_bias)
+            self.g_proj = Linear(d_model, config.value_width, bias=config.output_gate_bias)
         elif config.output_gate != "none":
-            self.g_a_proj = nn.Linear(d_model, config.rank, bias=False)
-            self.g_b_proj = nn.Linear(config.rank, config.value_width, bias=config.output_gate_bias)
+            self.g_a_proj = Linear(d_model, config.rank, bias=False)
+            self.g_b_proj = Linear(config.rank, config.value_width, bias=config.output_gate_bias)
         self.A_log = nn.Parameter(torch.zeros(config.value_heads))
         self.dt_bias = nn.Parameter(torch.zeros(config.value_heads, config.num_decays // config.value_heads))
         self.conv = ShortConv(2 * config.key_width + config.value_width, config.conv_size) if config.conv_size else None
         self.o_norm = RMSNorm(config.head_dim, config.norm_eps)
-        self.o_proj = nn.Linear(config.value_width, d_model, bias=False)
+        self.o_proj = Linear(config.value_width, d_model, bias=False)
 
     def forward(
         self,
@@ -286,7 +287,7 @@ class GateArguments(TypedDict):
     lower_bound: float | None
 
 
-def _joint(x: Tensor, projections: list[nn.Linear], sizes: list[int]) -> tuple[Tensor, ...]:
+def _joint(x: Tensor, projections: list[Linear], sizes: list[int]) -> tuple[Tensor, ...]:
     """Apply several projections as one product and split the result into `sizes`.
 
     Of a few tokens, joining the results moves less than joining the weights.

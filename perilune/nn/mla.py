@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from perilune.nn.cache_entries import TokenEntry
 from perilune.nn.config import MLAConfig
+from perilune.nn.linear import Linear
 from perilune.nn.norm import RMSNorm, gate_output
 from perilune.nn.precision import apply_keeping_float32
 from perilune.nn.qk_clip import QKClipSpec
@@ -35,17 +36,17 @@ class MultiHeadLatentAttention(nn.Module):
         self.config = config
         queries = config.num_heads * config.query_dim
         if config.q_rank is None:
-            self.q_proj = nn.Linear(d_model, queries, bias=False)
+            self.q_proj = Linear(d_model, queries, bias=False)
         else:
-            self.q_a_proj = nn.Linear(d_model, config.q_rank, bias=False)
+            self.q_a_proj = Linear(d_model, config.q_rank, bias=False)
             self.q_a_layernorm = RMSNorm(config.q_rank, config.kv_norm_eps)
-            self.q_b_proj = nn.Linear(config.q_rank, queries, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(d_model, config.cache_width, bias=False)
+            self.q_b_proj = Linear(config.q_rank, queries, bias=False)
+        self.kv_a_proj_with_mqa = Linear(d_model, config.cache_width, bias=False)
         self.kv_a_layernorm = RMSNorm(config.kv_rank, config.kv_norm_eps)
-        self.kv_b_proj = nn.Linear(config.kv_rank, config.num_heads * (config.nope_dim + config.value_dim), bias=False)
+        self.kv_b_proj = Linear(config.kv_rank, config.num_heads * (config.nope_dim + config.value_dim), bias=False)
         outputs = config.num_heads * config.value_dim
-        self.g_proj = nn.Linear(d_model, outputs, bias=False) if config.output_gate else None
-        self.o_proj = nn.Linear(outputs, d_model, bias=False)
+        self.g_proj = Linear(d_model, outputs, bias=False) if config.output_gate else None
+        self.o_proj = Linear(outputs, d_model, bias=False)
         self.register_buffer("max_logits", torch.full((config.num_heads,), -torch.inf), persistent=False)
         self.max_logits: Tensor
         self._rotary = Rotary.build(config.rope_dim, config.rope) if config.use_rope else None

@@ -23,6 +23,7 @@ class ChatSession:
         *,
         title: str,
         temperature: float,
+        top_p: float,
         max_tokens: int,
         seed: int,
     ) -> None:
@@ -34,13 +35,14 @@ class ChatSession:
             template: likewise.
             title: what to call the model.
             temperature: 0 takes the most likely token.
+            top_p: the most likely tokens that have this probability together may be drawn.
             max_tokens: longest answer, in tokens.
             seed: decides what is sampled, together with the number of the turn.
         """
         self.title = title
         self.messages: list[Message] = []
         self._engine, self._tokenizer, self._template = engine, tokenizer, template
-        self._temperature, self._max_tokens, self._seed = temperature, max_tokens, seed
+        self._temperature, self._top_p, self._max_tokens, self._seed = temperature, top_p, max_tokens, seed
 
     def answer(self, text: str) -> Iterator[str]:
         """Yield the answer to `text` piece by piece; one that is broken off leaves the conversation as it was.
@@ -52,6 +54,7 @@ class ChatSession:
         params = SamplingParams(
             max_new_tokens=self._max_tokens,
             temperature=self._temperature,
+            top_p=self._top_p,
             seed=derive_seed(self._seed, "chat", len(turns)),
             stop_ids=self._tokenizer.stop_ids,
         )
@@ -82,25 +85,28 @@ def _printable(text: str) -> str:
 
 
 def open_chat(
-    name: str | Path, *, stage: str | None, temperature: float, max_tokens: int, seed: int = 0
+    name: str | Path, *, stage: str | None, temperature: float | None, max_tokens: int, seed: int = 0
 ) -> ChatSession:
     """Load a model, of a run's stage for instance (None: the last that made one), and begin a conversation.
+
+    Without a temperature it samples as the model's makers advise.
 
     Raises:
         DataError: there is no such model, or it knows no conversations.
         CheckpointError: the checkpoint is damaged.
         EngineError: a sampling setting is out of range.
     """
-    SamplingParams(max_new_tokens=max_tokens, temperature=temperature)
+    SamplingParams(max_new_tokens=max_tokens, temperature=temperature or 0.0)
     served = load_served(name, stage=stage)
     if served.template is None:
         raise DataError(f"{served.title} has no chat template: it was not trained on conversations")
     return ChatSession(
-        Engine(served.model, vocab_size=min(served.tokenizer.vocab_size, served.model.config.vocab_size)),
+        Engine(served.model, vocab_size=served.tokenizer.vocab_size),
         served.tokenizer,
         served.template,
         title=served.title,
-        temperature=temperature,
+        temperature=served.temperature if temperature is None else temperature,
+        top_p=served.top_p if temperature is None else 1.0,
         max_tokens=max_tokens,
         seed=seed,
     )

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from perilune.serve.openai import ServedModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-DEFAULT_TEMPERATURE = 0.7
-"""As `perilune chat` has it."""
 UNKNOWN_CONTEXT = 8192
 """Tokens of context of a model that does not say how many it can take."""
 
@@ -120,7 +118,6 @@ def prepare(model: str | Path, options: ServeOptions) -> ServedModel:
         vocab_size=loaded.tokenizer.vocab_size,
         cache_bytes=cache_bytes(device, options.cache_gib),
     )
-    generation = loaded.details.generation
     return ServedModel(
         name=options.name or (str(model) if str(model) in KNOWN_MODELS else Path(model).resolve().stem),
         service=EngineService(engine, max_waiting=options.max_waiting),
@@ -129,8 +126,8 @@ def prepare(model: str | Path, options: ServeOptions) -> ServedModel:
         grammars=Grammars(loaded.tokenizer),
         context_limit=engine.options.context_limit,
         max_answer_tokens=options.max_tokens,
-        temperature=_setting(options.temperature, generation.get("temperature"), 2.0, DEFAULT_TEMPERATURE),
-        top_p=_setting(options.top_p, generation.get("top_p"), 1.0, 1.0),
+        temperature=loaded.temperature if options.temperature is None else options.temperature,
+        top_p=loaded.top_p if options.top_p is None else options.top_p,
     )
 
 
@@ -153,10 +150,3 @@ def cache_bytes(device: torch.device, wanted_gib: float | None) -> int:
     if device.type == "cuda":
         return int(0.8 * torch.cuda.mem_get_info(device)[0])
     return min(2 * 2**30, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // 4)
-
-
-def _setting(wanted: float | None, found: object, high: float, otherwise: float) -> float:
-    """A sampling setting: the wanted one, else the checkpoint's if it is one that requests could name."""
-    if wanted is not None:
-        return wanted
-    return float(found) if isinstance(found, int | float) and 0 < found <= high else otherwise

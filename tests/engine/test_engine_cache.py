@@ -201,11 +201,22 @@ def test_a_long_prompt_does_not_stall_running_rows(hybrid):
     first = engine.add(request(text(4), max_new_tokens=60))
     engine.step()
     engine.add(request(text(200), max_new_tokens=1))
-    steps = 0
+    decoded = []
     while engine.stats().waiting:
-        assert [o.key for o in engine.step()][:1] == [first]
-        steps += 1
-    assert steps >= 200 / 16
+        decoded.append([o.key for o in engine.step()][:1] == [first])
+    assert len(decoded) >= 200 / 16
+    assert decoded.count(False) == 1  # the step that lets the prompt in
+
+
+def test_who_comes_late_does_not_wait_for_a_token_of_others(hybrid):
+    engine = make_engine(hybrid)
+    running = [engine.add(request(text(4, i), max_new_tokens=40)) for i in range(3)]
+    engine.step()
+    for n in range(3):  # one after another, as fast as they can: the others still get a token in between
+        late = engine.add(request(text(5, 9 + n), max_new_tokens=30))
+        assert [o.key for o in engine.step()] == [late]
+        running.append(late)
+        assert sorted(o.key for o in engine.step()) == running
 
 
 def test_who_came_first_is_served_first(hybrid):

@@ -1,5 +1,6 @@
 """The engine on real hybrid models: what it samples is what the trainer's forward says, whatever the batching."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 
 from perilune.engine import Engine, Request, SamplingParams
 from perilune.models import PRESETS, build_model
-from perilune.nn import GQAConfig, MoBAConfig
+from perilune.nn import GQAConfig, MoBAConfig, find_packings
 from perilune.ops import SequenceLayout
+from perilune.ops.packing import can_pack
 
 HYBRID = PRESETS["smoke"]
 # blocks so short that the tests' sequences have many
@@ -119,3 +121,36 @@ def test_sparse_generation_equals_recomputing_everything(decode, max_tokens_pref
             tokens.append(int(logits.argmax()))
         assert list(completion.token_ids) == tokens[len(prompt) :]
     assert len({completion.token_ids for completion in completions}) == 3
+
+
+@pytest.mark.skipif(not can_pack(torch.float32), reason="this build of PyTorch has no packed weights")
+def test_packed_weights_follow_the_model_and_change_nothing_but_rounding(monkeypatch, decoder):
+    monkeypatch.setattr("perilune.nn.linear._LEAST_WEIGHT", 1)
+    decoder = copy.deepcopy(decoder)
+    engine, requests = Engine(decoder), make_requests()
+    by_id = {request.id: request for request in requests}
+
+    def check():
+        for completion in engine.generate(requests):
+            expected = trainer_logprobs(decoder, by_id[completion.request_id].prompt_ids, completion.token_ids, 1.0)
+            torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=1e-3, atol=1e-3)
+        packings = find_packings(decoder)
+        assert any(not packing.is_empty for packing in packings)
+        assert not any(packing.is_on for packing in packings)
+
+    check()
+    with torch.no_grad():
+        for weight in decoder.parameters():
+            weight.mul_(1.1)
+    check()
+    for weight in decoder.parameters():
+        weight.data.mul_(0.9)
+    engine.weights_updated()
+    check()
+
+
+def test_packed_weights_can_be_left_out(monkeypatch, decoder):
+    monkeypatch.setattr("perilune.nn.linear._LEAST_WEIGHT", 1)
+    decoder = copy.deepcopy(decoder)
+    Engine(decoder, packed_weights=False).generate(make_requests())
+    assert all(packing.is_empty for packing in find_packings(decoder))

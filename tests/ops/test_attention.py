@@ -338,3 +338,25 @@ def test_calls_that_the_flash_kernels_cannot_serve_say_why():
     q = torch.zeros(3, 2, 8)
     with pytest.raises(BackendError, match="varlen_attention: backend 'flash' needs tensors on a GPU, got cpu"):
         varlen_attention(q, q, q, SequenceLayout.from_lengths([3]), backend="flash")
+
+
+@pytest.mark.parametrize("lengths", [[], [0, 0], [1], [0, 1, 0, 5, 3, 0], [64, 65, 63], [131], [7, 7, 7], [66, 70, 3]])
+@pytest.mark.parametrize("dtype", list(RATIO))
+def test_without_gradients_sequences_from_their_start_equal_the_reference(lengths, dtype):
+    layout = SequenceLayout.from_lengths(lengths)
+    inputs = make_qkv(layout.total, layout.total, heads=6, kv_heads=2, dk=8, dv=8)
+    expected, _ = varlen_attention(*inputs, layout, scale=0.3, backend="reference")
+    with torch.no_grad():
+        out, top = varlen_attention(*(x.to(dtype) for x in inputs), layout, scale=0.3)
+    assert top is None
+    assert out.dtype == dtype
+    assert_close("o", expected.detach(), out, RATIO[dtype])
+
+
+@pytest.mark.parametrize("dtype", list(RATIO))
+def test_without_gradients_scores_never_live_at_once(dtype):
+    length = 1024
+    q, k, v = make_qkv(length, length, heads=2, kv_heads=1, dk=8, dv=8, dtype=dtype)
+    with torch.no_grad(), LargestTensor() as spy:
+        varlen_attention(q, k, v, SequenceLayout.from_lengths([length]))
+    assert spy.numel < length * length // 4

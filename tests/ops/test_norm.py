@@ -115,3 +115,14 @@ def test_calls_that_the_kernels_cannot_serve_say_why(monkeypatch):
     monkeypatch.setattr("perilune.ops.backends._HAS_TRITON", False)
     with pytest.raises(BackendError, match="needs the package triton"):
         rms_norm_gated(x, weight, z, 1e-6, backend="triton")
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (3, 5, 16), (4100, 64)])
+@pytest.mark.parametrize(("dtype", "ratio"), [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
+def test_without_gradients_few_and_many_rows_equal_the_expression(shape, dtype, ratio):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(size, generator=generator, dtype=torch.float64) for size in (shape, shape[-1:]))
+    with torch.no_grad():
+        y = rms_norm(x.to(dtype), weight.to(dtype), 1e-5)
+    assert y.dtype == dtype
+    assert_close("y", rms_norm(x.to(dtype).double(), weight.to(dtype).double(), 1e-5, backend="reference"), y, ratio)

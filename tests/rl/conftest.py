@@ -24,6 +24,9 @@ class BigramModel(nn.Module):
     def new_cache(self, num_sequences):
         return HybridCache([], torch.zeros(num_sequences, dtype=torch.int64))
 
+    def logits(self, hidden):
+        return nn.functional.linear(hidden, self.output_weight)
+
     def hidden(self, tokens, cu_seqlens, cache=None, *, prompt_lengths=None):
         as_layout(cu_seqlens, tokens)
         return self.embedding[tokens]

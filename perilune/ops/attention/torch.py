@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -30,6 +31,8 @@ GROUP_BYTES = 2 << 20
 BLOCK_BYTES = 8 << 20
 # Probabilities that one call keeps for its backward; beyond this they are recomputed.
 KEPT_BYTES = 64 << 20
+# Of PyTorch's kernel, which keeps no scores either; other dtypes would get one that does.
+_FUSED_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +131,21 @@ def _forward_group(x: _Operands, scale: float, row_max: Tensor | None, kept: lis
     return out
 
 
+def _fused_group(q: Tensor, k: Tensor, v: Tensor, group: Group, scale: float) -> Tensor:
+    """Output `[B, L, H, Dv]` by PyTorch's kernel; padded keys are later than every query that counts."""
+    padded = group.queries.pad(q), group.keys.pad(k), group.keys.pad(v)
+    queries, keys, values = (x.transpose(1, 2) for x in padded)
+    is_shared = q.shape[1] != k.shape[1]
+    o = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale, enable_gqa=is_shared)
+    return o.transpose(1, 2)
+
+
+def _is_fused(q: Tensor, k: Tensor, v: Tensor, group: Group) -> bool:
+    """Whether that kernel takes a group: it sees the first keys of a sequence, and wants one size of vectors."""
+    is_known = q.device.type == "cpu" and q.dtype in _FUSED_DTYPES and q.shape[-1] == v.shape[-1]
+    return is_known and not any(group.offsets)
+
+
 def _head_max(row_max: Tensor, x: _Operands) -> Tensor:
     """Largest logit of each query head `[H]`, padded rows left out."""
     rows = _split_heads(row_max[..., None], x.num_kv_heads, x.group.queries.length)[..., 0]
@@ -168,13 +186,24 @@ class _VarlenAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, groups: list[Group], scale: float, with_max: bool, keep: bool
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        groups: list[Group],
+        scale: float,
+        with_max: bool,
+        needs_grad: bool,
+        keep: bool,
     ) -> tuple[Tensor, Tensor | None]:
         out = q.new_empty(q.shape[0], q.shape[1], v.shape[-1])
         maxima = [torch.full((q.shape[1],), -torch.inf, device=q.device)]
         kept: list[Tensor] | None = [] if keep else None
         with torch.autocast(q.device.type, enabled=False):
             for group in groups:
+                if not (with_max or needs_grad) and _is_fused(q, k, v, group):
+                    group.queries.unpad(_fused_group(q, k, v, group, scale), out)
+                    continue
                 x = _Operands(q, k, v, group)
                 row_max = x.q.new_empty(x.q.shape[:2], dtype=_score_dtype(q.dtype)) if with_max else None
                 o = _forward_group(x, scale, row_max, kept)
@@ -206,7 +235,7 @@ class _VarlenAttention(torch.autograd.Function):
                 group.queries.unpad(_split_heads(g_q * ctx.scale, x.num_kv_heads, group.queries.length), d_q)
                 group.keys.unpad(_split_heads((g_k * ctx.scale).to(k.dtype), x.num_kv_heads, group.keys.length), d_k)
                 group.keys.unpad(_split_heads(g_v.to(v.dtype), x.num_kv_heads, group.keys.length), d_v)
-        return d_q, d_k, d_v, None, None, None, None
+        return d_q, d_k, d_v, None, None, None, None, None
 
 
 def varlen_attention_torch(
@@ -224,4 +253,6 @@ def varlen_attention_torch(
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     scores = sum(len(group.offsets) * group.queries.length * group.keys.length for group in groups) * q.shape[1]
     keep = needs_grad and scores * v.element_size() <= KEPT_BYTES
-    return _VarlenAttention.apply(q.contiguous(), k.contiguous(), v.contiguous(), groups, scale, with_max, keep)
+    return _VarlenAttention.apply(
+        q.contiguous(), k.contiguous(), v.contiguous(), groups, scale, with_max, needs_grad, keep
+    )

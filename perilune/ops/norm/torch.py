@@ -11,11 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+# Elements up to which a forward without gradients gains by PyTorch's own function: one call instead of seven.
+_FEW = 1 << 18
+
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        rstd = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        rstd = _reciprocal_rms(x, eps)
         ctx.save_for_backward(x, rstd, weight)
         return (x * rstd).mul_(weight)
 
@@ -34,12 +37,21 @@ class _RMSNorm(torch.autograd.Function):
         return dx.add_(mean.mul_(rstd), alpha=1 / size), dweight, None
 
 
+def _reciprocal_rms(x: Tensor, eps: float) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
 def rms_norm_torch(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """Same contract as `perilune.ops.norm.rms_norm`."""
     wide = torch.promote_types(x.dtype, torch.float32)
     if not x.numel():
         return (x * weight.to(x.dtype)).to(dtype)
-    y: Tensor = _RMSNorm.apply(x.to(wide).contiguous(), weight.to(wide), eps)  # pyright: ignore[reportAssignmentType]
+    x, weight = x.to(wide), weight.to(wide)
+    if not torch.is_grad_enabled():
+        if x.numel() <= _FEW:
+            return F.rms_norm(x, x.shape[-1:], weight, eps).to(dtype)
+        return (x * _reciprocal_rms(x, eps)).mul_(weight).to(dtype)
+    y: Tensor = _RMSNorm.apply(x.contiguous(), weight, eps)  # pyright: ignore[reportAssignmentType]
     return y.to(dtype)
 
 
