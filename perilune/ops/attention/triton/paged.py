@@ -26,8 +26,8 @@ _LOG2E = 1.4426950408889634
 _SHORTEST = 128
 """Tokens that are worth a split of their own."""
 _MOST_SPLITS = 512
-_TOGETHER, _CHANNELS = 64, 128
-"""Splits, and channels of them, that a program adds up at a time: loads that do not wait for each other."""
+_TOGETHER, _TILE = 64, 8192
+"""Most splits, and numbers, that a program adds up at a time: loads that do not wait for each other."""
 
 
 def paged_decode_attention_triton(
@@ -73,7 +73,8 @@ def paged_decode_attention_triton(
         SHORTEST=_SHORTEST,
         **sizes,
     )
-    channels = min(_CHANNELS, triton.next_power_of_2(value_dim))
+    together = min(_TOGETHER, triton.next_power_of_2(splits))
+    channels = min(_TILE // together, triton.next_power_of_2(value_dim))
     _combine_kernel[(num_rows, heads, triton.cdiv(value_dim, channels))](
         sums,
         weights,
@@ -83,7 +84,7 @@ def paged_decode_attention_triton(
         H=heads,
         DV=value_dim,
         BV=channels,
-        BS=_TOGETHER,
+        BS=together,
         SHORTEST=_SHORTEST,
         num_warps=4,
     )
@@ -213,7 +214,7 @@ def _combine_kernel(
     sum_ptr, weight_ptr, length_ptr, out_ptr, splits,
     H: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, BS: tl.constexpr, SHORTEST: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Weigh the splits of one row (program axis 0) and head (axis 1) for some channels (axis 2); without tokens zeros."""
+    """Weigh the splits of one row (program axis 0) and head (axis 1) for channels (axis 2); of no tokens, zeros."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     length = tl.load(length_ptr + row).to(tl.int32)
     share = _split_length(length, splits, SHORTEST)
