@@ -26,8 +26,8 @@ _LOG2E = 1.4426950408889634
 _SHORTEST = 128
 """Tokens that are worth a split of their own."""
 _MOST_SPLITS = 512
-_TOGETHER = 16
-"""Splits that are added up at a time: loads that do not wait for each other."""
+_TOGETHER, _TILE = 64, 8192
+"""Most splits, and numbers, that a program adds up at a time: loads that do not wait for each other."""
 
 
 def paged_decode_attention_triton(
@@ -73,7 +73,9 @@ def paged_decode_attention_triton(
         SHORTEST=_SHORTEST,
         **sizes,
     )
-    _combine_kernel[(num_rows, heads)](
+    together = min(_TOGETHER, triton.next_power_of_2(splits))
+    channels = min(_TILE // together, triton.next_power_of_2(value_dim))
+    _combine_kernel[(num_rows, heads, triton.cdiv(value_dim, channels))](
         sums,
         weights,
         lengths,
@@ -81,8 +83,8 @@ def paged_decode_attention_triton(
         splits,
         H=heads,
         DV=value_dim,
-        BV=triton.next_power_of_2(value_dim),
-        BS=_TOGETHER,
+        BV=channels,
+        BS=together,
         SHORTEST=_SHORTEST,
         num_warps=4,
     )
@@ -212,33 +214,27 @@ def _combine_kernel(
     sum_ptr, weight_ptr, length_ptr, out_ptr, splits,
     H: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, BS: tl.constexpr, SHORTEST: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Weigh the splits of one row (program axis 0) and head (axis 1); a row without tokens gets zeros."""
+    """Weigh the splits of one row (program axis 0) and head (axis 1) for channels (axis 2); of no tokens, zeros."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     length = tl.load(length_ptr + row).to(tl.int32)
     share = _split_length(length, splits, SHORTEST)
     used = (length + share - 1) // share
-    channels, members = tl.arange(0, BV), tl.arange(0, BS)
-    in_values = channels < DV
-    place = (row * H + head) * splits
+    channels, members = tl.program_id(2) * BV + tl.arange(0, BV), tl.arange(0, BS)
+    place = (row * H + head) * splits + members
     top = tl.full([BS], float("-inf"), tl.float32)
     for first in range(0, used, BS):
-        top = tl.maximum(
-            top, tl.load(weight_ptr + place + first + members, mask=first + members < used, other=float("-inf"))
-        )
+        log_weight = tl.load(weight_ptr + place + first, mask=first + members < used, other=float("-inf"))
+        top = tl.maximum(top, log_weight)
     highest = tl.max(top, 0)
     weight = tl.zeros([BS], tl.float32)
-    acc = tl.zeros([BV], tl.float32)
+    acc = tl.zeros([BS, BV], tl.float32)
     for first in range(0, used, BS):
         is_there = first + members < used
-        log_weight = tl.load(weight_ptr + place + first + members, mask=is_there, other=float("-inf"))
+        log_weight = tl.load(weight_ptr + place + first, mask=is_there, other=float("-inf"))
         p = tl.where(is_there, tl.exp2(log_weight - highest), 0.0)
-        part = tl.load(
-            sum_ptr + (place + first + members)[:, None] * DV + channels[None, :],
-            mask=is_there[:, None] & in_values[None, :],
-            other=0.0,
-        )
-        acc += tl.sum(part * p[:, None], 0)
+        acc += _load(sum_ptr, (place + first) * DV, channels, is_there, DV) * p[:, None]
         weight += p
     total = tl.sum(weight, 0)
-    acc = tl.where(total > 0, acc / tl.where(total > 0, total, 1.0), 0.0)
-    tl.store(out_ptr + (row * H + head) * DV + channels, acc.to(out_ptr.dtype.element_ty), mask=in_values)
+    out = tl.where(total > 0, tl.sum(acc, 0) / tl.where(total > 0, total, 1.0), 0.0)
+    place = (row * H + head) * DV + channels
+    tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=channels < DV)
