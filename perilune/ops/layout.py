@@ -10,9 +10,16 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+_Shared: TypeAlias = dict[tuple[Hashable, torch.dtype], tuple[Tensor, Tensor]]
+
+
+def _nothing() -> _Shared:
+    return {}  # torch.compile does not follow a parametrized dict
 
 
 @dataclass(frozen=True)
@@ -27,9 +34,7 @@ class SequenceLayout:
     """Tokens of each sequence."""
     device: torch.device
     """Where the derived index tensors live."""
-    shared: dict[tuple[Hashable, torch.dtype], tuple[Tensor, Tensor]] = field(
-        default_factory=dict[tuple[Hashable, torch.dtype], tuple[Tensor, Tensor]], compare=False, repr=False
-    )
+    shared: _Shared = field(default_factory=_nothing, compare=False, repr=False)
     """What one layer has computed from some tensor of this layout, (tensor, result), for the next that needs the same;
     without gradients only."""
 
