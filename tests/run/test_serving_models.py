@@ -145,5 +145,7 @@ def test_the_real_models_tokens_and_numbers(smollm2):
     torch.testing.assert_close(best.values, expected, atol=2e-3, rtol=0)
     nll = logprobs[len(question) : -1].gather(1, tokens[1:, None]).sum().item()
     assert nll == pytest.approx(-83.406, abs=2e-3)
-    chat = ChatSession(Engine(model), tokenizer, smollm2.template, title="", temperature=0.0, top_p=1.0, max_tokens=12, seed=0)
+    chat = ChatSession(
+        Engine(model), tokenizer, smollm2.template, title="", temperature=0.0, top_p=1.0, max_tokens=12, seed=0
+    )
     assert "".join(chat.answer("What is the capital of France?")) == "The capital of France is Paris."
