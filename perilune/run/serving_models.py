@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -67,7 +67,7 @@ class KnownModel:
     """The model's path in it."""
     install: str
     """Command that installs it."""
-    generation: Mapping[str, float]
+    generation: Mapping[str, float] = field(default_factory=dict[str, float])
     """How its makers advise to sample from it, as a generation_config.json would say."""
 
 
