@@ -53,6 +53,7 @@ def test_a_model_without_moba_has_none():
     assert moba_routings(model, torch.arange(5)) == {}
 
 
+@torch.no_grad()  # with gradients attention is another one, which rounds otherwise
 def test_recalls_are_of_what_each_layer_mixes(monkeypatch):
     """Of several sequences and some of their queries, for layers with full attention too, which read on as they did."""
     model = build_model(replace(CONFIG, moba=replace(MOBA, moba_key_conv=3)), seed=0).eval()
