@@ -20,8 +20,13 @@ from perilune.errors import DataError
 
 _MARKS = (*range(0xE000, 0xF900), *range(0xF0000, 0xF0400))
 _KIMI_CALL = "<|tool_call_begin|>"
-_UNMARKED = ("role", "type")
-"""Keys whose values are the API's own words; templates compare them, and roles have been checked."""
+_UNMARKED: Mapping[str, frozenset[str]] = {
+    "role": frozenset({"system", "user", "assistant", "tool"}),
+    "type": frozenset({
+        "function", "text", "image_url", "object", "string", "number", "integer", "boolean", "array", "null",
+    }),
+}  # fmt: skip
+"""The API's own words, which templates compare; anything else under these keys is what somebody said."""
 
 
 def encode_chat(
@@ -94,7 +99,7 @@ class _Guard:
     def marked(self, value: Any, key: str = "") -> Any:
         """Return JSON whose strings are marked, keys too."""
         if isinstance(value, str):
-            return value if key in _UNMARKED else self._mark_text(value)
+            return value if value in _UNMARKED.get(key, ()) else self._mark_text(value)
         if isinstance(value, Mapping):
             return {str(name).translate(self._table): self.marked(item, str(name)) for name, item in value.items()}
         if isinstance(value, list | tuple):

@@ -181,7 +181,11 @@ class EngineCore:
             self.intake.preempt(fill)
             return set()
         if len(rows) == 1 and fill is None:
-            raise EngineError("the cache has no room for a single sequence within the context limit")
+            if not self.manager.prefixes.num_pages:
+                raise EngineError("the cache has no room for a single sequence within the context limit")
+            # of two equal beginnings one is known, and its page stays while the other's text goes on from it
+            self.manager.prefixes.clear()
+            return set()
         self._suspend(newest)
         return {newest}
 

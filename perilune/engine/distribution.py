@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # N rows  V vocabulary  B blocks  S tokens of a block  K candidates
+COLDEST = 1e-5
+"""Temperatures below count as 0: logits divided by them would leave float32."""
 _BLOCK = 64
 _NUM_CANDIDATES = (80, 1024, 4096)
 _SUMMED_ROWS = 4
@@ -74,7 +76,7 @@ class TokenDistribution:
         logits = logits.float()
         if padding := -logits.shape[1] % _BLOCK:
             logits = F.pad(logits, (0, padding), value=-torch.inf)
-        self._is_greedy = temperature == 0
+        self._is_greedy = temperature < COLDEST
         self._divisors = torch.where(self._is_greedy, 1.0, temperature)
         # Asking whether a pass over the vocabulary can be saved is cheap on the CPU; a GPU would be waited for.
         is_cpu = logits.device.type == "cpu"

@@ -62,7 +62,7 @@ class SamplingParams:
     max_new_tokens: int = 256
     """Longest response in tokens, the stop token included."""
     temperature: float = 1.0
-    """Logits are divided by it; 0 picks the most likely token."""
+    """Logits are divided by it; 0, as anything below 1e-5, picks the most likely token."""
     top_p: float = 1.0
     """Smallest set of most likely tokens whose probability reaches it; 1 keeps all."""
     top_k: int = 0
@@ -114,8 +114,10 @@ class SamplingParams:
         ):
             if not math.isfinite(value):
                 raise EngineError(f"{name} must be finite, got {value}")
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise EngineError(f"repetition_penalty must be finite and > 0 (1 is none), got {self.repetition_penalty}")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty >= 0.01):
+            raise EngineError(
+                f"repetition_penalty must be finite and >= 0.01 (1 is none), got {self.repetition_penalty}"
+            )
         if not 0 <= self.min_tokens <= self.max_new_tokens:
             raise EngineError(f"min_tokens must be in [0, max_new_tokens], got {self.min_tokens}")
         if not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:

@@ -180,13 +180,15 @@ class EngineService:
             EngineError: the request is invalid, or the engine has failed.
         """
         self._engine.check(request)
-        if self._error is not None:
-            raise self._error
-        if self._is_draining or not self._thread.is_alive():
+        if self._error is None and (self._is_draining or not self._thread.is_alive()):
             raise EngineBusyError("the engine is shutting down" if self._is_draining else "the engine is not running")
         limit = self._max_waiting + self._engine.options.max_batch
         stream = ResponseStream(request.num_samples, self._cancel)
         with self._condition:
+            if self._error is not None:
+                raise self._error
+            if self._is_stopping:
+                raise EngineBusyError("the engine is shutting down")
             accepted = sum(self._open.values())
             if accepted and accepted + request.num_samples > limit:
                 raise EngineBusyError(
@@ -250,9 +252,11 @@ class EngineService:
                 self._stats = self._engine.stats()
         except Exception as error:
             # whatever it is, readers must not wait for ever
-            self._error = EngineError(f"the engine has failed: {type(error).__name__}: {error}")
-            self._error.__cause__ = error
-            self._abandon(self._error)
+            failure = EngineError(f"the engine has failed: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+            with self._condition:  # whoever submits after this is told so, whoever did before is abandoned
+                self._error = failure
+            self._abandon(failure)
 
     def _wait(self) -> bool:
         """Sleep until there is something to do; False when the service is left."""

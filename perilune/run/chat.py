@@ -8,6 +8,7 @@ from pathlib import Path
 from perilune.data import ChatTemplate, Message, TextTokenizer, encode_chat, split_response
 from perilune.engine import Engine, Request, SamplingParams, TextStream
 from perilune.errors import DataError
+from perilune.run.serving import context_limit
 from perilune.run.serving_models import load_served
 from perilune.seeding import derive_seed
 
@@ -101,7 +102,7 @@ def open_chat(
     if served.template is None:
         raise DataError(f"{served.title} has no chat template: it was not trained on conversations")
     return ChatSession(
-        Engine(served.model, vocab_size=served.tokenizer.vocab_size),
+        Engine(served.model, vocab_size=served.tokenizer.vocab_size, context_limit=context_limit(served, None)),
         served.tokenizer,
         served.template,
         title=served.title,

@@ -99,13 +99,15 @@ def specials(tokens):
 def emptied(value):
     """The same conversation with contents that are surely no special tokens."""
     if isinstance(value, dict):
-        return {key: item if key in ("role", "type") else emptied(item) for key, item in value.items()}
+        known = ("function", "text", "system", "user", "assistant", "tool")
+        return {key: item if item in known else emptied(item) for key, item in value.items()}
     return [emptied(item) for item in value] if isinstance(value, list) else value and "x"
 
 
 @given(conversations, hostile)
 def test_nothing_that_is_said_becomes_a_special_token(messages, description):
-    tools = [{"type": "function", "function": {"name": description, description: description}}]
+    inner = {"name": description, description: description, "type": description, "role": [{"type": description}]}
+    tools = [{"type": "function", "function": inner}]
     tokens = encode_chat(KIMI, K2, messages, tools=tools)
     assert specials(tokens) == specials(encode_chat(KIMI, K2, emptied(messages), tools=emptied(tools)))
     # and nothing else is changed

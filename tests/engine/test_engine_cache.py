@@ -340,3 +340,18 @@ def test_a_prompt_that_the_cache_cannot_hold_is_refused():
         engine.add(request(text(40)))
     completion = engine.generate([request(text(30), max_new_tokens=50)])[0]
     assert (completion.finish_reason, len(completion.token_ids)) == ("context", 10)
+
+
+@pytest.mark.parametrize("name", ["smoke", "tiny-gqa"])
+def test_a_known_beginning_that_two_texts_had_at_once_leaves_room_for_the_one_that_goes_on(name):
+    model = build_model(PRESETS[name], seed=0)
+    page = Engine(model, block_size=4)._core.memory
+    engine = Engine(model, block_size=4, max_batch=4, cache_bytes=24 * page.page_bytes + 12 * page.state_bytes)
+    limit = engine.options.context_limit
+    begin = text(12)
+    short = request(begin, max_new_tokens=1)
+    long = request([*begin, 5, 6, 7, 8], max_new_tokens=limit)
+    first, second = engine.generate([short, long])
+    assert len(first.token_ids) == 1
+    assert (len(second.token_ids), second.finish_reason) == (limit - 16, "context")
+    assert_clean(engine)

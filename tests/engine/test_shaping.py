@@ -226,7 +226,7 @@ def test_options_that_allow_nothing_end_the_response_with_an_error(model):
         ({"frequency_penalty": math.inf}, "frequency_penalty must be finite, got inf"),
         ({"logit_bias": ((1, math.inf),)}, "logit_bias must be finite, got inf"),
         ({"logit_bias": ((-1, 0.0),)}, r"logit_bias must be >= 0, got \(-1,\)"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty must be finite and > 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be finite and >= 0.01"),
         ({"min_tokens": 5, "max_new_tokens": 4}, r"min_tokens must be in \[0, max_new_tokens\], got 5"),
         ({"top_logprobs": 21}, r"top_logprobs must be in \[0, 20\], got 21"),
         ({"allowed_ids": ()}, "allowed_ids leaves no token"),

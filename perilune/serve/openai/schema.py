@@ -189,7 +189,7 @@ class SamplingBody(_Body):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = Field(default=None, description="Extension.")
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = Field(default=None, description="Extension.")
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(default=None, max_length=1024)
     ignore_eos: bool | None = Field(default=None, description="Extension: go on until max_tokens.")
     stream: bool | None = None
