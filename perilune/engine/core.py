@@ -100,7 +100,8 @@ class EngineCore:
         Who comes while rows decode does not wait for a token of theirs: that step only prefills, and the next decodes.
         """
         outputs: list[StepOutput] = []
-        self._is_late = not self._is_late and bool(self.intake.num_waiting) and len(self.running) > 0
+        rows = len(self.running)
+        self._is_late = not self._is_late and self.intake.num_waiting > 0 < rows < self._options.max_batch
         if not self._is_late:
             outputs += self._decode()
         self.intake.step(len(self.running))

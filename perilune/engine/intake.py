@@ -179,7 +179,8 @@ class Intake:
             if is_whole:
                 fill.hidden = part[-1].clone()
             is_kept = fill.done % options.chunk == 0 if options.deterministic else fill.resumed is None
-            if is_kept and (is_whole or options.deterministic or fill.done % options.block_size == 0):
+            is_cut = fill.done % options.block_size == 0 or fill.done % options.snapshot_interval == 0
+            if is_kept and (is_whole or options.deterministic or is_cut):
                 self.remember(fill.tokens, fill)
 
     def _page_rows(self, pieces: list[tuple[Fill, int]], layout: SequenceLayout) -> PageRows:

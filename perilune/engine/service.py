@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -36,8 +37,6 @@ class ServiceStats:
     """As of the last step."""
     requests: int
     """Requests that have been accepted and have not ended."""
-    is_draining: bool
-    """Whether new requests are refused."""
     error: str | None
     """What ended the loop, if it failed."""
 
@@ -153,7 +152,7 @@ class EngineService:
         self._keys: dict[ResponseStream, int] = {}
         self._stats = engine.stats()
         self._error: EngineError | None = None
-        self._is_draining = self._is_stopping = False
+        self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="perilune-engine", daemon=True)
 
     async def __aenter__(self) -> Self:
@@ -163,74 +162,59 @@ class EngineService:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._is_draining = True
         with self._condition:
             self._is_stopping = True
             self._condition.notify()
         await asyncio.to_thread(self._thread.join)
 
     def submit(self, request: Request) -> ResponseStream:
-        """Accept a request; to be called in an event loop.
+        """Accept a request; see `submit_all`."""
+        return self.submit_all([request])[0]
+
+    def submit_all(self, requests: Sequence[Request]) -> list[ResponseStream]:
+        """Accept requests, all or none; to be called in an event loop.
 
         Returns:
-            The response; reading it is up to the caller, who cancels it if nobody will.
+            The responses; reading them is up to the caller, who cancels those that nobody will read.
 
         Raises:
-            EngineBusyError: too many requests wait, or the service is being shut down; another time may do.
-            EngineError: the request is invalid, or the engine has failed.
+            EngineBusyError: too many samples wait, or the service is being left; another time may do: what asks for
+                more samples than ever wait is accepted when nobody else does.
+            EngineError: a request is invalid, or the engine has failed.
         """
-        self._engine.check(request)
-        if self._error is None and (self._is_draining or not self._thread.is_alive()):
-            raise EngineBusyError("the engine is shutting down" if self._is_draining else "the engine is not running")
+        for request in requests:
+            self._engine.check(request)
         limit = self._max_waiting + self._engine.options.max_batch
-        stream = ResponseStream(request.num_samples, self._cancel)
+        wanted = sum(request.num_samples for request in requests)
+        streams = [ResponseStream(request.num_samples, self._cancel) for request in requests]
         with self._condition:
             if self._error is not None:
                 raise self._error
-            if self._is_stopping:
-                raise EngineBusyError("the engine is shutting down")
+            if self._is_stopping or not self._thread.is_alive():
+                raise EngineBusyError(f"the engine is {'shutting down' if self._is_stopping else 'not running'}")
             accepted = sum(self._open.values())
-            if accepted and accepted + request.num_samples > limit:
+            if accepted and accepted + wanted > limit:
                 raise EngineBusyError(
-                    f"{accepted} responses are being written or wait and {request.num_samples} more were asked for; "
-                    f"the engine takes {limit}"
+                    f"{accepted} responses are being written or wait and {wanted} more were asked for; the engine "
+                    f"takes {limit}"
                 )
-            self._open[stream] = request.num_samples
-        self._command(lambda: self._add(stream, request))
-        return stream
+            for stream, request in zip(streams, requests, strict=True):
+                self._open[stream] = request.num_samples
+        for stream, request in zip(streams, requests, strict=True):
+            self._command(partial(self._add, stream, request))
+        return streams
 
     def stats(self) -> ServiceStats:
         """What the service is doing; from any thread."""
         return ServiceStats(
             engine=self._stats,
             requests=len(self._open),
-            is_draining=self._is_draining,
             error=None if self._error is None else str(self._error),
         )
 
     def weights_updated(self) -> None:
         """See `Engine.weights_updated`; takes effect between two steps."""
         self._command(self._engine.weights_updated)
-
-    async def drain(self, timeout_s: float) -> bool:
-        """Refuse new requests and wait for the accepted ones.
-
-        Args:
-            timeout_s: longest wait; what is not done then is canceled.
-
-        Returns:
-            Whether all have ended by themselves.
-        """
-        self._is_draining = True
-        loop = asyncio.get_running_loop()
-        end = loop.time() + timeout_s
-        while self._open and self._error is None and loop.time() < end:
-            await asyncio.sleep(min(0.01, timeout_s))
-        with self._condition:
-            left = list(self._open)
-        for stream in left:
-            stream.cancel()
-        return not left
 
     def _cancel(self, stream: ResponseStream) -> None:
         self._close(stream)

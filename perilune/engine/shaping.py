@@ -46,22 +46,18 @@ class LogitShaper:
         self._device = device
         self._shapes: dict[int, _Shape] = {}
 
-    def enter(self, slot: int, request: Request, generated: Sequence[int] = ()) -> None:
+    def enter(self, slot: int, request: Request) -> None:
         """Begin a row at `slot`, whatever was there before.
 
         Args:
             slot: its place in the output buffers.
             request: what it answers.
-            generated: tokens that it already has, when it was interrupted; `shape` reads them in the buffers.
         """
         self._shapes.pop(slot, None)
         params = request.params
         if not params.is_shaping:
             return
         grammar = None if params.grammar is None else params.grammar.start()
-        if grammar is not None:
-            for token in generated:
-                grammar.accept(token)
         prompt = sorted(set(request.prompt_ids)) if params.repetition_penalty != 1 else []
         self._shapes[slot] = _Shape(params, torch.tensor(prompt, dtype=torch.int64, device=self._device), grammar)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from perilune.run.serving_models import KNOWN_MODELS, load_served
 if TYPE_CHECKING:
     from perilune.run.serving_models import TextModel
     from perilune.serve.openai import ServedModel
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 UNKNOWN_CONTEXT = 8192
@@ -118,6 +121,12 @@ def prepare(model: str | Path, options: ServeOptions) -> ServedModel:
         vocab_size=loaded.tokenizer.vocab_size,
         cache_bytes=cache_bytes(device, options.cache_gib),
     )
+    if engine.options.max_batch < options.max_batch or engine.options.context_limit != limit:
+        logger.warning(
+            "the cache has room for %d answers at a time and %s tokens of context; --cache-gib gives it more",
+            engine.options.max_batch,
+            engine.options.context_limit,
+        )
     return ServedModel(
         name=options.name or (str(model) if str(model) in KNOWN_MODELS else Path(model).resolve().stem),
         service=EngineService(engine, max_waiting=options.max_waiting),

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     import uvicorn
 
 
+_LAST_WORDS_S = 1
+"""For requests that are broken off; uvicorn cancels what is left then."""
+
+
 class Drain:
     """How many requests are under way, and whether the service is about to end."""
 
@@ -64,6 +68,8 @@ class Drain:
 def draining_server(settings: uvicorn.Config, drain: Drain) -> uvicorn.Server:
     """Return a server that on the first SIGTERM or Ctrl-C drains, then ends; on the second it ends at once."""
     import uvicorn
+
+    settings.timeout_graceful_shutdown = _LAST_WORDS_S  # by then all are answered, or nobody is waited for any more
 
     class DrainingServer(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -355,3 +355,13 @@ def test_a_known_beginning_that_two_texts_had_at_once_leaves_room_for_the_one_th
     assert len(first.token_ids) == 1
     assert (len(second.token_ids), second.finish_reason) == (limit - 16, "context")
     assert_clean(engine)
+
+
+def test_a_state_is_kept_at_every_interval_whatever_pages_are(hybrid):
+    prompt = text(30)
+    engine = make_engine(hybrid, block_size=4, snapshot_interval=10)
+    engine.generate([request([*prompt[:25], 7], max_new_tokens=1)])  # 20 of these are whole intervals and whole pages
+    engine.generate([request([*prompt[:14], 9], max_new_tokens=1)])
+    key = engine.add(request([*prompt[:13], 8, 8], max_new_tokens=1))
+    outputs = engine.step()
+    assert (outputs[0].key, outputs[0].cached_tokens) == (key, 10)

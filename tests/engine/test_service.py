@@ -112,27 +112,15 @@ def test_a_group_larger_than_the_limit_is_served_when_alone(model):
     assert sorted(run(serve())) == [0, 1, 2, 3, 4]
 
 
-def test_draining_finishes_what_was_accepted(model):
+def test_requests_that_come_together_are_served_together_or_not_at_all(model):
     async def serve():
-        async with EngineService(Engine(model)) as service:
-            reader = asyncio.create_task(read(service.submit(request([1], max_new_tokens=30))))
-            assert await service.drain(20)
-            with pytest.raises(EngineBusyError, match="shutting down"):
-                service.submit(request([1]))
-            assert service.stats().is_draining
-            return await reader
+        async with EngineService(Engine(model, max_batch=2), max_waiting=0) as service:
+            streams = service.submit_all([request([1], k=2), request([2], k=3)])
+            with pytest.raises(EngineBusyError, match=r"5 responses .* and 2 more were asked for; the engine takes 2"):
+                service.submit_all([request([1]), request([2])])
+            return [sorted(await read(stream)) for stream in streams]
 
-    assert len(run(serve())[0][0]) == 30
-
-
-def test_draining_ends_at_its_time(model):
-    async def serve():
-        async with EngineService(Engine(model)) as service:
-            stream = service.submit(request([1], max_new_tokens=10**6))
-            assert not await service.drain(0.05)
-            return await read(stream)
-
-    run(serve())
+    assert run(serve()) == [[0, 1], [0, 1, 2]]
 
 
 def test_leaving_ends_open_responses_with_an_error(model):

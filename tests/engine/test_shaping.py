@@ -119,15 +119,6 @@ def test_a_grammar_decides_what_comes_and_where_it_may_end(model):
         assert len(body) >= 2
 
 
-def test_an_interrupted_row_goes_on_in_its_grammar():
-    shaper = LogitShaper(torch.device("cpu"))
-    params = SamplingParams(grammar=Alternating(), stop_ids=(0,))
-    shaper.enter(0, Request(prompt_ids=[1], params=params), generated=[1, 2, 1])
-    shaped = shaper.shape(torch.tensor([0]), torch.tensor([3]), torch.zeros(1, VOCAB), torch.zeros(1, 9).long())
-    assert shaped is not None
-    assert shaped.logits[0].isfinite().nonzero()[:, 0].tolist() == [2]
-
-
 def test_a_row_that_left_is_forgotten():
     shaper = LogitShaper(torch.device("cpu"))
     shaper.enter(3, Request(prompt_ids=[1], params=SamplingParams(blocked_ids=(2,))))

@@ -120,6 +120,9 @@ def test_tokenizers_that_cannot_be_are_refused(tiny, keys, message):
         ("gemma", {}, "general.architecture must be one of llama, qwen2, qwen3, got 'gemma'"),
         ("llama", {"llama.expert_count": 8}, "mixtures of experts are not read from GGUF"),
         ("llama", {"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 2.0}, "got 'longrope'"),
+        ("llama", {"llama.rope.dimension_count": 4}, "rope.dimension_count is 4; such models are computed with"),
+        ("llama", {"llama.attention.sliding_window": 512}, r"sliding_window is 512; .* with 0"),
+        ("llama", {"llama.rope.scale_linear": 2.0}, r"scale_linear is 2\.0"),
     ],
 )
 def test_models_that_perilune_does_not_have_are_refused(tmp_path, architecture, keys, message):

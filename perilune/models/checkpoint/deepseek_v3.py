@@ -95,4 +95,12 @@ def bindings(config: ModelConfig) -> list[Binding]:
     return builder.build()
 
 
-FORMAT = Format(name=_NAME, model_types=_MODEL_TYPES, read=read, write=write, bindings=bindings, canonical=same_name)
+FORMAT = Format(
+    name=_NAME,
+    model_types=_MODEL_TYPES,
+    read=read,
+    write=write,
+    bindings=bindings,
+    canonical=same_name,
+    predicts_further=True,
+)

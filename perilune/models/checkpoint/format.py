@@ -46,6 +46,8 @@ class Format:
     """Return the mapping of a model's tensors."""
     canonical: Callable[[str, ModelConfig], str]
     """Return the name that the mapping has for a tensor, given one of the names it goes by."""
+    predicts_further: bool = False
+    """Whether files may hold one layer more than the model, which predicts a further token in training."""
     repeats_tied: bool = False
     """Whether a tied output matrix is written once more as `lm_head.weight`, since a reader would not tie it."""
 

@@ -110,6 +110,7 @@ class GGUFFile:
         if self._field("expert_count"):
             raise CheckpointError(f"{self.path}: mixtures of experts are not read from GGUF; use the original files")
         heads = self._field("attention.head_count")
+        self._refuse_other_attention()
         tree = {
             "model_type": self._architecture,
             "vocab_size": self.shapes.get("model.embed_tokens.weight", (None,))[0],
@@ -130,6 +131,23 @@ class GGUFFile:
         }
         tree["rope_scaling"] = self._rope_scaling(tree)
         return {key: value for key, value in tree.items() if value is not None}
+
+    def _refuse_other_attention(self) -> None:
+        """Refuse what would be computed otherwise than the file means."""
+        width = self._field("attention.key_length")
+        if width is None and self._field("attention.head_count"):
+            width = (self._field("embedding_length") or 0) // self._field("attention.head_count")
+        for name, expected in (
+            ("rope.dimension_count", width),
+            ("attention.value_length", width),
+            ("attention.sliding_window", 0),
+            ("rope.scale_linear", 1.0),
+        ):
+            found = self._field(name)
+            if found is not None and found != expected:
+                raise CheckpointError(
+                    f"{self.path}: {self._architecture}.{name} is {found}; such models are computed with {expected}"
+                )
 
     def read(self, name: str) -> Tensor:
         """Return a tensor, dequantized to float32, with Hugging Face's order of rows.

@@ -204,7 +204,7 @@ def _canonical_names(files: WeightFiles | GGUFFile, header: Header, problems: Pr
     beyond: list[str] = []
     for name in files.shapes:
         layer = _LAYER.match(name)
-        if layer is not None and int(layer[1]) >= config.num_layers:
+        if released.predicts_further and layer is not None and int(layer[1]) == config.num_layers:
             beyond.append(name)
         elif not name.endswith(".rotary_emb.inv_freq") and not (config.tie_embeddings and name == "lm_head.weight"):
             canonical = released.canonical(name, config)

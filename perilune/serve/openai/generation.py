@@ -98,22 +98,12 @@ def submit_all(service: GenerationService, jobs: Sequence[Job], metrics: Metrics
     Raises:
         ApiError: 429, too many requests wait; 400, one cannot be served; 503, the engine has failed.
     """
-    taken: list[Generation] = []
     try:
-        for job in jobs:
-            stream = service.submit(job.request)
-            taken.append(Generation(job, stream, metrics))
+        streams = service.submit_all([job.request for job in jobs])
     except EngineBusyError as error:
-        _give_up(taken)
         raise ApiError(429, str(error), code="busy", retry_after_s=RETRY_AFTER_S) from error
     except EngineError as error:
-        _give_up(taken)
         if service.stats().error is not None:
             raise ApiError(503, str(error), code="engine_failed") from error
         raise ApiError(400, str(error), code="invalid_request") from error
-    return taken
-
-
-def _give_up(taken: Sequence[Generation]) -> None:
-    for one in taken:
-        one.cancel()
+    return [Generation(job, stream, metrics) for job, stream in zip(jobs, streams, strict=True)]

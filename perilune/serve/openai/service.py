@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -33,12 +33,12 @@ class TokenStream(Protocol):
 class GenerationService(AbstractAsyncContextManager[Any], Protocol):
     """An engine that many use at a time; `perilune.engine.EngineService` is one. It runs while it is entered."""
 
-    def submit(self, request: Request) -> TokenStream:
-        """Take a request.
+    def submit_all(self, requests: Sequence[Request]) -> Sequence[TokenStream]:
+        """Take requests, all or none.
 
         Raises:
             EngineBusyError: too many wait.
-            EngineError: it cannot be served.
+            EngineError: one cannot be served.
         """
         ...
 

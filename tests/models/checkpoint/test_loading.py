@@ -145,6 +145,14 @@ def test_extra_layers_are_left_out_with_one_warning(models, written, caplog):
     assert [record.getMessage()[:33] for record in caplog.records] == ["2 tensors behind layer 1 are left"]
 
 
+@pytest.mark.parametrize(("name", "layer"), [("llama", 2), ("deepseek_v3", 3)])
+def test_other_extra_layers_are_unexpected(written, name, layer):
+    path = written(name)
+    edit_tensors(path, lambda t: {**t, f"model.layers.{layer}.input_layernorm.weight": torch.ones(2)})
+    with pytest.raises(CheckpointError, match=rf"unexpected.*layers\.{layer}\.input_layernorm"):
+        load(path)
+
+
 def test_a_tied_output_matrix_may_be_stored_again(models, written):
     path = written("llama")
     edit_tensors(path, lambda t: {**t, "lm_head.weight": t["model.embed_tokens.weight"].clone()})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,15 +81,15 @@ class FakeService:
     seen: list[Request] = field(default_factory=list)
     open: set[FakeStream] = field(default_factory=set)
 
-    def submit(self, request: Request) -> FakeStream:
+    def submit_all(self, requests: Sequence[Request]) -> list[FakeStream]:
         if self.error is not None:
             raise EngineError(self.error)
-        if len(self.open) >= self.most:
+        if len(self.open) + len(requests) > self.most:
             raise EngineBusyError(f"{self.most} requests wait; come back")
-        self.seen.append(request)
-        stream = FakeStream(self, request)
-        self.open.add(stream)
-        return stream
+        self.seen += requests
+        streams = [FakeStream(self, request) for request in requests]
+        self.open |= set(streams)
+        return streams
 
     def stats(self) -> ServiceStats:
         count = len(self.open)
@@ -97,7 +97,7 @@ class FakeService:
             running=count, waiting=0, pages_used=count, pages_cached=0, pages_total=64, cached_tokens=0, preemptions=0,
             tokens=0, cache_bytes=0,
         )  # fmt: skip
-        return ServiceStats(engine=engine, requests=count, is_draining=False, error=self.error)
+        return ServiceStats(engine=engine, requests=count, error=self.error)
 
     async def __aenter__(self) -> FakeService:
         self.is_running = True

@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import signal
+import socket
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 
 from perilune.errors import DataError
-from perilune.serve.drain import Drain
+from perilune.serve.drain import Drain, draining_server
 from perilune.serve.openai import ServerSettings, check_keys, openai_app, read_keys
 from perilune.serve.openai.errors import ApiError
 from perilune.serve.openai.streaming import ClientGone, EventStream, answer_while_there
@@ -265,6 +270,35 @@ def test_draining() -> None:
         assert response.headers["retry-after"] == "5"
         assert response.headers["connection"] == "close"
     assert client.get("/metrics").status_code == 200
+
+
+def test_the_server_ends_when_the_drain_has_waited_long_enough() -> None:
+    ended: list[str] = []
+
+    async def endless(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"x", "more_body": True})
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            ended.append("broken off")
+            raise
+
+    drain = Drain(timeout_s=0.2)
+    server = draining_server(
+        uvicorn.Config(drain.around(endless, endless), port=0, log_level="critical", lifespan="off"), drain
+    )
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    with socket.create_connection(server.servers[0].sockets[0].getsockname()) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert connection.recv(4)
+        server.handle_exit(signal.SIGTERM, None)
+        thread.join(20)
+    assert not thread.is_alive()
+    assert ended == ["broken off"]
 
 
 def test_a_drain_waits_so_long_and_no_longer() -> None:
