@@ -75,7 +75,7 @@ class Engine:
             precision: `torch.bfloat16` runs the model under autocast; sampling and log-probabilities stay float32.
             cache_bytes: for the cache, set aside at once; it also limits the context, and for models with recurrent
                 layers the rows. None for as much as running requests need, which grows with them.
-            block_size: tokens of a page of the cache; None for 32, or what fits MoBA's blocks.
+            block_size: tokens of a page of the cache; None for 64, or what fits MoBA's blocks.
             prefix_cache: keep what is computed of texts for others that begin alike, while nobody needs its memory.
             snapshot_interval: recurrent layers can resume a text where it was cut or ended, and every so many tokens.
             deterministic: every request is computed as if it were alone, to the bit; costs what batches gain.
