@@ -68,18 +68,29 @@ class EngineCore:
         self.intake.add(Fill(ticket, list(request.prompt_ids), deque(range(request.num_samples))))
         return ticket.key
 
-    def cancel(self, key: int) -> None:
-        """Drop a request, wherever it is; one that has ended is none."""
-        if self._tickets.pop(key, None) is None:
-            return
-        for fill in self.intake.remove(key):
-            if fill.resumed is not None:
-                self._release(fill.resumed[0])
-        rows = [row for row, sample in enumerate(self.running.samples) if sample.ticket.key == key]
+    def cancel(self, key: int, sample: int | None = None) -> bool:
+        """Drop a request or one of its samples, wherever it is; what has ended is passed over.
+
+        Returns:
+            Whether nothing of the request is left.
+        """
+        ticket = self._tickets.get(key)
+        if ticket is None:
+            return True
+        count, preempted = self.intake.remove(ticket, sample)
+        for one in preempted:
+            self._release(one)
+        samples = self.running.samples
+        rows = [row for row, one in enumerate(samples) if one.ticket is ticket and sample in (None, one.number)]
         for row in rows:
-            self._close(self.running.samples[row])
+            self._close(samples[row])
         self._remove(rows)
+        ticket.left -= count + len(rows)
+        if ticket.left:
+            return False
+        del self._tickets[key]
         self._forget()
+        return True
 
     def weights_updated(self) -> None:
         """Forget what is kept of texts; requests in the engine go on with what they have computed.

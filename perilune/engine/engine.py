@@ -171,10 +171,19 @@ class Engine:
             outputs = self._core.step()
         return [output for output in outputs if not self._deliver(output)]
 
-    def cancel(self, key: int) -> None:
-        """Drop a request, wherever it is, and give back all that it holds; one that has ended is none."""
+    def cancel(self, key: int, sample: int | None = None) -> bool:
+        """Drop a request, or one of its samples, wherever it is, and give back all that only it holds.
+
+        Args:
+            key: as `add` named the request; one that has ended is passed over.
+            sample: index of the only one to drop, of which no output comes any more; others get what they would have
+                got. None for all.
+
+        Returns:
+            Whether nothing of the request is left: then no output of it says `is_last`.
+        """
         with torch.inference_mode():  # as all of the cache was made
-            self._core.cancel(key)
+            return self._core.cancel(key, sample)
 
     def weights_updated(self) -> None:
         """Forget what is kept of texts after the weights were changed in place, or before; gives the memory back.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ import torch
 from perilune.engine.manager import CacheManager
 from perilune.engine.memory import CacheMemory
 from perilune.engine.options import EngineOptions
-from perilune.engine.tickets import Fill
+from perilune.engine.tickets import Fill, Sample, Ticket
 from perilune.nn import MoBAttention, PageRows
 from perilune.ops.layout import SequenceLayout
 
@@ -50,14 +51,30 @@ class Intake:
         """Let a text wait for its turn."""
         heapq.heappush(self._waiting, (fill.order, fill))
 
-    def remove(self, key: int) -> list[Fill]:
-        """Take out everything of a request."""
-        gone = [fill for fill in self._every_fill() if fill.ticket.key == key]
+    def remove(self, ticket: Ticket, sample: int | None) -> tuple[int, list[Sample]]:
+        """Take out a sample of a request, or all; texts from which none is to start any more go with them.
+
+        Returns:
+            How many were here, and those among them that had started before.
+        """
+        count, preempted, gone = 0, list[Sample](), list[Fill]()
+        for fill in self._every_fill():
+            if fill.ticket is not ticket:
+                continue
+            before = fill.num_samples
+            if fill.resumed is None:
+                fill.waiting = deque(one for one in fill.waiting if sample not in (None, one))
+            elif sample in (None, fill.resumed[0].number):
+                preempted.append(fill.resumed[0])
+                fill.resumed = None
+            count += before - fill.num_samples
+            if not fill.num_samples:
+                gone.append(fill)
         self._waiting = [(order, fill) for order, fill in self._waiting if fill not in gone]
         heapq.heapify(self._waiting)
         for fill in gone:
             self.close(fill)
-        return gone
+        return count, preempted
 
     def close(self, fill: Fill) -> None:
         """Give back what a text holds."""

@@ -27,12 +27,14 @@ REASONS: dict[int, FinishReason] = {EOS: "eos", LENGTH: "length", CONTEXT: "cont
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
-    """Some samples of one request that start together from one prefill of its prompt."""
+class Member:
+    """A sample that starts."""
 
     request: Request
-    first_sample: int
-    num_samples: int
+    sample: int
+    """Its index among the request's."""
+    slot: int
+    """Its place in the output buffers."""
 
 
 @dataclass(slots=True)
@@ -130,20 +132,19 @@ class RowFactory:
             return request.params.max_new_tokens
         return min(request.params.max_new_tokens, self._context_limit - len(request.prompt_ids))
 
-    def build(self, works: Sequence[Work], slots: Sequence[int]) -> Rows:
-        """Rows of `works`, one per sample, that have sampled nothing yet."""
-        members = [(work.request, work.first_sample + i) for work in works for i in range(work.num_samples)]
-        params = [request.params for request, _ in members]
-        limits = [self.limit(request) for request, _ in members]
+    def build(self, members: Sequence[Member]) -> Rows:
+        """Rows of samples that have no token yet."""
+        params = [member.request.params for member in members]
+        limits = [self.limit(member.request) for member in members]
         reasons = [LENGTH if limit == p.max_new_tokens else CONTEXT for limit, p in zip(limits, params, strict=True)]
         stops = [[*p.end_ids, *[-1] * (self._num_stops - len(p.end_ids))] for p in params]
         seeds = self._ints([p.seed & (2**63 - 1) for p in params])
         zeros = torch.zeros_like(seeds)
-        for slot, (request, _) in zip(slots, members, strict=True):
-            self.shaper.enter(slot, request)
+        for member in members:
+            self.shaper.enter(member.slot, member.request)
         return Rows(
-            slots=self._ints(slots),
-            keys=sample_keys(seeds, self._ints([sample for _, sample in members])),
+            slots=self._ints([member.slot for member in members]),
+            keys=sample_keys(seeds, self._ints([member.sample for member in members])),
             positions=zeros,
             limits=self._ints(limits),
             limit_reasons=self._ints(reasons),

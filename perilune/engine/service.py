@@ -47,27 +47,38 @@ class ResponseStream:
     What is not read yet waits here, at most the response itself, and never holds the engine up.
     """
 
-    def __init__(self, num_samples: int, cancel: Callable[[ResponseStream], None]) -> None:
+    def __init__(self, num_samples: int, cancel: Callable[[ResponseStream, int | None], None]) -> None:
         """Wait for `num_samples` samples; made by `EngineService.submit`."""
         self._loop = asyncio.get_running_loop()
         self._cancel = cancel
         self._tokens: dict[int, list[SampledToken]] = {}
         self._reasons: dict[int, FinishReason] = {}
-        self._left = num_samples
+        self._left = set(range(num_samples))
         self._error: EngineError | None = None
         self._is_canceled = False
         self._news = asyncio.Event()
         self.cached_tokens = 0
         """Tokens of the prompt that were in the cache already; known with the first chunk."""
 
-    def cancel(self) -> None:
-        """Stop the generation and the iteration; safe to call at any time, also after the end."""
-        if not self._is_canceled:
-            self._is_canceled = True
-            self._tokens.clear()
-            self._reasons.clear()
-            self._news.set()
-            self._cancel(self)
+    def cancel(self, sample: int | None = None) -> None:
+        """Stop the generation and the iteration; safe to call at any time, also after the end.
+
+        Args:
+            sample: the only one to stop, of which no chunk comes any more; None for all.
+        """
+        if self._is_canceled or not (sample is None or sample in self._left):
+            return
+        if sample is not None and len(self._left) > 1:
+            self._left.discard(sample)
+            self._tokens.pop(sample, None)
+            self._reasons.pop(sample, None)
+            self._cancel(self, sample)
+            return
+        self._is_canceled = True
+        self._tokens.clear()
+        self._reasons.clear()
+        self._news.set()
+        self._cancel(self, None)
 
     def __aiter__(self) -> AsyncIterator[Chunk]:
         return self
@@ -92,12 +103,13 @@ class ResponseStream:
     def _next_chunk(self) -> Chunk:
         sample = next(iter(self._tokens or self._reasons))
         tokens, reason = self._tokens.pop(sample, []), self._reasons.pop(sample, None)
-        self._left -= reason is not None
+        if reason is not None:
+            self._left.discard(sample)
         return Chunk(sample=sample, tokens=tuple(tokens), finish_reason=reason)
 
     def put(self, output: StepOutput) -> None:
         """Take an output of the engine; in the reader's event loop."""
-        if self._is_canceled:
+        if self._is_canceled or output.sample not in self._left:
             return
         self.cached_tokens = output.cached_tokens
         if output.token is not None:
@@ -216,9 +228,14 @@ class EngineService:
         """See `Engine.weights_updated`; takes effect between two steps."""
         self._command(self._engine.weights_updated)
 
-    def _cancel(self, stream: ResponseStream) -> None:
-        self._close(stream)
-        self._command(lambda: self._remove(stream))
+    def _cancel(self, stream: ResponseStream, sample: int | None) -> None:
+        if sample is None:
+            self._close(stream)
+        else:
+            with self._condition:
+                if stream in self._open:
+                    self._open[stream] -= 1  # others may come in its place
+        self._command(partial(self._remove, stream, sample))
 
     def _command(self, command: Callable[[], None]) -> None:
         with self._condition:
@@ -255,11 +272,11 @@ class EngineService:
         key = self._engine.add(request)
         self._streams[key], self._keys[stream] = stream, key
 
-    def _remove(self, stream: ResponseStream) -> None:
-        key = self._keys.pop(stream, None)
-        if key is not None:
-            self._engine.cancel(key)
-            self._streams.pop(key, None)
+    def _remove(self, stream: ResponseStream, sample: int | None) -> None:
+        key = self._keys.get(stream)
+        if key is not None and self._engine.cancel(key, sample):
+            del self._keys[stream], self._streams[key]
+            self._close(stream)
 
     def _deliver(self, outputs: list[StepOutput]) -> None:
         """Hand outputs to their streams, with one wake-up per event loop."""

@@ -163,6 +163,66 @@ def test_requests_can_be_canceled_at_any_time(decoder):
         assert_clean(engine)
 
 
+@pytest.mark.parametrize(
+    ("stage", "sample", "steps", "max_batch"),
+    [
+        ("waiting", 0, 0, 3),
+        ("prefill", 1, 1, 3),
+        ("ready", 2, 5, 2),
+        ("running", 0, 5, 3),
+        ("running", 1, 8, 2),
+        ("preempted", 2, 16, 3),
+    ],
+)
+def test_one_sample_is_canceled_and_others_do_not_notice(hybrid, stage, sample, steps, max_batch):
+    wanted = [request(text(21), "a", k=3, seed=1, max_new_tokens=20), request(text(9, 5), "b", k=2, max_new_tokens=12)]
+    expected = {(c.request_id, c.sample): c for c in Engine(hybrid).generate(wanted)}
+    engine = tight_engine(hybrid, 8, max_tokens_prefill=8, max_tokens_mixed=8, max_batch=max_batch)
+    keys = [engine.add(r) for r in wanted]
+    for _ in range(steps):
+        engine.step()
+    assert stage_of(engine._core, keys[0], sample) == stage
+    pages = engine.stats().pages_used
+    assert not engine.cancel(keys[0], sample)
+    assert stage_of(engine._core, keys[0], sample) == "gone"
+    if stage == "running":
+        assert engine.stats().pages_used < pages
+    found = {}
+    while engine.has_work:
+        outputs = [output for output in engine.step() if output.completion is not None]
+        found |= {(output.completion.request_id, output.sample): output.completion for output in outputs}
+    assert found.keys() | {("a", sample)} == expected.keys()
+    assert_same([found[name] for name in sorted(found)], [expected[name] for name in sorted(found)])
+    assert_clean(engine)
+
+
+def stage_of(core, key, sample):
+    """Where a sample is."""
+    if (key, sample) in [one.order for one in core.running.samples]:
+        return "running"
+    for fill in core.intake._every_fill():
+        if fill.ticket.key == key:
+            if fill.resumed is not None and fill.resumed[0].number == sample:
+                return "preempted"
+            if sample in fill.waiting:
+                return "ready" if fill.hidden is not None else "prefill" if fill.holding.pages else "waiting"
+    return "gone"
+
+
+def test_canceling_every_sample_ends_the_request(hybrid):
+    engine = make_engine(hybrid, prefix_cache=False)
+    key = engine.add(request(text(5), k=3, max_new_tokens=100))
+    engine.step()
+    assert not engine.cancel(key, 1)
+    assert not engine.cancel(key, 1)
+    assert not engine.cancel(key, 7)
+    assert {o.sample for o in engine.step()} == {0, 2}
+    assert not engine.cancel(key, 0)
+    assert engine.cancel(key, 2)
+    assert engine.cancel(key, 2)
+    assert_clean(engine)
+
+
 def test_pages_and_states_cost_what_the_formula_says(decoder):
     engine = make_engine(decoder, block_size=4)
     memory, sizes = engine._core.memory, cache_bytes(decoder.config, 4)

@@ -89,6 +89,51 @@ def test_canceling_gives_everything_back(model):
     run(serve())
 
 
+def test_one_sample_is_canceled_and_others_are_read_to_their_end(model):
+    wanted = request([1, 2], k=3, seed=4)
+    expected = Engine(model).generate([wanted])
+
+    async def serve():
+        engine = Engine(model, max_batch=3)
+        async with EngineService(engine, max_waiting=0) as service:
+            stream = service.submit(request([1, 2], k=3, seed=4, max_new_tokens=10**6))
+            await anext(stream)
+            stream.cancel(1)
+            stream.cancel(1)
+            await until(lambda: service.stats().engine.running == 2)
+            other = service.submit(request([5], max_new_tokens=2))  # there is room for one more
+            assert len((await read(other))[0][0]) == 2
+            stream.cancel(0)
+            stream.cancel(2)  # the last
+            assert [chunk async for chunk in stream] == []
+            await until(lambda: service.stats().requests == 0 and not engine.has_work)
+            stream = service.submit(wanted)
+            stream.cancel(0)
+            found = await read(stream)
+            stream.cancel(2)
+            await until(lambda: service.stats().requests == 0)
+            return found
+
+    found = run(serve())
+    assert sorted(found) == [1, 2]
+    for sample, (tokens, reason) in found.items():
+        assert tuple(token.token_id for token in tokens) == expected[sample].token_ids
+        assert reason == expected[sample].finish_reason
+
+
+def test_the_last_sample_that_is_canceled_after_others_have_ended_ends_the_request(model):
+    async def serve():
+        engine = Engine(model)
+        async with EngineService(engine) as service:
+            stream = service.submit(request([1, 2], k=2, seed=4, max_new_tokens=5, stop_ids=()))
+            await until(lambda: service.stats().requests == 0)
+            stream.cancel(0)  # all have ended, none was read
+            assert sorted(await read(stream)) == [1]
+            assert not engine.has_work
+
+    run(serve())
+
+
 def test_more_than_may_wait_are_refused(model):
     async def serve():
         async with EngineService(Engine(model, max_batch=2), max_waiting=1) as service:

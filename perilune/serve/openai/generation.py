@@ -56,6 +56,8 @@ class Generation:
                 if reader.finish_reason is not None:
                     continue
                 pieces = reader.feed(chunk.tokens, chunk.finish_reason)
+                if reader.finish_reason is not None and chunk.finish_reason is None:
+                    self._stream.cancel(chunk.sample)
                 if pieces:
                     yield chunk.sample, pieces
                 if reader.finish_reason is not None:
