@@ -15,7 +15,7 @@ from perilune.engine.manager import CacheManager
 from perilune.engine.memory import CacheMemory
 from perilune.engine.options import EngineOptions
 from perilune.engine.requests import Completion, Request
-from perilune.engine.rows import ERROR, REASONS, OutputBuffers, RowFactory, Rows, sample_rows
+from perilune.engine.rows import DEAD_END, ERROR, REASONS, OutputBuffers, RowFactory, Rows, sample_rows
 from perilune.engine.running import RunningRows
 from perilune.engine.starting import Starter
 from perilune.engine.tickets import Fill, Sample, StepOutput, Ticket
@@ -276,7 +276,7 @@ class EngineCore:
         for row in sorted({*ended, *streaming}):
             ticket, completion = running.samples[row].ticket, completions.get(row)
             ticket.left -= completion is not None
-            has_token = ticket.is_streaming and reasons[row] != ERROR
+            has_token = ticket.is_streaming and reasons[row] not in (ERROR, DEAD_END)
             outputs.append(
                 StepOutput(
                     key=ticket.key,
@@ -310,11 +310,18 @@ class EngineCore:
                 logprobs=logprobs,
                 finish_reason=REASONS[reasons[row]],
                 top_logprobs=top,
+                error=self._failure(reasons[row], sample.slot, len(tokens)),
             )
             if reasons[row] != ERROR:
                 self._remember(row, tokens)
             self._close(sample, scrub=reasons[row] == ERROR)
         return completions
+
+    def _failure(self, reason: int, slot: int, position: int) -> str:
+        if reason not in (ERROR, DEAD_END):
+            return ""
+        why = "the model's logits are not finite" if reason == ERROR else self._factory.shaper.dead_end(slot)
+        return f"no token could be drawn after {position} tokens: {why}"
 
     def _remember(self, row: int, tokens: tuple[int, ...]) -> None:
         sample, length = self.running.samples[row], self.running.length(row)

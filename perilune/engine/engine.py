@@ -258,7 +258,7 @@ class Engine:
     def _stream(self, request: Request) -> Iterator[StreamedToken]:
         self._look_at_weights()
         box: deque[StepOutput] = deque()
-        key, position = self._open(request, box, is_streaming=True), 0
+        key = self._open(request, box, is_streaming=True)
         try:
             while True:
                 with self._computing():
@@ -267,13 +267,10 @@ class Engine:
                 while box:
                     output = box.popleft()
                     reason = None if output.completion is None else output.completion.finish_reason
-                    if output.token is None:
-                        raise EngineError(
-                            f"no token could be drawn after {position} tokens: the model's logits are not finite, or "
-                            "the request's options together allow none"
-                        )
-                    position += 1
+                    if output.completion is not None and output.completion.error:
+                        raise EngineError(output.completion.error)
                     token = output.token
+                    assert token is not None  # all other outputs of a streaming request have one
                     yield StreamedToken(
                         token_id=token.token_id, logprob=token.logprob, top=token.top, finish_reason=reason
                     )

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from perilune.engine.engine import Engine
-from perilune.engine.requests import EngineStats, FinishReason, Request, SampledToken
+from perilune.engine.requests import Completion, EngineStats, FinishReason, Request, SampledToken
 from perilune.engine.tickets import StepOutput
 from perilune.errors import EngineBusyError, EngineError
 
@@ -26,7 +26,9 @@ class Chunk:
     tokens: tuple[SampledToken, ...]
     """In order; a reader who comes late gets several at once."""
     finish_reason: FinishReason | None
-    """Set on the sample's last chunk; at "error" there may be no token."""
+    """Set on the sample's last chunk; at "dead_end" and "error" there may be no token."""
+    error: str = ""
+    """As in `Completion.error`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +54,7 @@ class ResponseStream:
         self._loop = asyncio.get_running_loop()
         self._cancel = cancel
         self._tokens: dict[int, list[SampledToken]] = {}
-        self._reasons: dict[int, FinishReason] = {}
+        self._ends: dict[int, Completion] = {}
         self._left = set(range(num_samples))
         self._error: EngineError | None = None
         self._is_canceled = False
@@ -71,12 +73,12 @@ class ResponseStream:
         if sample is not None and len(self._left) > 1:
             self._left.discard(sample)
             self._tokens.pop(sample, None)
-            self._reasons.pop(sample, None)
+            self._ends.pop(sample, None)
             self._cancel(self, sample)
             return
         self._is_canceled = True
         self._tokens.clear()
-        self._reasons.clear()
+        self._ends.clear()
         self._news.set()
         self._cancel(self, None)
 
@@ -87,7 +89,7 @@ class ResponseStream:
         while True:
             if self._is_canceled:
                 raise StopAsyncIteration
-            if self._tokens or self._reasons:
+            if self._tokens or self._ends:
                 return self._next_chunk()
             if self._error is not None:
                 raise self._error
@@ -101,11 +103,12 @@ class ResponseStream:
                 raise
 
     def _next_chunk(self) -> Chunk:
-        sample = next(iter(self._tokens or self._reasons))
-        tokens, reason = self._tokens.pop(sample, []), self._reasons.pop(sample, None)
-        if reason is not None:
-            self._left.discard(sample)
-        return Chunk(sample=sample, tokens=tuple(tokens), finish_reason=reason)
+        sample = next(iter(self._tokens or self._ends))
+        tokens, end = tuple(self._tokens.pop(sample, ())), self._ends.pop(sample, None)
+        if end is None:
+            return Chunk(sample=sample, tokens=tokens, finish_reason=None)
+        self._left.discard(sample)
+        return Chunk(sample=sample, tokens=tokens, finish_reason=end.finish_reason, error=end.error)
 
     def put(self, output: StepOutput) -> None:
         """Take an output of the engine; in the reader's event loop."""
@@ -115,7 +118,7 @@ class ResponseStream:
         if output.token is not None:
             self._tokens.setdefault(output.sample, []).append(output.token)
         if output.completion is not None:
-            self._reasons[output.sample] = output.completion.finish_reason
+            self._ends[output.sample] = output.completion
         self._news.set()
 
     def fail(self, error: EngineError) -> None:

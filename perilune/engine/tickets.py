@@ -94,7 +94,7 @@ class StepOutput:
     sample: int
     """Index among its samples."""
     token: SampledToken | None
-    """Newest token, of streaming requests; None at the end of those whose logits were not finite."""
+    """Newest token, of streaming requests; None at the end of those that had none to draw: `Completion.error`."""
     completion: Completion | None
     """The whole response, when it has ended."""
     cached_tokens: int = 0

@@ -41,7 +41,7 @@ class Generation:
         """Yield the pieces of each sample as they come, and an empty list with its end.
 
         Raises:
-            ApiError: 500, the model failed.
+            ApiError: 400, what the request asks of the answer's form cannot be kept up; 500, the model failed.
         """
         first: float | None = None
         unfinished = len(self.job.readers)
@@ -55,17 +55,22 @@ class Generation:
                 reader = self.job.readers[chunk.sample]
                 if reader.finish_reason is not None:
                     continue
-                pieces = reader.feed(chunk.tokens, chunk.finish_reason)
+                is_stuck = chunk.finish_reason == "dead_end"
+                pieces = reader.feed(chunk.tokens, None if is_stuck else chunk.finish_reason)
                 if reader.finish_reason is not None and chunk.finish_reason is None:
                     self._stream.cancel(chunk.sample)
                 if pieces:
                     yield chunk.sample, pieces
+                if is_stuck and reader.finish_reason is None:
+                    raise self._stuck(chunk.error)
                 if reader.finish_reason is not None:
                     self._metrics.finished(reader.finish_reason, reader.num_tokens, now - first)
                     yield chunk.sample, []
                     unfinished -= 1
                     if not unfinished:
                         return
+        except ApiError:
+            raise
         except EngineError as error:
             logger.warning("request %s failed: %s", self.job.request.id, error)
             raise ApiError(500, str(error), code="engine_error") from error
@@ -76,12 +81,21 @@ class Generation:
         """Return all pieces of each sample.
 
         Raises:
-            ApiError: 500, the model failed.
+            ApiError: as of `pieces`.
         """
         found: list[list[AnswerPiece]] = [[] for _ in self.job.readers]
         async for sample, pieces in self.pieces():
             found[sample] += pieces
         return found
+
+    def _stuck(self, why: str) -> ApiError:
+        param = self.job.grammar_param
+        return ApiError(
+            400,
+            f"{param or 'request'}: {why}; ask for something simpler, or that the model's tokens can write",
+            param=param,
+            code="grammar_failed",
+        )
 
     def cancel(self) -> None:
         """Free what it holds; more than once does no harm."""
