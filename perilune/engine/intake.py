@@ -119,7 +119,8 @@ class Intake:
         """Texts to prefill: those begun, then those that can be let in."""
         yield from [fill for fill in self.active if fill.hidden is None]
         while self._waiting and self._admit(num_rows):
-            yield self.active[-1]
+            if self.active[-1].hidden is None:
+                yield self.active[-1]
 
     def _admit(self, num_rows: int) -> bool:
         """Let the first waiting text in if a row will be free for it and its pages are."""
@@ -136,9 +137,11 @@ class Intake:
         if opened is None:
             return False
         heapq.heappop(self._waiting)
-        fill.holding, fill.done = opened
-        if fill.ticket.cached_tokens is None:
-            fill.ticket.cached_tokens = fill.done
+        fill.holding, fill.done, fill.hidden = opened
+        ticket = fill.ticket
+        if fill.resumed is None:
+            # one that had to make room may find less the second time
+            ticket.cached_tokens = fill.done if ticket.cached_tokens is None else min(fill.done, ticket.cached_tokens)
         fill.epoch = self.epoch
         self.active.append(fill)
         self.flush()
@@ -159,7 +162,7 @@ class Intake:
         """Keep a text's beginning, as far as it is in the cache, for others."""
         if fill.epoch != self.epoch or not fill.is_finite:
             return
-        slot = self._manager.remember(tokens, fill.holding, fill.done)
+        slot = self._manager.remember(tokens, fill.holding, fill.done, fill.hidden)
         if slot is not None and fill.holding.slot is not None:
             self.flush()
             self._memory.copy_slot(fill.holding.slot, slot)

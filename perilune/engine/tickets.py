@@ -24,7 +24,7 @@ class Ticket:
     left: int
     """Samples that have not ended."""
     cached_tokens: int | None = None
-    """Tokens of the prompt that were in the cache when it was begun."""
+    """Tokens of the prompt that were in the cache when it was begun and did not have to be computed."""
 
 
 @dataclass(slots=True, eq=False)
