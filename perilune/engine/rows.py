@@ -222,7 +222,7 @@ class OutputBuffers:
         columns = (rows.positions - 1).clamp_min(0)
         tokens = self.tokens[rows.slots, columns].tolist()
         logprobs = self.logprobs[rows.slots, columns].tolist()
-        tops = self.tops(rows) if self.top else [()] * len(tokens)
+        tops = [self.top.get(slot) for slot in rows.slots.tolist()] if self.top else [None] * len(tokens)
         return [
             SampledToken(token_id=token, logprob=logprob, top=top[-1] if top else ())
             for token, logprob, top in zip(tokens, logprobs, tops, strict=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
 from typing import Self
@@ -29,6 +30,20 @@ class Chunk:
     """Set on the sample's last chunk; at "dead_end" and "error" there may be no token."""
     error: str = ""
     """As in `Completion.error`."""
+    first_s: float = field(default_factory=time.monotonic)
+    """When the engine had the first of the tokens, by the monotonic clock, however late they are read."""
+    last_s: float = field(default_factory=time.monotonic)
+    """When it had the last of them."""
+
+
+@dataclass(slots=True)
+class _Unread:
+    """What waits for the reader of one sample."""
+
+    first_s: float
+    last_s: float
+    tokens: list[SampledToken] = field(default_factory=list[SampledToken])
+    end: Completion | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,8 +68,7 @@ class ResponseStream:
         """Wait for `num_samples` samples; made by `EngineService.submit`."""
         self._loop = asyncio.get_running_loop()
         self._cancel = cancel
-        self._tokens: dict[int, list[SampledToken]] = {}
-        self._ends: dict[int, Completion] = {}
+        self._unread: dict[int, _Unread] = {}
         self._left = set(range(num_samples))
         self._error: EngineError | None = None
         self._is_canceled = False
@@ -72,13 +86,11 @@ class ResponseStream:
             return
         if sample is not None and len(self._left) > 1:
             self._left.discard(sample)
-            self._tokens.pop(sample, None)
-            self._ends.pop(sample, None)
+            self._unread.pop(sample, None)
             self._cancel(self, sample)
             return
         self._is_canceled = True
-        self._tokens.clear()
-        self._ends.clear()
+        self._unread.clear()
         self._news.set()
         self._cancel(self, None)
 
@@ -89,7 +101,7 @@ class ResponseStream:
         while True:
             if self._is_canceled:
                 raise StopAsyncIteration
-            if self._tokens or self._ends:
+            if self._unread:
                 return self._next_chunk()
             if self._error is not None:
                 raise self._error
@@ -103,22 +115,30 @@ class ResponseStream:
                 raise
 
     def _next_chunk(self) -> Chunk:
-        sample = next(iter(self._tokens or self._ends))
-        tokens, end = tuple(self._tokens.pop(sample, ())), self._ends.pop(sample, None)
-        if end is None:
-            return Chunk(sample=sample, tokens=tokens, finish_reason=None)
-        self._left.discard(sample)
-        return Chunk(sample=sample, tokens=tokens, finish_reason=end.finish_reason, error=end.error)
+        sample = next(iter(self._unread))
+        unread = self._unread.pop(sample)
+        end = unread.end
+        if end is not None:
+            self._left.discard(sample)
+        return Chunk(
+            sample=sample,
+            tokens=tuple(unread.tokens),
+            finish_reason=None if end is None else end.finish_reason,
+            error="" if end is None else end.error,
+            first_s=unread.first_s,
+            last_s=unread.last_s,
+        )
 
-    def put(self, output: StepOutput) -> None:
-        """Take an output of the engine; in the reader's event loop."""
+    def put(self, output: StepOutput, at_s: float) -> None:
+        """Take an output that the engine had at `at_s`; in the reader's event loop."""
         if self._is_canceled or output.sample not in self._left:
             return
         self.cached_tokens = output.cached_tokens
+        unread = self._unread.setdefault(output.sample, _Unread(at_s, at_s))
+        unread.last_s = at_s
         if output.token is not None:
-            self._tokens.setdefault(output.sample, []).append(output.token)
-        if output.completion is not None:
-            self._ends[output.sample] = output.completion
+            unread.tokens.append(output.token)
+        unread.end = output.completion
         self._news.set()
 
     def fail(self, error: EngineError) -> None:
@@ -283,6 +303,7 @@ class EngineService:
 
     def _deliver(self, outputs: list[StepOutput]) -> None:
         """Hand outputs to their streams, with one wake-up per event loop."""
+        now_s = time.monotonic()
         batches: dict[asyncio.AbstractEventLoop, list[tuple[ResponseStream, StepOutput]]] = {}
         for output in outputs:
             stream = self._streams.get(output.key)
@@ -292,11 +313,11 @@ class EngineService:
             if output.is_last:
                 del self._streams[output.key], self._keys[stream]
         for loop, batch in batches.items():
-            _call(loop, lambda batch=batch: self._put(batch))
+            _call(loop, partial(self._put, batch, now_s))
 
-    def _put(self, batch: list[tuple[ResponseStream, StepOutput]]) -> None:
+    def _put(self, batch: list[tuple[ResponseStream, StepOutput]], at_s: float) -> None:
         for stream, output in batch:
-            stream.put(output)
+            stream.put(output, at_s)
             if output.is_last:
                 self._close(stream)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 
 import pytest
 
@@ -64,6 +65,22 @@ def test_a_reader_who_does_not_read_holds_nobody_up(model):
             chunk = await anext(idle)
             assert len(chunk.tokens) == 50
             assert chunk.finish_reason == "length"
+
+    run(serve())
+
+
+def test_a_late_reader_is_told_when_the_engine_had_the_tokens(model):
+    async def serve():
+        async with EngineService(Engine(model)) as service:
+            begun_s = time.monotonic()
+            stream = service.submit(request([1], k=2, max_new_tokens=20))
+            await until(lambda: service.stats().requests == 0)
+            ended_s = time.monotonic()
+            await until(lambda: time.monotonic() > ended_s + 0.02)
+            chunks = [chunk async for chunk in stream]
+            assert [len(chunk.tokens) for chunk in chunks] == [20, 20]
+            for chunk in chunks:
+                assert begun_s < chunk.first_s < chunk.last_s < ended_s
 
     run(serve())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -43,15 +44,14 @@ class Generation:
         Raises:
             ApiError: 400, what the request asks of the answer's form cannot be kept up; 500, the model failed.
         """
-        first: float | None = None
+        begun: dict[int, float] = {}
         unfinished = len(self.job.readers)
         try:
             async for chunk in self._stream:
-                now = time.monotonic()
-                if first is None:
-                    first = now
-                    self._metrics.first_token(now - self._begun)
+                if not begun:
+                    self._metrics.first_token(chunk.first_s - self._begun)
                     self._metrics.prompt(self.prompt_tokens, self.cached_tokens)
+                first_s = begun.setdefault(chunk.sample, chunk.first_s)
                 reader = self.job.readers[chunk.sample]
                 if reader.finish_reason is not None:
                     continue
@@ -64,7 +64,7 @@ class Generation:
                 if is_stuck and reader.finish_reason is None:
                     raise self._stuck(chunk.error)
                 if reader.finish_reason is not None:
-                    self._metrics.finished(reader.finish_reason, reader.num_tokens, now - first)
+                    self._metrics.finished(reader.finish_reason, reader.num_tokens, chunk.last_s - first_s)
                     yield chunk.sample, []
                     unfinished -= 1
                     if not unfinished:
@@ -106,6 +106,36 @@ class Generation:
             if reader.finish_reason is None:
                 self._metrics.finished("canceled", reader.num_tokens, 0.0)
         self._stream.cancel()
+
+
+async def pieces_of(
+    generations: Sequence[Generation],
+) -> AsyncGenerator[tuple[int, int, list[AnswerPiece]], None]:
+    """Yield the pieces of several generations as they come, with the place of each and the sample; see `pieces`.
+
+    All are read from the beginning, so that none is computed beyond a stop string while another is read.
+    """
+    if len(generations) == 1:  # the usual case needs no tasks
+        async for sample, pieces in generations[0].pieces():
+            yield 0, sample, pieces
+        return
+    readers = [one.pieces() for one in generations]
+    waiting = {asyncio.ensure_future(anext(reader, None)): place for place, reader in enumerate(readers)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in sorted(done, key=waiting.__getitem__):
+                place = waiting.pop(task)
+                found = task.result()
+                if found is not None:
+                    yield place, *found
+                    waiting[asyncio.ensure_future(anext(readers[place], None))] = place
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        for reader in readers:
+            await reader.aclose()
 
 
 def submit_all(service: GenerationService, jobs: Sequence[Job], metrics: Metrics) -> list[Generation]:
