@@ -1,12 +1,19 @@
 from __future__ import annotations
 
+import asyncio
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
+from perilune.engine import Chunk
+from perilune.errors import EngineError
+from perilune.serve.openai.generation import Generation, pieces_of
+from perilune.serve.openai.metrics import Metrics
+from perilune.serve.openai.requests import completion_jobs
 from perilune.serve.openai.schema import ChatBody, CompletionBody
-from tests.serve.openai.doubles import FakeService, say
+from tests.serve.openai.doubles import END, FakeService, sampled, say, served_by
 from tests.serve.openai.test_chat import client_of, events_of
 
 PATH = "/v1/completions"
@@ -99,6 +106,56 @@ def test_streams_add_up(client: Any, stop: Any) -> None:
     logprobs = whole["choices"][0]["logprobs"]
     assert logprobs["text_offset"][:3] == [0, 1, 2]
     assert len(logprobs["tokens"]) == len(whole["choices"][0]["text"].encode())
+
+
+class SlowlyRead:
+    """Two tokens that were there long ago, at 10 and 12 s, and 3 s later an end."""
+
+    cached_tokens = 0
+
+    def __init__(self, log: list[str], name: str) -> None:
+        self.log, self.name = log, name
+
+    async def __aiter__(self) -> AsyncIterator[Chunk]:
+        tokens = (sampled(65), sampled(66))
+        yield Chunk(sample=0, tokens=tokens, finish_reason=None, first_s=10.0, last_s=12.0)
+        self.log.append(self.name)
+        await asyncio.sleep(0)
+        yield Chunk(sample=0, tokens=(sampled(END),), finish_reason="eos", first_s=15.0, last_s=15.0)
+        self.log.append(self.name)
+
+    def cancel(self, sample: int | None = None) -> None:
+        pass
+
+
+def test_times_are_the_engine_s_and_all_prompts_are_read_at_once() -> None:
+    service, log = FakeService(), list[str]()
+    metrics = Metrics(service.stats)
+    body = CompletionBody(model="fake", prompt=["a", "b"])
+    jobs = completion_jobs(served_by(service), body, "x")
+    generations = [Generation(job, SlowlyRead(log, str(i)), metrics) for i, job in enumerate(jobs)]
+    for one in generations:
+        one._begun = 9.5
+
+    async def read() -> list[tuple[int, int, int]]:
+        return [(place, sample, len(pieces)) async for place, sample, pieces in pieces_of(generations)]
+
+    assert asyncio.run(read()) == [(0, 0, 2), (1, 0, 2), (0, 0, 0), (1, 0, 0)]
+    assert log[:2] == ["0", "1"]
+    lines = dict(line.rsplit(" ", 1) for line in metrics.text().decode().splitlines() if line[0] != "#")
+    assert lines["perilune_time_to_first_token_seconds_sum"] == "1.0"
+    assert lines["perilune_time_per_output_token_seconds_sum"] == "5.0"
+    assert lines["perilune_time_per_output_token_seconds_count"] == "2.0"
+
+
+def test_a_prompt_that_fails_ends_the_others() -> None:
+    service = FakeService(answer=lambda request: EngineError("no") if bytes(request.prompt_ids) == b"b" else "x" * 90)
+    response = client_of(service).post(
+        PATH, json={"model": "fake", "prompt": ["a", "b", "c"], "stream": True, "max_tokens": 90}
+    )
+    assert json.loads(response.text.strip().split("data: ")[-1])["error"]["code"] == "engine_error"
+    assert "[DONE]" not in response.text
+    assert not service.open
 
 
 def test_all_prompts_are_taken_or_none() -> None:
