@@ -66,10 +66,7 @@ def test_fp8_without_fitting_scales_is_refused_by_name(models, tmp_path):
     edit_tensors(tmp_path / "m", change)
     with pytest.raises(CheckpointError) as refused:
         load(tmp_path / "m")
-    assert (
-        "model.layers.0.self_attn.o_proj.weight: FP8 without model.layers.0.self_attn.o_proj.weight_scale_inv"
-        in str(refused.value)
-    )
+    assert "model.layers.0.self_attn.o_proj.weight: FP8 without its weight_scale_inv" in str(refused.value)
     assert "model.layers.1.self_attn.o_proj.weight_scale_inv: shape (2, 3), expected (1, 1)" in str(refused.value)
 
 
@@ -95,7 +92,7 @@ def test_int4_experts_are_read(models, written):
         assert torch.equal(block.ffn.w_gate_up[5], torch.cat([gate, up]))
         assert torch.equal(block.ffn.w_down[5], down)
     edit_tensors(path, lambda t: {n: x for n, x in t.items() if not n.endswith("experts.5.up_proj.weight_scale")})
-    with pytest.raises(CheckpointError, match=r"experts.5.up_proj.weight_packed: without .*weight_scale"):
+    with pytest.raises(CheckpointError, match=r"experts.5.up_proj.weight_packed: without its weight_scale"):
         load(path)
     weights = {**INT4["config_groups"]["group_0"]["weights"], "symmetric": False}
     edit_json(path / "config.json", quantization_config={**INT4, "config_groups": {"group_0": {"weights": weights}}})
