@@ -124,6 +124,11 @@ class KimiTokenizer:
         return self._special_ids.get("[BOS]")
 
     @property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """None: the released code adds no token to a text."""
+        return ()
+
+    @property
     def stop_ids(self) -> tuple[int, ...]:
         """Ids that end an answer."""
         return self._stop_ids

@@ -83,6 +83,11 @@ class Tokenizer:
         return self._special_ids["[BOS]"]
 
     @property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """`[BOS]`, which every document of the training data begins with."""
+        return (self.bos_id,)
+
+    @property
     def eos_id(self) -> int:
         """Id of `[EOS]`, which ends a document."""
         return self._special_ids["[EOS]"]

@@ -49,6 +49,19 @@ def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
+def bos_processor(token: str, index: int) -> dict[str, Any]:
+    """Return the `post_processor` of a `tokenizer.json` that puts one token before a text."""
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    start = {"SpecialToken": {"id": token, "type_id": 0}}
+    second = {"Sequence": {"id": "B", "type_id": 1}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [start, text],
+        "pair": [start, text, second],
+        "special_tokens": {token: {"id": token, "ids": [index], "tokens": [token]}},
+    }
+
+
 def find_stop_ids(directory: Path, special_ids: Mapping[str, int]) -> tuple[int, ...]:
     """Return all ids that end an answer: what the files name, and the usual ends of a turn that the vocabulary has.
 

@@ -18,7 +18,9 @@ def test_a_run_s_model_is_written(finished, tmp_path, cli, to):
     assert (code, out.strip()) == (0, str(tmp_path / "m")), err
     loaded = load_model(finished)
     assert_same_model(load(tmp_path / "m"), loaded.model)
-    assert load_served(tmp_path / "m").tokenizer.to_json() == loaded.tokenizer.to_json()
+    written = json.loads(load_served(tmp_path / "m").tokenizer.to_json())
+    assert written.pop("post_processor")["single"][0]["SpecialToken"]["id"] == "[BOS]"
+    assert written | {"post_processor": None} == json.loads(loaded.tokenizer.to_json())
     assert (tmp_path / "m" / "chat_template.jinja").read_text() == PERILUNE_TEMPLATE
     details = read_details(tmp_path / "m")
     assert details.eos_ids == (loaded.tokenizer.end_id, loaded.tokenizer.eos_id)
