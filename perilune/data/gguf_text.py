@@ -8,11 +8,10 @@ from typing import Any
 
 from perilune.data.chat_template import ChatTemplate
 from perilune.data.hf_tokenizer import HFTokenizer
-from perilune.data.tokenizer_files import bos_processor, usual_stop_ids
+from perilune.data.tokenizer_files import PLAIN_TOKEN, bos_processor, usual_stop_ids
 from perilune.errors import DataError
 
 _CONTROL, _USER_DEFINED = 3, 4
-_PLAIN_TOKEN = {"normalized": False, "single_word": False, "lstrip": False, "rstrip": False}
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _NAMED_KEYS = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "pad_token": "padding_token_id"}
 
@@ -78,7 +77,7 @@ def gguf_tokenizer(metadata: Mapping[str, Any], where: str) -> HFTokenizer:
     if not isinstance(kinds, list) or len(kinds) != len(tokens):
         raise DataError(f"{where}: tokenizer.ggml.token_type does not have one entry for each of {len(tokens)} tokens")
     added = [
-        {"id": index, "content": token, "special": kinds[index] == _CONTROL, **_PLAIN_TOKEN}
+        {"id": index, "content": token, "special": kinds[index] == _CONTROL, **PLAIN_TOKEN}
         for index, token in enumerate(tokens)
         if kinds[index] in (_CONTROL, _USER_DEFINED) and token
     ]

@@ -10,6 +10,8 @@ from typing import Any
 from perilune.errors import DataError
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
+PLAIN_TOKEN = {"normalized": False, "single_word": False, "lstrip": False, "rstrip": False}
+"""How added tokens of a `tokenizer.json` are found in text: as they are spelled."""
 MAX_JSON_BYTES = 256 * 2**20
 """A larger file is none that a tokenizer comes with."""
 

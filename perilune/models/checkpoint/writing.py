@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from torch import Tensor
 from perilune.errors import CheckpointError
 from perilune.files import fsync_directory
 from perilune.models.checkpoint import deepseek_v3, kimi_linear, llama, own
+from perilune.models.checkpoint.companions import COMPANION_NAME
 from perilune.models.checkpoint.files import INDEX_NAME, WEIGHTS_NAME
 from perilune.models.checkpoint.format import Details, Format
 from perilune.models.checkpoint.mapping import Piece, float32_tensors
@@ -31,7 +31,6 @@ FormatName = Literal["hf", "perilune"]
 MAX_SHARD_BYTES = 5_000_000_000
 """Largest file of weights, unless one tensor is larger."""
 
-_EXTRA_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _OWN_NAMES = {CONFIG_NAME, GENERATION_NAME, INDEX_NAME, WEIGHTS_NAME}
 _FP8 = {
     "quant_method": "fp8",
@@ -96,19 +95,21 @@ def write_model(
         source: of the numbers.
         directory: must not exist, or be an empty directory.
         options: how.
-        tokenizer_files: further files, e.g. `tokenizer.json` and `chat_template.jinja`, by their plain names.
+        tokenizer_files: further files by name, e.g. `tokenizer.json`, `additional_chat_templates/tool_use.jinja`.
         on_bytes: told after each piece how many bytes of weights are written, and of how many.
 
     Raises:
         CheckpointError: there is something already, the format cannot express the model, or the disk is full.
-        ValueError: a name among `tokenizer_files` is not a plain one, or is a name of the checkpoint's own.
+        ValueError: a name among `tokenizer_files` is no such name, or is a name of the checkpoint's own.
     """
     extras = _checked_extras(tokenizer_files or {})
     tree, outputs = _plan(source, options)
     with _new_directory(directory) as temporary:
         _write_weights(source, temporary, outputs, options.max_shard_bytes, on_bytes)
         for name, content in extras.items():
+            (temporary / name).parent.mkdir(exist_ok=True)
             write_bytes_durably(temporary / name, content)
+            fsync_directory((temporary / name).parent)
         if options.format == "hf":
             write_bytes_durably(temporary / GENERATION_NAME, _json(_generation(source.details)))
         write_bytes_durably(temporary / CONFIG_NAME, _json(tree))
@@ -256,10 +257,8 @@ def _json(tree: Mapping[str, Any]) -> bytes:
 
 def _checked_extras(files: Mapping[str, bytes]) -> Mapping[str, bytes]:
     for name in files:
-        if not _EXTRA_NAME.fullmatch(name) or name in _OWN_NAMES or name.endswith((".safetensors", ".py")):
-            raise ValueError(
-                f"tokenizer_files must have plain names of data files, not of the checkpoint; got {name!r}"
-            )
+        if not COMPANION_NAME.fullmatch(name) or name in _OWN_NAMES or name.endswith(".safetensors"):
+            raise ValueError(f"tokenizer_files must have plain names, and none of the checkpoint's own; got {name!r}")
     return files
 
 
