@@ -19,7 +19,7 @@ from perilune.models.checkpoint import deepseek_v3, kimi_linear, llama, own
 from perilune.models.checkpoint.companions import COMPANION_NAME
 from perilune.models.checkpoint.files import INDEX_NAME, WEIGHTS_NAME
 from perilune.models.checkpoint.format import Details, Format
-from perilune.models.checkpoint.mapping import Piece, float32_tensors
+from perilune.models.checkpoint.mapping import Binding, Piece, float32_tensors
 from perilune.models.checkpoint.opening import CONFIG_NAME, GENERATION_NAME, RUN, TensorSource
 from perilune.models.checkpoint.quantization import FP8_BLOCK, fp8_scale_shape, quantize_fp8
 from perilune.models.config import ModelConfig
@@ -147,7 +147,7 @@ def _plan(source: TensorSource, options: WriteOptions) -> tuple[dict[str, Any], 
         tree, bindings = released.write(config, source.details), released.bindings(config)
         tree |= {"dtype": str(dtype).removeprefix("torch."), **_token_ids(source.details)}
         if options.quantize:
-            tree["quantization_config"] = _FP8
+            tree["quantization_config"] = {**_FP8, **_kept_layers(released, bindings)}
     wide = float32_tensors(config)
     outputs = [
         output for piece in repeated for output in _outputs("embed_tokens.weight", piece, dtype, is_quantized=False)
@@ -157,6 +157,15 @@ def _plan(source: TensorSource, options: WriteOptions) -> tuple[dict[str, Any], 
         for piece in binding.pieces:
             outputs += _outputs(binding.ours, piece, kept, is_quantized=options.quantize is not None)
     return tree, outputs
+
+
+def _kept_layers(released: Format, bindings: list[Binding]) -> dict[str, list[str]]:
+    """The linear layers that are not quantized, as servers want them listed."""
+    if released.unquantized is None:
+        return {}
+    ending = f"{released.unquantized}.weight"
+    names = [piece.name for binding in bindings for piece in binding.pieces if piece.name.endswith(ending)]
+    return {"modules_to_not_convert": [name.removesuffix(".weight") for name in names]}
 
 
 def _outputs(ours: str, piece: Piece, dtype: torch.dtype, *, is_quantized: bool) -> list[_Output]:

@@ -43,6 +43,19 @@ def test_fp8_is_written_and_read(models, tmp_path):
     assert torch.equal(loaded.blocks()[1].ffn.w_down[3], expected)
 
 
+def test_fp8_leaves_layers_of_a_row_a_head_alone(models, tmp_path):
+    save(models["kimi_linear"], tmp_path / "m", quantize="fp8")
+    stored = load_file(tmp_path / "m" / "model.safetensors")
+    told = json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]["modules_to_not_convert"]
+    assert told == [f"model.layers.{layer}.self_attn.b_proj" for layer in range(3)]
+    for name in told:
+        assert stored[f"{name}.weight"].dtype == torch.float32
+        assert f"{name}.weight_scale_inv" not in stored
+    assert stored["model.layers.0.self_attn.q_proj.weight"].dtype == torch.float8_e4m3fn
+    beta = load(tmp_path / "m").blocks()[0].mixer.b_proj.weight
+    assert torch.equal(beta, models["kimi_linear"].blocks()[0].mixer.b_proj.weight)
+
+
 def test_other_fp8_blocks_are_read(models, written):
     path = written("deepseek_v3")
 
