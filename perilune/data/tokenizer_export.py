@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from perilune.data.kimi_tokenizer import MODEL_FILE, SPLIT_PATTERN, KimiTokenize
 from perilune.data.token_text import printable_to_byte
 from perilune.data.tokenizer import Tokenizer, split_backend
 from perilune.data.tokenizer_files import PLAIN_TOKEN, TOKENIZER_CONFIG, bos_processor
-from perilune.models.checkpoint.companions import tokenizer_code
 
 
 def tokenizer_files(tokenizer: Tokenizer | HFTokenizer, template: ChatTemplate | None) -> dict[str, bytes]:
@@ -47,7 +46,9 @@ def tokenizer_files(tokenizer: Tokenizer | HFTokenizer, template: ChatTemplate |
     return files
 
 
-def without_missing_code(files: Mapping[str, bytes], directory: Path) -> dict[str, bytes]:
+def without_missing_code(
+    files: Mapping[str, bytes], directory: Path, named: Iterable[tuple[str, str]]
+) -> dict[str, bytes]:
     """Return a directory's tokenizer files so that nothing in them names code that is not there.
 
     Kimi's releases name a class (`auto_map`) that is lost where only data files were downloaded. transformers then
@@ -57,11 +58,12 @@ def without_missing_code(files: Mapping[str, bytes], directory: Path) -> dict[st
     Args:
         files: contents by name.
         directory: where they are from.
+        named: modules and classes that they name, as `perilune.models.checkpoint.companions` finds them.
 
     Raises:
         DataError: `tiktoken.model` is damaged, or tiktoken is not installed.
     """
-    missing = {(module, name) for module, name in tokenizer_code(files) if f"{module}.py" not in files}
+    missing = {(module, name) for module, name in named if f"{module}.py" not in files}
     if not missing:
         return dict(files)
     config = json.loads(files[TOKENIZER_CONFIG])

@@ -11,7 +11,7 @@ from perilune import models
 from perilune.data import ChatTemplate, HFTokenizer, Tokenizer, tokenizer_files, without_missing_code
 from perilune.errors import DataError
 from perilune.models import Details
-from perilune.models.checkpoint.companions import read_companions
+from perilune.models.checkpoint.companions import read_companions, tokenizer_code
 from perilune.report import NullProgress, Progress, ProgressTask
 from perilune.run.directory import RunDirectory
 from perilune.run.loading import load_stage_model
@@ -71,7 +71,7 @@ def convert_model(
         else:
             files = read_companions(source)
             # what reads our own format needs no code
-            files = without_missing_code(files, source) if format == "hf" else files
+            files = without_missing_code(files, source, tokenizer_code(files)) if format == "hf" else files
         models.convert(
             source, target, format, dtype=wanted, tokenizer_files=files, quantize=quantize, on_bytes=shown.update
         )

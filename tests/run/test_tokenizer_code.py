@@ -7,7 +7,7 @@ import pytest
 
 from perilune.data import ChatTemplate, load_tokenizer, without_missing_code
 from perilune.models import convert, save
-from perilune.models.checkpoint.companions import read_companions
+from perilune.models.checkpoint.companions import read_companions, tokenizer_code
 from perilune.run import convert_model
 from tests.data.small_tokenizers import KIMI, TEXTS, kimi_ranks, write_kimi
 from tests.models.checkpoint.tiny import CONFIGS, edit_json, tiny_model
@@ -45,6 +45,11 @@ class TikTokenTokenizer(PreTrainedTokenizer):
     "unrelated.py": "raise SystemExit('this was run')\n",
 }
 TEMPLATES = {"chat_template.jinja": "a{{ messages }}", "additional_chat_templates/tool_use.jinja": "b{{ tools }}"}
+
+
+def mended(directory):
+    files = read_companions(directory)
+    return without_missing_code(files, directory, tokenizer_code(files))
 
 
 @pytest.fixture
@@ -98,7 +103,7 @@ def test_without_the_code_transformers_finds_the_same_ids(source, tmp_path):
 def test_the_real_tokenizer_without_its_code(tmp_path):
     from transformers import AutoTokenizer
 
-    files = without_missing_code(read_companions(KIMI), KIMI)
+    files = mended(KIMI)
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / "config.json").write_text('{"model_type": "kimi_linear"}')
@@ -124,14 +129,14 @@ def test_only_what_is_missing_is_removed(source):
     auto_map = {"AutoTokenizer": [hub, "gone.Fast"], "AutoProcessor": "also.Gone", "AutoModel": "kept.Model"}
     edit_json(source / "tokenizer_config.json", auto_map=auto_map)
     add(source, {"kept.py": "not python ("})
-    files = without_missing_code(read_companions(source), source)
+    files = mended(source)
     assert json.loads(files["tokenizer_config.json"])["auto_map"] == {
         "AutoTokenizer": [hub, None],
         "AutoModel": "kept.Model",
     }
     assert files["kept.py"] == b"not python ("
     edit_json(source / "tokenizer_config.json", auto_map={"AutoTokenizer": ["../outside.Class", "a/b.C", "x", 3, hub]})
-    assert without_missing_code(read_companions(source), source) == read_companions(source)
+    assert mended(source) == read_companions(source)
     (source / "tokenizer_config.json").write_text("not json")
     assert read_companions(source)["tokenizer_config.json"] == b"not json"
 
