@@ -21,7 +21,7 @@ from perilune.models.checkpoint.files import INDEX_NAME, WEIGHTS_NAME
 from perilune.models.checkpoint.format import Details, Format
 from perilune.models.checkpoint.mapping import Binding, Piece, float32_tensors
 from perilune.models.checkpoint.opening import CONFIG_NAME, GENERATION_NAME, RUN, TensorSource
-from perilune.models.checkpoint.quantization import FP8_BLOCK, fp8_scale_shape, quantize_fp8
+from perilune.models.checkpoint.quantization import FP8_BLOCK, fp8_scale_shape, fp8_scales, quantize_fp8
 from perilune.models.config import ModelConfig
 from perilune.tensorfile import stream_tensors, write_bytes_durably
 
@@ -196,8 +196,7 @@ def _content(source: TensorSource, output: _Output) -> Iterator[Tensor]:
     if output.part == "whole":
         yield theirs.to(output.meta.dtype)
         return
-    weight, scale = quantize_fp8(theirs)
-    yield weight if output.part == "fp8" else scale
+    yield quantize_fp8(theirs)[0] if output.part == "fp8" else fp8_scales(theirs)
 
 
 def _write_weights(
