@@ -105,6 +105,8 @@ def _completion_job(served: ServedModel, body: CompletionBody, prompt: str | lis
     if isinstance(prompt, str):
         try:
             ids = served.tokenizer.encode(prompt)
+            if body.add_special_tokens is not False:
+                ids = [*served.tokenizer.prefix_ids, *ids]
         except ValueError as error:
             raise ApiError(400, str(error), param="prompt") from error
     else:

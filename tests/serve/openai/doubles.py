@@ -24,6 +24,7 @@ class ByteTokenizer:
     vocab_size = 256 + len(SPECIALS)
     special_ids: Mapping[str, int] = SPECIALS
     bos_id = None
+    prefix_ids = (1,)
     stop_ids = (END,)
 
     def encode(self, text: str, *, parse_specials: bool = False) -> list[int]:

@@ -38,12 +38,13 @@ def ask(client: Any, prompt: Any = "The moon is", **fields: Any) -> tuple[int, A
 @pytest.mark.parametrize(
     ("prompt", "prompts"),
     [
-        ("ab", [b"ab"]),
-        (["ab", "c"], [b"ab", b"c"]),
+        ("ab", [b"\x01ab"]),
+        (["ab", "c"], [b"\x01ab", b"\x01c"]),
         ([97, 98], [b"ab"]),
         ([[97], [98, 99]], [b"a", b"bc"]),
-        (["ab", [99]], [b"ab", b"c"]),
-        ("<|im_end|>", [b"<|im_end|>"]),
+        (["ab", [99]], [b"\x01ab", b"c"]),
+        ("<|im_end|>", [b"\x01<|im_end|>"]),
+        ("", [b"\x01"]),
     ],
 )
 def test_forms_of_prompts(client: Any, service: FakeService, prompt: Any, prompts: list[bytes]) -> None:
@@ -59,12 +60,20 @@ def test_forms_of_prompts(client: Any, service: FakeService, prompt: Any, prompt
 
 @pytest.mark.parametrize(
     "prompt",
-    ["", [], [[]], [""], [1, "a"], [1.5], [-1], [2**40], [10_000], {"a": 1}, None, [True], [["a"]], ["a"] * 65],
+    [[], [[]], [1, "a"], [1.5], [-1], [2**40], [10_000], {"a": 1}, None, [True], [["a"]], ["a"] * 65],
 )
 def test_prompts_that_are_none(client: Any, prompt: Any) -> None:
     status, found = ask(client, prompt)
     assert status == 400, found
     assert found["error"]["param"].startswith("prompt")
+
+
+def test_the_token_of_the_beginning_can_be_left_out(client: Any, service: FakeService) -> None:
+    service.seen.clear()
+    assert ask(client, ["ab", [99]], add_special_tokens=False)[0] == 200
+    assert [bytes(request.prompt_ids) for request in service.seen] == [b"ab", b"c"]
+    assert ask(client, "", add_special_tokens=False)[0] == 400
+    assert ask(client, add_special_tokens="no")[1]["error"]["param"] == "add_special_tokens"
 
 
 @pytest.mark.parametrize("fields", [{"echo": True}, {"best_of": 3}, {"suffix": "."}, {"logprobs": True}])
