@@ -8,13 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perilune.ops.packing import can_pack, pack, packed_linear
+from perilune.ops.packing import MOST_ROWS, PackedWeight, can_pack, pack, packed_linear
 from perilune.ops.precision import autocast_dtype
 
-# Measured with one thread: smaller weights stay in the cache, where turning them costs less than calling oneDNN.
+# Smaller weights stay in the cache, and do not repay a compiler's second.
 _LEAST_WEIGHT = 1 << 18
-# MKL's product of a vector in float32 is faster than oneDNN's; in bfloat16 it is slower.
-_LEAST_ROWS = {torch.float32: 4, torch.bfloat16: 1}
 
 
 class Packing:
@@ -24,47 +22,44 @@ class Packing:
     counted, after which one has to `clear`. Copies of a module start without, as do those that are sent elsewhere.
     """
 
-    def __init__(self, num_parts: int = 1) -> None:
-        """Pack a weight `[out, in]` as `num_parts` matrices of equally many rows."""
+    def __init__(self) -> None:
         self.is_on = False
         """Whether to pack; products with gradients, on other devices, or too small to gain stay plain anyway."""
-        self._num_parts = num_parts
         self._key: tuple[object, ...] = ()
-        self._parts: tuple[Tensor, ...] = ()
+        self._packed: PackedWeight | None = None
 
-    def __reduce__(self) -> tuple[type[Packing], tuple[int]]:
-        return Packing, (self._num_parts,)
+    def __reduce__(self) -> tuple[type[Packing], tuple[()]]:
+        return Packing, ()
 
     @property
     def is_empty(self) -> bool:
         """Whether there is no copy."""
-        return not self._parts
+        return self._packed is None
 
     def clear(self) -> None:
         """Drop the copy."""
-        self._key, self._parts = (), ()
+        self._key, self._packed = (), None
 
-    def find(self, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        """Return the packed parts of `weights` `[out, in]`, one below the other; none if plain products are better.
+    def find(self, x: Tensor, *weights: Tensor) -> PackedWeight | None:
+        """Return a packed copy of `weights` `[out, in]`, one below the other; None if plain products are better.
 
-        Their dtype is that in which the product with `x` `[..., in]` is computed, autocast's included.
+        Its dtype is that in which the product with `x` `[..., in]` is computed, autocast's included.
         """
         if not self.is_on or torch.is_grad_enabled() or x.device.type != "cpu":
-            return ()
+            return None
         dtype = autocast_dtype(x)
-        size = sum(weight.numel() for weight in weights)
-        if size < _LEAST_WEIGHT or x.numel() < _LEAST_ROWS.get(dtype, 1) * x.shape[-1]:
-            return ()
+        most = MOST_ROWS.get(dtype)
+        if most is not None and x.numel() > most * x.shape[-1]:
+            return None
         is_mixed = weights[0].dtype != dtype and not torch.is_autocast_enabled("cpu")
-        if is_mixed or not can_pack(dtype):
-            return ()
+        if is_mixed or sum(weight.numel() for weight in weights) < _LEAST_WEIGHT or not can_pack(dtype):
+            return None
         key = (dtype, *(_fingerprint(weight) for weight in weights))
         if key != self._key:
             self.clear()
             joined = weights[0] if len(weights) == 1 else torch.cat(weights)
-            self._parts = tuple(pack(part) for part in joined.detach().to(dtype).chunk(self._num_parts))
-            self._key = key
-        return self._parts
+            self._packed, self._key = pack(joined.detach().to(dtype)), key
+        return self._packed
 
 
 def _fingerprint(weight: Tensor) -> tuple[object, ...]:
@@ -81,10 +76,10 @@ def find_packings(module: nn.Module) -> list[Packing]:
 def apply_linear(x: Tensor, weight: Tensor, packing: Packing, bias: Tensor | None = None) -> Tensor:
     """Return y = x W^T + bias for `x` `[..., in]` and W `[out, in]`, by the packed copy where that is faster."""
     packed = packing.find(x, weight)
-    if not packed:
+    if packed is None:
         return F.linear(x, weight, bias)
     dtype = autocast_dtype(x)
-    return packed_linear(x.to(dtype), packed[0], None if bias is None else bias.to(dtype))
+    return packed_linear(x.to(dtype), packed, None if bias is None else bias.to(dtype))
 
 
 class Linear(nn.Linear):
@@ -105,7 +100,7 @@ def project_jointly(x: Tensor, projections: Sequence[nn.Linear], packing: Packin
     if any(projection.bias is not None for projection in projections):
         return [projection(x) for projection in projections]
     packed = packing.find(x, *(projection.weight for projection in projections))
-    if not packed:
+    if packed is None:
         return [projection(x) for projection in projections]
-    y = packed_linear(x.to(autocast_dtype(x)), packed[0])
+    y = packed_linear(x.to(autocast_dtype(x)), packed)
     return y.split([projection.out_features for projection in projections], dim=-1)

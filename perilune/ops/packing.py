@@ -1,79 +1,83 @@
-"""Products with weights that lie in the order in which a CPU's kernels read them.
+"""Products of few rows with weights that lie in the order in which a CPU reads them.
 
-A product of few rows spends much of its time turning the weight into that order. Turned once, it need not be. For large
-weights the order is oneDNN's own, and what follows a product is applied while its result is still in the registers;
-PyTorch has these functions for its compiler, without a promise to keep them: `can_pack` tries them out. A small weight
-in float32 is transposed, so that MKL reads it row by row.
+A product of few rows spends most of its time waiting for the weight. The one here fetches the next part of it while a
+part is in use, and takes half to two thirds of the time of PyTorch's. It is built when it is first wanted; `can_pack`
+says whether that worked.
 """
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Activation = Literal["none", "swish"]
+from perilune.ops.native import native_library
 
-# Measured on two cores with 4 to 64 rows: below, MKL's product with the transposed weight takes 60 to 90 % of oneDNN's
-# time; above, oneDNN's takes 80 to 95 % of that.
-_TRANSPOSED = 1 << 20
+MOST_ROWS = {torch.float32: 256}
+"""Rows of a product from which PyTorch's is as fast; in bfloat16 it never is."""
 
-
-def pack(weight: Tensor) -> Tensor:
-    """Return a copy of `weight` `[out, in]`, float32 or bfloat16, that only the functions of this module read."""
-    if weight.dtype == torch.float32 and weight.numel() < _TRANSPOSED:
-        return weight.t().contiguous()
-    return _reorder(weight)
+_FUNCTIONS = {torch.float32: "product_float32", torch.bfloat16: "product_bfloat16"}
 
 
-def _reorder(weight: Tensor) -> Tensor:
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-    return packed
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A copy of a weight `[out, in]` in panels of some of its rows, for `packed_linear`."""
+
+    panels: Tensor
+    """`[panels, in, rows of a panel]`, the last panel filled up with zeros."""
+    out_features: int
+    """Rows of the weight."""
 
 
-def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None, activation: Activation = "none") -> Tensor:
-    """Compute y = f(x W^T + bias), where f is the identity or silu.
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this machine has the product for weights of `dtype`; the first call may compile it."""
+    return dtype in _FUNCTIONS and native_library() is not None
+
+
+def pack(weight: Tensor) -> PackedWeight:
+    """Return a packed copy of `weight` `[out, in]`, of a dtype that `can_pack`."""
+    library = native_library()
+    if library is None or weight.dtype not in _FUNCTIONS:
+        raise ValueError(f"pack: this machine has no packed products of {weight.dtype}; ask can_pack first")
+    columns, (outputs, inputs) = library.packed_columns(), weight.shape
+    padded = F.pad(weight.detach(), (0, 0, 0, -outputs % columns))
+    return PackedWeight(padded.view(-(-outputs // columns), columns, inputs).transpose(1, 2).contiguous(), outputs)
+
+
+def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """Compute y = x W^T + bias, summed up in float32 and in the same order whatever the other rows are.
 
     Args:
-        x: `[..., in]`, the dtype of the weight, at least one row.
+        x: `[..., in]`, the dtype of the weight.
         packed: W, by `pack`.
         bias: `[out]` of that dtype.
-        activation: f; applied before the result is rounded.
 
     Returns:
         `[..., out]`.
+
+    Raises:
+        ValueError: `x` does not fit the weight.
     """
-    if packed.is_mkldnn:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, activation, [], "")
-        return y
-    y = x @ packed
+    panels, library = packed.panels, native_library()
+    if x.dtype != panels.dtype or x.shape[-1] != panels.shape[1] or library is None:
+        raise ValueError(
+            f"packed_linear: x must be [..., {panels.shape[1]}] {panels.dtype}, got {tuple(x.shape)} {x.dtype}"
+        )
+    rows = x.to(torch.float32).contiguous()
+    y = rows.new_empty(*x.shape[:-1], packed.out_features)
+    if y.numel() and rows.numel():
+        getattr(library, _FUNCTIONS[panels.dtype])(
+            rows.data_ptr(),
+            panels.data_ptr(),
+            y.data_ptr(),
+            rows.numel() // rows.shape[-1],
+            y.shape[-1],
+            rows.shape[-1],
+        )
+    elif y.numel():
+        y.zero_()
     if bias is not None:
         y += bias
-    return F.silu(y, inplace=True) if activation == "swish" else y
-
-
-def packed_linear_mul(x: Tensor, packed: Tensor, other: Tensor) -> Tensor:
-    """Compute y = (x W^T) * other, for `x` `[..., in]` and `other` `[..., out]`, rounded once."""
-    if packed.is_mkldnn:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, packed, None, "mul")
-        return y
-    return (x @ packed).mul_(other)
-
-
-@cache
-def can_pack(dtype: torch.dtype) -> bool:
-    """Whether this build and machine have these functions for weights of `dtype`: tried once, on a small product."""
-    if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
-        return False
-    with torch.no_grad():
-        x, weight = torch.eye(4, dtype=dtype), torch.arange(16, dtype=dtype).view(4, 4)
-        try:
-            packed = _reorder(weight)
-            found = packed_linear_mul(x, packed, torch.full_like(x, 2)), packed_linear(x, packed, activation="swish")
-        except (AttributeError, NotImplementedError, RuntimeError, TypeError):
-            return False
-        wanted = weight.T * 2, F.silu(weight.T)
-        return all(torch.allclose(a, b, rtol=0.01) for a, b in zip(found, wanted, strict=True))
+    return y.to(x.dtype)

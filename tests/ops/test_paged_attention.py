@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perilune.errors import BackendError
-from perilune.ops import PagePlan, decode_attention, paged_decode_attention
+from perilune.ops import PagePlan, attention, decode_attention, paged_decode_attention
+from perilune.ops.native import native_library
 
 
 def make(tables, lengths, block_size, heads, kv_heads, dim, value_dim, *, by_head=True, seed=0):
@@ -141,6 +142,81 @@ def test_the_kernel_equals_the_reference_in_its_interpreter():
         env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.stdout == "equal\n", done.stderr[-2000:]
+
+
+needs_native = pytest.mark.skipif(native_library() is None, reason="backend 'native' needs Linux and GCC")
+
+
+@needs_native
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_the_native_path_equals_the_reference(data):
+    block_size = data.draw(st.sampled_from([1, 5, 32, 40]))
+    num_rows, width = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 4))
+    page = st.integers(0, 8)
+    tables = data.draw(st.lists(st.lists(page, min_size=width, max_size=width), min_size=num_rows, max_size=num_rows))
+    lengths = data.draw(st.lists(st.integers(0, width * block_size), min_size=num_rows, max_size=num_rows))
+    group, kv_heads = data.draw(st.sampled_from([(1, 3), (3, 2), (4, 1), (7, 1), (19, 1)]))
+    dim, value_dim = data.draw(st.sampled_from([(6, None), (16, 16), (64, 64), (24, 130), (144, None)]))
+    by_head = data.draw(st.booleans())
+    args = make(tables, lengths, block_size, group * kv_heads, kv_heads, dim, value_dim, by_head=by_head)
+    for dtype, limit in ((torch.float32, 3e-6), (torch.bfloat16, 2e-2)):
+        q, keys, *_ = (x.to(dtype) for x in args[:3])
+        values = keys[..., : dim // 2] if value_dim is None else args[2].to(dtype)
+        wide = (x.double() for x in (q, keys, values))
+        want = paged_decode_attention(*wide, *args[3:], scale=0.7, backend="reference")
+        found = paged_decode_attention(q, keys, values, *args[3:], scale=0.7, backend="native")
+        assert found.dtype == dtype
+        # the logits reach 0.7 * dim in size, and their error goes into the exponent
+        torch.testing.assert_close(found.double(), want, rtol=0, atol=limit * (1 + dim / 16))
+
+
+@needs_native
+def test_the_native_path_and_extreme_logits():
+    q, keys, values, tables, lengths = (
+        x.float() if x.is_floating_point() else x for x in make([[3, 5], [6, 2]], [5, 8], 4, 4, 2, 6, 3)
+    )
+    alone = paged_decode_attention(q, keys, values, tables, lengths, backend="native")
+    keys[[0, 1, 4, 7]], values[[0, 1, 4, 7]] = torch.nan, torch.inf  # pages of nobody
+    keys[5, 1:], values[5, 1:] = torch.nan, torch.nan  # places behind the first row's last token
+    assert torch.equal(paged_decode_attention(q, keys, values, tables, lengths, backend="native"), alone)
+    far = paged_decode_attention(q * 1e4, keys, values, tables, lengths, backend="native")
+    wide = paged_decode_attention(
+        *(x.double() for x in (q * 1e4, keys.nan_to_num(), values.nan_to_num(posinf=0.0))), tables, lengths,
+        backend="reference",
+    )  # fmt: skip
+    torch.testing.assert_close(far.double(), wide, rtol=0, atol=1e-4)
+    keys[6, 0] = torch.nan
+    found = paged_decode_attention(q, keys, values, tables, lengths, backend="native")
+    assert torch.equal(found[0], alone[0])
+    assert found[1].isnan().all()
+
+
+@needs_native
+def test_auto_is_native_for_large_models_without_gradients(monkeypatch):
+    q, keys, values, tables, lengths = make([[0, 1]], [7], 4, 8, 2, 64, 64)
+    q, keys, values = q.float(), keys.float(), values.float()
+    calls = []
+    monkeypatch.setattr(attention, "paged_decode_attention_native", lambda *args: calls.append(args) or args[0])
+    paged_decode_attention(q, keys, values, tables, lengths)
+    with torch.no_grad():
+        paged_decode_attention(q.double(), keys.double(), values.double(), tables, lengths)
+        paged_decode_attention(q[:, :6], keys, values, tables, lengths)
+        assert not calls
+        paged_decode_attention(q, keys, values, tables, lengths)
+    assert len(calls) == 1
+
+
+def test_calls_that_native_code_cannot_serve_say_why(monkeypatch):
+    q, keys, values, tables, lengths = make([[0, 1]], [3], 4, 4, 2, 6, 3)
+    with pytest.raises(BackendError, match="'native' takes float32 and bfloat16, got"):
+        paged_decode_attention(q, keys, values, tables, lengths, backend="native")
+    apart = keys.float().transpose(2, 3).contiguous().transpose(2, 3)
+    with pytest.raises(BackendError, match="backend 'native' needs the channels of keys and values side by side"):
+        paged_decode_attention(q.float(), apart, values.float(), tables, lengths, backend="native")
+    monkeypatch.setattr("perilune.ops.attention.paged.native_library", lambda: None)
+    with pytest.raises(BackendError, match="backend 'native' needs Linux and GCC"):
+        paged_decode_attention(q.float(), keys.float(), values.float(), tables, lengths, backend="native")
 
 
 def test_calls_that_the_kernel_cannot_serve_say_why(monkeypatch):

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from torch import Tensor, int32, int64
+from torch import Tensor, int32, int64, is_grad_enabled
 
 from perilune.errors import BackendError
 from perilune.ops.attention.decode import decode_attention_torch
 from perilune.ops.attention.flash import flash_obstacle, varlen_attention_flash
-from perilune.ops.attention.paged import PagePlan, paged_decode_attention_reference, paged_decode_attention_torch
+from perilune.ops.attention.paged import (
+    PagePlan,
+    native_obstacle,
+    paged_decode_attention_native,
+    paged_decode_attention_reference,
+    paged_decode_attention_torch,
+)
 from perilune.ops.attention.reference import decode_attention_reference, varlen_attention_reference
 from perilune.ops.attention.torch import varlen_attention_torch
 from perilune.ops.backends import HALF_TYPES, note_slower, triton_is_default, triton_obstacle
@@ -21,7 +27,10 @@ __all__ = ["PagePlan", "decode_attention", "paged_decode_attention", "varlen_att
 
 Backend = Literal["auto", "reference", "torch"]
 VarlenBackend = Literal["auto", "reference", "torch", "flash"]
-PagedBackend = Literal["auto", "reference", "torch", "triton"]
+# Elements of a row's queries; less does not repay a compiler's two seconds.
+_LEAST_QUERY = 512
+
+PagedBackend = Literal["auto", "native", "reference", "torch", "triton"]
 
 
 def varlen_attention(
@@ -154,10 +163,11 @@ def paged_decode_attention(
         tables: `[N, M]` int32, pages of each row; what lies behind a row's last page is ignored but must be in [0, P).
         lengths: `[N]` int64 or int32, in [0, M B]; a row of length 0 gives zeros.
         scale: factor of the logits; None means Dk ** -0.5.
-        plan: `PagePlan.build(tables, lengths, B)`, to be shared by the layers of a step: on a CPU it saves copying
-            pages. A GPU does not read it.
-        backend: "reference" is a slow loop; "torch" is batched; "triton" reads pages where they are, on a GPU; "auto"
-            is "triton" there and "torch" elsewhere.
+        plan: `PagePlan.build(tables, lengths, B)`, to be shared by the layers of a step: on a CPU it saves "torch"
+            copying pages. A GPU does not read it.
+        backend: "reference" is a slow loop; "torch" is batched; "triton" and "native" read pages where they are, on a
+            GPU and, in float32 and bfloat16 without gradients, on a CPU with GCC; "auto" is what of these can serve
+            the call, but not "native" for small models.
 
     Returns:
         o `[N, H, Dv]` in q's dtype. Logits and softmax are float32 at least; "triton" rounds probabilities to q's dtype
@@ -175,12 +185,13 @@ def paged_decode_attention(
         _check_tables(tables, lengths, keys.shape[:2])
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     if backend == "auto":
-        backend = (
-            "triton"
-            if triton_is_default("paged_decode_attention", q, keys, obstacle=_strided(keys, values))
-            else "torch"
-        )
+        backend = _paged_default(q, keys, values)
     match backend:
+        case "native":
+            obstacle = native_obstacle(q, keys, values)
+            if obstacle is not None:
+                raise BackendError(f"paged_decode_attention: backend 'native' {obstacle}; use 'torch'")
+            return paged_decode_attention_native(q, keys, values, tables, lengths, factor)
         case "triton":
             obstacle = triton_obstacle(q, keys) or _strided(keys, values)
             if obstacle is not None:
@@ -193,8 +204,17 @@ def paged_decode_attention(
         case "reference":
             return paged_decode_attention_reference(q, keys, values, tables, lengths, factor)
         case _:
-            known = "'auto', 'reference', 'torch' or 'triton'"
+            known = "'auto', 'native', 'reference', 'torch' or 'triton'"
             raise ValueError(f"paged_decode_attention: backend must be {known}, got {backend!r}")
+
+
+def _paged_default(q: Tensor, keys: Tensor, values: Tensor) -> PagedBackend:
+    if q.is_cuda:
+        is_triton = triton_is_default("paged_decode_attention", q, keys, obstacle=_strided(keys, values))
+        return "triton" if is_triton else "torch"
+    if is_grad_enabled() or q.shape[1] * q.shape[2] < _LEAST_QUERY or native_obstacle(q, keys, values):
+        return "torch"
+    return "native"
 
 
 def _strided(keys: Tensor, values: Tensor) -> str | None:

@@ -9,13 +9,18 @@ Letters: N rows; M pages of the longest table; P pages of the pool; B tokens of 
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from perilune.errors import BackendError
 from perilune.ops.attention.decode import decode_attention_torch
 from perilune.ops.attention.reference import attend_row
+from perilune.ops.native import native_library
+
+_NATIVE = (torch.float32, torch.bfloat16)
 
 # Pages between the first and the last are read in place if at least this share of them is wanted.
 _DENSE_SHARE = 0.6
@@ -93,6 +98,39 @@ def paged_decode_attention_torch(
             return _attend_in_place(q, keys, values, scale, plan)
         dense_keys, dense_values = _gather_rows(keys, tables), _gather_rows(values, tables)
     return decode_attention_torch(q, dense_keys, dense_values, lengths, scale)
+
+
+def native_obstacle(q: Tensor, keys: Tensor, values: Tensor) -> str | None:
+    """Say why backend "native" cannot take a call, as the end of "backend 'native' ..."; None if it can."""
+    if q.device.type != "cpu":
+        return f"needs tensors on a CPU, got {q.device}"
+    if q.dtype not in _NATIVE:
+        return f"takes float32 and bfloat16, got {q.dtype}"
+    if any(x.stride(-1) != 1 and x.shape[-1] > 1 for x in (keys, values)):
+        return "needs the channels of keys and values side by side"
+    if native_library() is None:
+        return "needs Linux and GCC; the log says more"
+    return None
+
+
+def paged_decode_attention_native(
+    q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor, scale: float
+) -> Tensor:
+    """Same contract as `perilune.ops.paged_decode_attention`, on checked arguments without an obstacle."""
+    library = native_library()
+    if library is None:
+        raise BackendError("paged_decode_attention: backend 'native' needs Linux and GCC")
+    queries = q.to(torch.float32).contiguous()
+    out = queries.new_empty(*q.shape[:2], values.shape[-1])
+    tables, lengths = tables.contiguous(), lengths.to(torch.int64).contiguous()
+    strides = [(x.shape[3], x.stride(0), x.stride(2), x.stride(1)) for x in (keys, values)]
+    sizes = (*q.shape[:2], keys.shape[2], tables.shape[1], keys.shape[1], *strides[0], *strides[1])
+    attend = library.attend_float32 if q.dtype == torch.float32 else library.attend_bfloat16
+    attend(
+        queries.data_ptr(), keys.data_ptr(), values.data_ptr(), tables.data_ptr(), lengths.data_ptr(), out.data_ptr(),
+        (ctypes.c_int64 * len(sizes))(*sizes), scale,
+    )  # fmt: skip
+    return out.to(q.dtype)
 
 
 def _gather_rows(pool: Tensor, tables: Tensor) -> Tensor:

@@ -1,0 +1,87 @@
+"""Functions in C++ for a CPU's decode steps: built for this machine, loaded, and tried out, once in a process.
+
+PyTorch has no operation that fetches the next part of a large operand while a part is in use, nor one that attends to
+keys in pages. Building takes two seconds, and needs Linux and GCC: `g++`, or what `CXX` names.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+_SOURCES = [Path(__file__).with_name(name) for name in ("products.cpp", "attention.cpp")]
+_POINTER, _INTEGER, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_FUNCTIONS: dict[str, tuple[type[ctypes.c_int64] | None, list[type]]] = {
+    "packed_columns": (_INTEGER, []),
+    "product_float32": (None, [*[_POINTER] * 3, *[_INTEGER] * 3]),
+    "product_bfloat16": (None, [*[_POINTER] * 3, *[_INTEGER] * 3]),
+    "attend_float32": (None, [*[_POINTER] * 7, _FLOAT]),
+    "attend_bfloat16": (None, [*[_POINTER] * 7, _FLOAT]),
+}
+_COMPILE_TIMEOUT_S = 120
+
+
+@cache
+def native_library() -> ctypes.CDLL | None:
+    """Return the compiled functions, or None where they cannot be had; why is in the log."""
+    try:
+        library = _load()
+        _try_out(library)
+    except (OSError, AttributeError, RuntimeError, subprocess.SubprocessError) as error:
+        logger.info("decode steps on a CPU use PyTorch's functions, which take up to twice as long: %s", error)
+        return None
+    return library
+
+
+def _build(target: Path) -> None:
+    """Compile to the shared library `target`."""
+    command = shlex.split(os.environ.get("CXX", "g++"))
+    if platform.system() != "Linux" or not command or shutil.which(command[0]) is None:
+        raise RuntimeError(f"they need Linux and GCC ({' '.join(command) or 'CXX'} was not found)")
+    machine = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+    # linked without OpenMP, whose functions are to be those that torch has loaded: two runtimes would have two crews
+    made = [target.with_name(f"{source.stem}.o") for source in _SOURCES]
+    options = ["-std=c++17", "-O3", machine, "-fPIC", "-fopenmp", "-c"]
+    steps = [[*command, *options, str(source), "-o", str(part)] for source, part in zip(_SOURCES, made, strict=True)]
+    for step in (*steps, [*command, "-shared", *map(str, made), "-o", str(target)]):
+        done = subprocess.run(step, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{shlex.join(step)} failed: {done.stderr.strip()[-500:]}")
+
+
+def _load() -> ctypes.CDLL:
+    """Build and load the library beside torch's OpenMP."""
+    folders = [Path(torch.__file__).parent / "lib", Path(torch.__file__).parent.parent / "torch.libs"]
+    bundled = [path for folder in folders for path in sorted(folder.glob("libgomp*.so*"))]
+    ctypes.CDLL(str(bundled[0]) if bundled else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+    with tempfile.TemporaryDirectory(prefix="perilune-native-") as folder:
+        target = Path(folder) / "native.so"
+        _build(target)
+        library = ctypes.CDLL(str(target))
+    for name, (result, parameters) in _FUNCTIONS.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, parameters
+    return library
+
+
+def _try_out(library: ctypes.CDLL) -> None:
+    """Compare one product with PyTorch's; RuntimeError if it is another."""
+    columns = library.packed_columns()
+    x, weight = torch.arange(39.0).view(13, 3) - 20, torch.arange(3.0 * columns).view(columns, 3) / 7
+    y = torch.empty(13, columns)
+    panel = weight.t().contiguous()
+    library.product_float32(x.data_ptr(), panel.data_ptr(), y.data_ptr(), 13, columns, 3)
+    if not torch.allclose(y, x @ weight.t(), rtol=1e-4, atol=1e-3):
+        raise RuntimeError("the compiled product differs from PyTorch's")
