@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perilune.ops.packing import MOST_ROWS, PackedWeight, can_pack, pack, packed_linear
+from perilune.ops.packing import PACKED_ROWS, PackedWeight, can_pack, pack, packed_linear
 from perilune.ops.precision import autocast_dtype
 
 # Smaller weights stay in the cache, and do not repay a compiler's second.
@@ -48,8 +48,7 @@ class Packing:
         if not self.is_on or torch.is_grad_enabled() or x.device.type != "cpu":
             return None
         dtype = autocast_dtype(x)
-        most = MOST_ROWS.get(dtype)
-        if most is not None and x.numel() > most * x.shape[-1]:
+        if dtype in PACKED_ROWS and x.numel() // max(1, x.shape[-1]) not in PACKED_ROWS[dtype]:
             return None
         is_mixed = weights[0].dtype != dtype and not torch.is_autocast_enabled("cpu")
         if is_mixed or sum(weight.numel() for weight in weights) < _LEAST_WEIGHT or not can_pack(dtype):

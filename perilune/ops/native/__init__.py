@@ -40,7 +40,8 @@ def native_library() -> ctypes.CDLL | None:
         library = _load()
         _try_out(library)
     except (OSError, AttributeError, RuntimeError, subprocess.SubprocessError) as error:
-        logger.info("decode steps on a CPU use PyTorch's functions, which take up to twice as long: %s", error)
+        level = logging.WARNING if platform.system() == "Linux" else logging.INFO  # elsewhere nothing can be done
+        logger.log(level, "decode steps on a CPU use PyTorch's functions, which take up to twice as long: %s", error)
         return None
     return library
 
@@ -49,7 +50,7 @@ def _build(target: Path) -> None:
     """Compile to the shared library `target`."""
     command = shlex.split(os.environ.get("CXX", "g++"))
     if platform.system() != "Linux" or not command or shutil.which(command[0]) is None:
-        raise RuntimeError(f"they need Linux and GCC ({' '.join(command) or 'CXX'} was not found)")
+        raise RuntimeError(f"building others needs Linux and GCC, and {' '.join(command) or 'CXX'} was not found")
     machine = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
     # linked without OpenMP, whose functions are to be those that torch has loaded: two runtimes would have two crews
     made = [target.with_name(f"{source.stem}.o") for source in _SOURCES]
