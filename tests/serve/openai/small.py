@@ -66,7 +66,7 @@ def serving_small(served: ServedModel | None = None) -> Iterator[tuple[str, int]
 
 def wait_until_idle(served: ServedModel, *, keeps_prompts: bool = True) -> None:
     """The engine has nothing to do, and at most what it keeps for prompts that begin alike is in its cache."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while True:
         stats = served.service.stats()
         engine = stats.engine

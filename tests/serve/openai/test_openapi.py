@@ -62,5 +62,5 @@ def url(served: ServedModel) -> Iterator[str]:
 def test_answers_are_as_described(case: Any, url: str, served: ServedModel) -> None:
     if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
         case.body["model"] = "small"  # else all would be answered with 404
-    case.call_and_validate(base_url=url, checks=CHECKS)
+    case.call_and_validate(base_url=url, checks=CHECKS, timeout=60)  # of conversations of 10,000 messages too
     wait_until_idle(served)
