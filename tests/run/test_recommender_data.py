@@ -134,7 +134,7 @@ def test_a_held_out_purchase_that_the_target_has_too_may_be_dropped_from_it(tmp_
     for name, text in (("view", "0 0 1\n1 2\n"), ("buy", "0 0 2\n1 1\n"), ("test", "0 2\n1 0\n")):
         (tmp_path / f"{name}.txt").write_text(text)
     source = FilesSource(kind="item_lists", directory=str(tmp_path), behaviors=("view", "buy"))
-    with pytest.raises(DataError, match="test item 2 of user 0 is in the target behaviour 'buy' too"):
+    with pytest.raises(DataError, match="test item 2 of user 0 is in the target behavior 'buy' too"):
         read_source(source, 0)
     found = pairs_of(read_source(replace(source, on_repeated="drop"), 0))
     assert (found["buy"], found["test"]) == ({(0, 0), (1, 1)}, {(0, 2), (1, 0)})

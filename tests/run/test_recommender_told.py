@@ -170,9 +170,9 @@ def test_what_of_a_log_is_left_out_is_said(cli, shop: Callable[..., Path], tmp_p
     assert code == 0
     record = json.loads((tmp_path / "run" / "data" / "source.json").read_text())
     distinct = {tuple(row.split(",")[:3]) for row in shop_rows()}
-    assert (record["repeated"], record["of other behaviours"]) == (401 - len(distinct), 1)
+    assert (record["repeated"], record["of other behaviors"]) == (401 - len(distinct), 1)
     told = " ".join(err.split())
-    assert f"rows left out: {401 - len(distinct)} repeated, 1 of other behaviours" in told
+    assert f"rows left out: {401 - len(distinct)} repeated, 1 of other behaviors" in told
     data = funnel(FunnelConfig(num_users=60, num_items=80))
     assert "left out" not in describe(data)
 
@@ -203,7 +203,7 @@ def test_quotas_are_of_the_logs_categories(shop: Callable[..., Path], tmp_path: 
 def test_the_report_says_what_was_seen(shop: Callable[..., Path], tmp_path: Path) -> None:
     for name, split, seen in (
         ("a", 'kind = "temporal"', "Nothing that happened from a held-out purchase&#39;s moment on was seen"),
-        ("b", 'kind = "leave_last_out"', "Other behaviours kept the pairs of held-out purchases (protocol open)."),
+        ("b", 'kind = "leave_last_out"', "Other behaviors kept the pairs of held-out purchases (protocol open)."),
     ):
         run_recipe(load(shop(more=f"[interactions.split]\n{split}")), tmp_path / name)
         report = (tmp_path / name / "report.html").read_text()
