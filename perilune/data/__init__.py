@@ -47,7 +47,7 @@ from perilune.data.synthetic import (
 )
 from perilune.data.text_tokenizer import TextTokenizer, load_tokenizer
 from perilune.data.tokenizer import MIN_VOCAB_SIZE, SPECIAL_TOKENS, Tokenizer, bits_per_byte, train_tokenizer
-from perilune.data.tokenizer_export import tokenizer_files
+from perilune.data.tokenizer_export import tokenizer_files, without_missing_code
 
 __all__ = [
     "IGNORE_INDEX",
@@ -103,4 +103,5 @@ __all__ = [
     "synthetic_batch",
     "tokenizer_files",
     "train_tokenizer",
+    "without_missing_code",
 ]

@@ -8,11 +8,10 @@ from typing import Any
 
 from perilune.data.chat_template import ChatTemplate
 from perilune.data.hf_tokenizer import HFTokenizer
-from perilune.data.tokenizer_files import usual_stop_ids
+from perilune.data.tokenizer_files import PLAIN_TOKEN, bos_processor, usual_stop_ids
 from perilune.errors import DataError
 
 _CONTROL, _USER_DEFINED = 3, 4
-_PLAIN_TOKEN = {"normalized": False, "single_word": False, "lstrip": False, "rstrip": False}
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _NAMED_KEYS = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "pad_token": "padding_token_id"}
 
@@ -73,11 +72,12 @@ def gguf_tokenizer(metadata: Mapping[str, Any], where: str) -> HFTokenizer:
     vocab = {token: index for index, token in enumerate(tokens)}
     if len(vocab) < len(tokens):
         raise DataError(f"{where}: tokenizer.ggml.tokens holds {len(tokens) - len(vocab)} texts twice")
+    named = _named(metadata, tokens, where)
     kinds = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     if not isinstance(kinds, list) or len(kinds) != len(tokens):
         raise DataError(f"{where}: tokenizer.ggml.token_type does not have one entry for each of {len(tokens)} tokens")
     added = [
-        {"id": index, "content": token, "special": kinds[index] == _CONTROL, **_PLAIN_TOKEN}
+        {"id": index, "content": token, "special": kinds[index] == _CONTROL, **PLAIN_TOKEN}
         for index, token in enumerate(tokens)
         if kinds[index] in (_CONTROL, _USER_DEFINED) and token
     ]
@@ -89,13 +89,15 @@ def gguf_tokenizer(metadata: Mapping[str, Any], where: str) -> HFTokenizer:
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": PRE_TOKENIZERS[pre] is _LLAMA3},
     }
+    if _adds_bos(metadata, str(pre), where) and (bos := named.get("bos_token")) is not None:
+        tree["post_processor"] = bos_processor(bos, vocab[bos])
     special_ids = {str(token["content"]): int(token["id"]) for token in added}
     ends = [metadata.get(f"tokenizer.ggml.{key}") for key in _END_KEYS]
     stop_ids = (*(index for index in ends if isinstance(index, int)), *usual_stop_ids(special_ids))
     try:
         return HFTokenizer(
             json.dumps(tree),
-            bos_token=_named(metadata, tokens, where).get("bos_token"),
+            bos_token=named.get("bos_token"),
             stop_ids=tuple(dict.fromkeys(stop_ids)),
         )
     except ValueError as error:
@@ -118,6 +120,14 @@ def gguf_template(metadata: Mapping[str, Any], where: str) -> ChatTemplate | Non
         return None
     tokens = metadata.get("tokenizer.ggml.tokens") or []
     return ChatTemplate(sources, special_tokens=_named(metadata, tokens, where), title=where)
+
+
+def _adds_bos(metadata: Mapping[str, Any], pre: str, where: str) -> bool:
+    """Whether texts begin with the token of the beginning; files that do not say are read as llama.cpp reads them."""
+    told = metadata.get("tokenizer.ggml.add_bos_token", PRE_TOKENIZERS[pre] is _LLAMA3)
+    if not isinstance(told, bool):
+        raise DataError(f"{where}: tokenizer.ggml.add_bos_token must be true or false, got {told!r}")
+    return told
 
 
 def _texts(metadata: Mapping[str, Any], name: str, where: str) -> list[str]:

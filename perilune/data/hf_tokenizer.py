@@ -56,6 +56,7 @@ class HFTokenizer:
         self._hidden = frozenset(int(token["id"]) for token in added.values() if token.get("special"))
         self._bytes = _byte_table(tree, added, is_pieces=_is_pieces(tree))
         self._bos_id = self._special_ids.get(bos_token) if bos_token is not None else None
+        self._prefix_ids = _prefix_ids(tree, len(self._bytes))
         self._stop_ids = stop_ids
 
     @classmethod
@@ -91,6 +92,11 @@ class HFTokenizer:
     def bos_id(self) -> int | None:
         """Id of the token that starts a document, if the files name one."""
         return self._bos_id
+
+    @property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """Ids that the file's `post_processor` puts before a text, which is what transformers goes by."""
+        return self._prefix_ids
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -168,6 +174,24 @@ def _ordinary_backends(tree: Mapping[str, Any], control: set[str]) -> tuple[toke
         return first, tokenizers.Tokenizer.from_str(json.dumps({**plain, "pre_tokenizer": json.loads(later)}))
     except Exception as error:  # the library raises bare Exception for JSON that is no tokenizer
         raise ValueError(f"not a tokenizer.json: {error}") from error
+
+
+def _prefix_ids(tree: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
+    """Return what the post-processor puts before a text, found by letting it work on a text of one token."""
+    if tree.get("post_processor") is None:
+        return ()
+    model = {"type": "WordLevel", "vocab": {"x": 0}, "unk_token": "x"}
+    try:
+        backend = tokenizers.Tokenizer.from_str(
+            json.dumps({"version": "1.0", "model": model, "post_processor": tree["post_processor"]})
+        )
+        found = backend.encode("x", add_special_tokens=True)
+    except Exception as error:  # the library raises bare Exception for JSON that is no tokenizer
+        raise ValueError(f"not a tokenizer.json: its post_processor: {error}") from error
+    before = tuple(found.ids[: found.special_tokens_mask.index(0)] if 0 in found.special_tokens_mask else ())
+    if any(index >= vocab_size for index in before):
+        raise ValueError(f"not a tokenizer.json: its post_processor adds {before}, the vocabulary has {vocab_size} ids")
+    return before
 
 
 def _is_pieces(tree: Mapping[str, Any]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,7 @@ class KimiTokenizer:
         self._pattern = special_pattern(self._special_ids)
         ends = [self._special_ids[name] for name in ("<|im_end|>", "[EOS]", "[EOT]") if name in self._special_ids]
         self._stop_ids = stop_ids or tuple(ends)
+        self._num_ranks = base
         self._encoding: Any = _encoding(ranks)
 
     @classmethod
@@ -124,9 +125,24 @@ class KimiTokenizer:
         return self._special_ids.get("[BOS]")
 
     @property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """None: the released code adds no token to a text."""
+        return ()
+
+    @property
     def stop_ids(self) -> tuple[int, ...]:
         """Ids that end an answer."""
         return self._stop_ids
+
+    @property
+    def ranked_bytes(self) -> Sequence[bytes]:
+        """Byte strings by rank, which is their id; special tokens are not among them."""
+        return self._bytes[: self._num_ranks]
+
+    @property
+    def hidden_ids(self) -> frozenset[int]:
+        """Ids that decoding skips if it is asked to."""
+        return self._hidden
 
     def encode(self, text: str, *, parse_specials: bool = False) -> list[int]:
         """Encode text; see `TextTokenizer.encode`."""

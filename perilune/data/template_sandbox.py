@@ -2,8 +2,8 @@
 
 A template is a program that came with a checkpoint. It is run as transformers runs it (blocks trimmed, `tojson`,
 `raise_exception`, `strftime_now`, the `generation` tag, `break` and `continue`), but in a sandbox that forbids Python's
-own attributes, changes nothing that it is given, and stops loops by the clock. Memory is bounded for what is given out
-and for repetition (`*`, `**`) alone: a template that means harm can still use it up.
+own attributes, changes nothing that it is given, and stops loops and calls by the clock. Memory is bounded for what is
+given out and for repetition (`*`, `**`) alone: a template that means harm can still use it up.
 """
 
 from __future__ import annotations
@@ -60,6 +60,12 @@ def compile_template(source: str, *, where: str) -> Template:
             _check_operation(operator, left, right)
             return super().call_binop(context, operator, left, right)
 
+        # as in the base class, whose names leave all others to the template
+        def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+            # Macros, blocks and recursive loops that call themselves twice go on for ever without a loop.
+            _check_clock(_deadline(__context))
+            return super().call(__context, __obj, *args, **kwargs)
+
     environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     environment.filters["tojson"] = to_json
     environment.filters["perilune_timed"] = jinja2.pass_context(_timed)
@@ -84,7 +90,7 @@ def render(template: Template, variables: Mapping[str, Any], *, where: str, max_
         template: of `compile_template`.
         variables: what it may read.
         where: names it in errors.
-        max_s: seconds after which loops end with an error.
+        max_s: seconds after which loops and calls end with an error.
 
     Raises:
         DataError: the template refuses what it is given, errs, or makes too much of it.
@@ -161,10 +167,15 @@ def _strftime_now(form: str) -> str:
 
 
 def _timed(context: Any, values: Iterable[Any]) -> Iterator[Any]:
-    deadline_s = context.resolve(_DEADLINE)
+    deadline_s = _deadline(context)
     for value in values:
         _check_clock(deadline_s)
         yield value
+
+
+def _deadline(context: Any) -> float:
+    """What `render` was given, whatever the template calls by that name."""
+    return context.parent[_DEADLINE]
 
 
 def _check_clock(deadline_s: float) -> None:

@@ -32,6 +32,14 @@ class TextTokenizer(Protocol):
         ...
 
     @property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """Ids that a text which is to be continued begins with, as the model was trained; `encode` does not add them.
+
+        Conversations have none: what their beginning is, the template says.
+        """
+        ...
+
+    @property
     def stop_ids(self) -> tuple[int, ...]:
         """Ids that end an answer."""
         ...

@@ -83,6 +83,11 @@ class Tokenizer:
         return self._special_ids["[BOS]"]
 
     @property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """`[BOS]`, which every document of the training data begins with."""
+        return (self.bos_id,)
+
+    @property
     def eos_id(self) -> int:
         """Id of `[EOS]`, which ends a document."""
         return self._special_ids["[EOS]"]
@@ -196,7 +201,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise ValueError(f"vocab_size must be at least {MIN_VOCAB_SIZE} (256 bytes + special tokens), got {vocab_size}")
-    learned = _backend(models.BPE())
+    learned = split_backend(models.BPE(), SPLIT_PATTERN)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(SPECIAL_TOKENS),
         show_progress=False,
@@ -205,7 +210,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     pieces = (piece for text in texts for piece, _ in _split(text, parse_specials=False))
     learned.train_from_iterator(pieces, trainer)
-    backend = _backend(learned.model)
+    backend = split_backend(learned.model, SPLIT_PATTERN)
     backend.add_special_tokens(list(SPECIAL_TOKENS))
     tokenizer = Tokenizer(backend)
     if tokenizer.vocab_size != vocab_size:
@@ -226,11 +231,12 @@ def bits_per_byte(nats: float, num_bytes: int) -> float:
     return nats / math.log(2.0) / num_bytes
 
 
-def _backend(model: models.Model) -> tokenizers.Tokenizer:
+def split_backend(model: models.Model, pattern: str) -> tokenizers.Tokenizer:
+    """Return a byte-level tokenizer that merges within what a regular expression finds."""
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

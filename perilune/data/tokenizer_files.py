@@ -10,6 +10,8 @@ from typing import Any
 from perilune.errors import DataError
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
+PLAIN_TOKEN = {"normalized": False, "single_word": False, "lstrip": False, "rstrip": False}
+"""How added tokens of a `tokenizer.json` are found in text: as they are spelled."""
 MAX_JSON_BYTES = 256 * 2**20
 """A larger file is none that a tokenizer comes with."""
 
@@ -47,6 +49,19 @@ def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
         if isinstance(text, str) and text:
             found[key] = text
     return found
+
+
+def bos_processor(token: str, index: int) -> dict[str, Any]:
+    """Return the `post_processor` of a `tokenizer.json` that puts one token before a text."""
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    start = {"SpecialToken": {"id": token, "type_id": 0}}
+    second = {"Sequence": {"id": "B", "type_id": 1}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [start, text],
+        "pair": [start, text, second],
+        "special_tokens": {token: {"id": token, "ids": [index], "tokens": [token]}},
+    }
 
 
 def find_stop_ids(directory: Path, special_ids: Mapping[str, int]) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from perilune.engine.options import EngineOptions
 from perilune.errors import EngineError
 from perilune.nn import BlockEntry, CacheEntry
 
-_BLOCK = 32
+_BLOCK = 64
 # States of running rows get up to this share of the bytes, and those that are kept for others this share of the rest.
 _ROWS_SHARE, _KEPT_SHARE = 0.5, 0.25
 

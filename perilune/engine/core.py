@@ -15,7 +15,7 @@ from perilune.engine.manager import CacheManager
 from perilune.engine.memory import CacheMemory
 from perilune.engine.options import EngineOptions
 from perilune.engine.requests import Completion, Request
-from perilune.engine.rows import ERROR, REASONS, OutputBuffers, RowFactory, Rows, sample_rows
+from perilune.engine.rows import DEAD_END, ERROR, REASONS, OutputBuffers, RowFactory, Rows, sample_rows
 from perilune.engine.running import RunningRows
 from perilune.engine.starting import Starter
 from perilune.engine.tickets import Fill, Sample, StepOutput, Ticket
@@ -68,18 +68,29 @@ class EngineCore:
         self.intake.add(Fill(ticket, list(request.prompt_ids), deque(range(request.num_samples))))
         return ticket.key
 
-    def cancel(self, key: int) -> None:
-        """Drop a request, wherever it is; one that has ended is none."""
-        if self._tickets.pop(key, None) is None:
-            return
-        for fill in self.intake.remove(key):
-            if fill.resumed is not None:
-                self._release(fill.resumed[0])
-        rows = [row for row, sample in enumerate(self.running.samples) if sample.ticket.key == key]
+    def cancel(self, key: int, sample: int | None = None) -> bool:
+        """Drop a request or one of its samples, wherever it is; what has ended is passed over.
+
+        Returns:
+            Whether nothing of the request is left.
+        """
+        ticket = self._tickets.get(key)
+        if ticket is None:
+            return True
+        count, preempted = self.intake.remove(ticket, sample)
+        for one in preempted:
+            self._release(one)
+        samples = self.running.samples
+        rows = [row for row, one in enumerate(samples) if one.ticket is ticket and sample in (None, one.number)]
         for row in rows:
-            self._close(self.running.samples[row])
+            self._close(samples[row])
         self._remove(rows)
+        ticket.left -= count + len(rows)
+        if ticket.left:
+            return False
+        del self._tickets[key]
         self._forget()
+        return True
 
     def weights_updated(self) -> None:
         """Forget what is kept of texts; requests in the engine go on with what they have computed.
@@ -265,7 +276,7 @@ class EngineCore:
         for row in sorted({*ended, *streaming}):
             ticket, completion = running.samples[row].ticket, completions.get(row)
             ticket.left -= completion is not None
-            has_token = ticket.is_streaming and reasons[row] != ERROR
+            has_token = ticket.is_streaming and reasons[row] not in (ERROR, DEAD_END)
             outputs.append(
                 StepOutput(
                     key=ticket.key,
@@ -299,11 +310,18 @@ class EngineCore:
                 logprobs=logprobs,
                 finish_reason=REASONS[reasons[row]],
                 top_logprobs=top,
+                error=self._failure(reasons[row], sample.slot, len(tokens)),
             )
             if reasons[row] != ERROR:
                 self._remember(row, tokens)
             self._close(sample, scrub=reasons[row] == ERROR)
         return completions
+
+    def _failure(self, reason: int, slot: int, position: int) -> str:
+        if reason not in (ERROR, DEAD_END):
+            return ""
+        why = "the model's logits are not finite" if reason == ERROR else self._factory.shaper.dead_end(slot)
+        return f"no token could be drawn after {position} tokens: {why}"
 
     def _remember(self, row: int, tokens: tuple[int, ...]) -> None:
         sample, length = self.running.samples[row], self.running.length(row)

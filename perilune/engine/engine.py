@@ -75,7 +75,7 @@ class Engine:
             precision: `torch.bfloat16` runs the model under autocast; sampling and log-probabilities stay float32.
             cache_bytes: for the cache, set aside at once; it also limits the context, and for models with recurrent
                 layers the rows. None for as much as running requests need, which grows with them.
-            block_size: tokens of a page of the cache; None for 32, or what fits MoBA's blocks.
+            block_size: tokens of a page of the cache; None for 64, or what fits MoBA's blocks.
             prefix_cache: keep what is computed of texts for others that begin alike, while nobody needs its memory.
             snapshot_interval: recurrent layers can resume a text where it was cut or ended, and every so many tokens.
             deterministic: every request is computed as if it were alone, to the bit; costs what batches gain.
@@ -171,10 +171,19 @@ class Engine:
             outputs = self._core.step()
         return [output for output in outputs if not self._deliver(output)]
 
-    def cancel(self, key: int) -> None:
-        """Drop a request, wherever it is, and give back all that it holds; one that has ended is none."""
+    def cancel(self, key: int, sample: int | None = None) -> bool:
+        """Drop a request, or one of its samples, wherever it is, and give back all that only it holds.
+
+        Args:
+            key: as `add` named the request; one that has ended is passed over.
+            sample: index of the only one to drop, of which no output comes any more; others get what they would have
+                got. None for all.
+
+        Returns:
+            Whether nothing of the request is left: then no output of it says `is_last`.
+        """
         with torch.inference_mode():  # as all of the cache was made
-            self._core.cancel(key)
+            return self._core.cancel(key, sample)
 
     def weights_updated(self) -> None:
         """Forget what is kept of texts after the weights were changed in place, or before; gives the memory back.
@@ -249,7 +258,7 @@ class Engine:
     def _stream(self, request: Request) -> Iterator[StreamedToken]:
         self._look_at_weights()
         box: deque[StepOutput] = deque()
-        key, position = self._open(request, box, is_streaming=True), 0
+        key = self._open(request, box, is_streaming=True)
         try:
             while True:
                 with self._computing():
@@ -258,13 +267,10 @@ class Engine:
                 while box:
                     output = box.popleft()
                     reason = None if output.completion is None else output.completion.finish_reason
-                    if output.token is None:
-                        raise EngineError(
-                            f"no token could be drawn after {position} tokens: the model's logits are not finite, or "
-                            "the request's options together allow none"
-                        )
-                    position += 1
+                    if output.completion is not None and output.completion.error:
+                        raise EngineError(output.completion.error)
                     token = output.token
+                    assert token is not None  # all other outputs of a streaming request have one
                     yield StreamedToken(
                         token_id=token.token_id, logprob=token.logprob, top=token.top, finish_reason=reason
                     )

@@ -84,7 +84,7 @@ class MatcherState:
     @property
     def error(self) -> str:
         """Why no token is allowed any more; empty while all is well."""
-        return self._matcher.get_error()
+        return _reason(self._matcher.get_error())
 
 
 class GrammarCompiler:
@@ -262,8 +262,8 @@ def _body(kind: str, source: object) -> dict[str, object]:
 
 
 def _reason(message: str) -> str:
-    """Message of llguidance in one line, without the dump of the grammar that may follow it."""
-    lines = [line.strip() for line in message.split("\n\n")[0].splitlines()]
+    """Message of llguidance in one line, without the dump of the grammar or of its state that may follow it."""
+    lines = [line.strip() for line in message.split("\n\n")[0].split("\n<state>")[0].splitlines()]
     return " ".join(line for line in lines if line)[:500]
 
 

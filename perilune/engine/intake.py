@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ import torch
 from perilune.engine.manager import CacheManager
 from perilune.engine.memory import CacheMemory
 from perilune.engine.options import EngineOptions
-from perilune.engine.tickets import Fill
+from perilune.engine.tickets import Fill, Sample, Ticket
 from perilune.nn import MoBAttention, PageRows
 from perilune.ops.layout import SequenceLayout
 
@@ -50,14 +51,30 @@ class Intake:
         """Let a text wait for its turn."""
         heapq.heappush(self._waiting, (fill.order, fill))
 
-    def remove(self, key: int) -> list[Fill]:
-        """Take out everything of a request."""
-        gone = [fill for fill in self._every_fill() if fill.ticket.key == key]
+    def remove(self, ticket: Ticket, sample: int | None) -> tuple[int, list[Sample]]:
+        """Take out a sample of a request, or all; texts from which none is to start any more go with them.
+
+        Returns:
+            How many were here, and those among them that had started before.
+        """
+        count, preempted, gone = 0, list[Sample](), list[Fill]()
+        for fill in self._every_fill():
+            if fill.ticket is not ticket:
+                continue
+            before = fill.num_samples
+            if fill.resumed is None:
+                fill.waiting = deque(one for one in fill.waiting if sample not in (None, one))
+            elif sample in (None, fill.resumed[0].number):
+                preempted.append(fill.resumed[0])
+                fill.resumed = None
+            count += before - fill.num_samples
+            if not fill.num_samples:
+                gone.append(fill)
         self._waiting = [(order, fill) for order, fill in self._waiting if fill not in gone]
         heapq.heapify(self._waiting)
         for fill in gone:
             self.close(fill)
-        return gone
+        return count, preempted
 
     def close(self, fill: Fill) -> None:
         """Give back what a text holds."""
@@ -102,7 +119,8 @@ class Intake:
         """Texts to prefill: those begun, then those that can be let in."""
         yield from [fill for fill in self.active if fill.hidden is None]
         while self._waiting and self._admit(num_rows):
-            yield self.active[-1]
+            if self.active[-1].hidden is None:
+                yield self.active[-1]
 
     def _admit(self, num_rows: int) -> bool:
         """Let the first waiting text in if a row will be free for it and its pages are."""
@@ -119,9 +137,11 @@ class Intake:
         if opened is None:
             return False
         heapq.heappop(self._waiting)
-        fill.holding, fill.done = opened
-        if fill.ticket.cached_tokens is None:
-            fill.ticket.cached_tokens = fill.done
+        fill.holding, fill.done, fill.hidden = opened
+        ticket = fill.ticket
+        if fill.resumed is None:
+            # one that had to make room may find less the second time
+            ticket.cached_tokens = fill.done if ticket.cached_tokens is None else min(fill.done, ticket.cached_tokens)
         fill.epoch = self.epoch
         self.active.append(fill)
         self.flush()
@@ -142,7 +162,7 @@ class Intake:
         """Keep a text's beginning, as far as it is in the cache, for others."""
         if fill.epoch != self.epoch or not fill.is_finite:
             return
-        slot = self._manager.remember(tokens, fill.holding, fill.done)
+        slot = self._manager.remember(tokens, fill.holding, fill.done, fill.hidden)
         if slot is not None and fill.holding.slot is not None:
             self.flush()
             self._memory.copy_slot(fill.holding.slot, slot)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor
 
 from perilune.engine.pages import Pool
 from perilune.engine.prefix import NO_MATCH, PrefixCache
@@ -36,6 +39,16 @@ class Holding:
     """State, while it is prefilled."""
 
 
+class Opened(NamedTuple):
+    """Room for a text that is to be prefilled."""
+
+    holding: Holding
+    known: int
+    """Tokens of it that are in the cache already."""
+    hidden: Tensor | None
+    """`[d]`, what the model made of the last token, if all are."""
+
+
 @dataclass(slots=True)
 class Copies:
     """What has to be done to memory before the next forward, in this order."""
@@ -59,7 +72,12 @@ class CacheManager:
         Args:
             budget: sizes.
             keeps_prefixes: whether beginnings of texts stay in the cache to be used again.
+
+        Raises:
+            ValueError: there are too few slots for a state that is kept and one that goes on from it.
         """
+        if budget.has_states and budget.num_slots is not None and budget.num_slots < 2:
+            raise ValueError(f"num_slots must be >= 2, got {budget.num_slots}")
         self.budget = budget
         self.pages = Pool(1 + (budget.num_pages or 0))
         # Page 0 holds zeros for ever: tables are filled up with it, and what is behind a row's tokens has to be finite.
@@ -85,23 +103,24 @@ class CacheManager:
         """Pages there are."""
         return self.pages.capacity - 1
 
-    def open(self, tokens: Sequence[int], limit: int, multiple: int = 1, spare: int = 0) -> tuple[Holding, int] | None:
+    def open(self, tokens: Sequence[int], limit: int, multiple: int = 1, spare: int = 0) -> Opened | None:
         """Hold room for a text that is to be prefilled.
 
         Args:
             tokens: the text.
-            limit: a known beginning is used up to so many tokens, of which it must be fewer than all.
+            limit: a known beginning is used up to so many tokens.
             multiple: and up to a multiple of this.
             spare: pages that have to be left for running rows.
 
         Returns:
-            What it holds, and how many of its tokens are in the cache already. None if there is no room; then nothing
-            is held.
+            What it holds and what is known. None if there is no room; then nothing is held, and nothing has changed.
         """
-        match = self.prefixes.match(tokens, min(limit, len(tokens) - 1), multiple) if self._keeps_prefixes else NO_MATCH
+        match = self.prefixes.match(tokens, min(limit, len(tokens)), multiple) if self._keeps_prefixes else NO_MATCH
         holding = Holding([self.pages.share(page) for page in match.pages])
         source = None if match.slot is None else self.slots.share(match.slot)
-        has_room = self._take_slot(holding) and self.extend(holding, match.length, len(tokens), spare)
+        has_room = self._has_slot and self.extend(holding, match.length, len(tokens), spare)
+        if has_room and self.budget.has_states:
+            holding.slot = self._take_slot()
         if source is not None:
             self.slots.release(source)
         if not has_room:
@@ -112,7 +131,7 @@ class CacheManager:
                 self.copies.cleared.append(holding.slot)
             else:
                 self.copies.slots.append((match.slot, holding.slot))
-        return holding, match.length
+        return Opened(holding, match.length, match.hidden if match.length == len(tokens) else None)
 
     def extend(self, holding: Holding, start: int, end: int, spare: int = 0) -> bool:
         """Make tokens `start` to `end` of a sequence writable.
@@ -127,7 +146,7 @@ class CacheManager:
             False if there are not enough pages; then nothing has changed.
         """
         size = self.budget.block_size
-        is_shared = start % size != 0 and self.pages.owners(holding.pages[start // size]) > 1
+        is_shared = start < end and start % size != 0 and self.pages.owners(holding.pages[start // size]) > 1
         missing = max(0, -(-end // size) - len(holding.pages))
         taken = self._take_pages(missing + is_shared, spare)
         if taken is None:
@@ -162,29 +181,24 @@ class CacheManager:
             self.slots.release(holding.slot)
             holding.slot = None
 
-    def remember(self, tokens: Sequence[int], holding: Holding, length: int) -> int | None:
+    def remember(
+        self, tokens: Sequence[int], holding: Holding, length: int, hidden: Tensor | None = None
+    ) -> int | None:
         """Keep a beginning for others.
 
         Args:
             tokens: the text, at least `length` tokens.
             holding: with their pages.
             length: of the beginning, whose state, if there is one, can be copied now.
+            hidden: `[d]`, what the model made of its last token, to be kept with the state.
 
         Returns:
             The slot that the caller has to fill with that state, if one is to be kept.
         """
-        if not self._keeps_prefixes or not length:
+        if not self._keeps_prefixes or not length or not self._has_slot:
             return None
-        if not self.budget.has_states:
-            self.prefixes.insert(tokens, holding.pages, length)
-            return None
-        spare = Holding()
-        if not self._take_slot(spare) or spare.slot is None:
-            return None
-        if self.prefixes.insert(tokens, holding.pages, length, spare.slot):
-            return spare.slot
-        self.slots.release(spare.slot)
-        return None
+        take_slot = self._take_slot if self.budget.has_states else None
+        return self.prefixes.insert(tokens, holding.pages, length, take_slot, hidden)
 
     def shrink(self) -> None:
         """Give up places that nobody holds, and what was to be done to them; no sequence may be left.
@@ -200,30 +214,28 @@ class CacheManager:
         copies, self.copies = self.copies, Copies()
         return copies
 
-    def _take_slot(self, holding: Holding) -> bool:
-        if not self.budget.has_states:
-            return True
-        # a state that is evicted may still be held, to be copied
-        while not self.slots.free and self.prefixes.evict_slot():
-            pass
-        if not self.slots.free:
-            if self.budget.num_slots is not None:
-                return False
+    @property
+    def _has_slot(self) -> bool:
+        """Whether `_take_slot` can be called, or is not needed."""
+        is_limited = self.budget.has_states and self.budget.num_slots is not None
+        return not is_limited or self.slots.free > 0 or self.prefixes.has_evictable_slot()
+
+    def _take_slot(self) -> int:
+        """Hold a slot, evicting the longest unused state if none is free."""
+        if not self.slots.free and not self.prefixes.evict_slot():
             _enlarge(self.slots, self.slots.capacity + 1)
-        holding.slot = self.slots.take()
-        return True
+        return self.slots.take()
 
     def _take_pages(self, count: int, spare: int) -> list[int] | None:
-        """Hold `count` pages, evicting beginnings that nobody uses; None if there are too few."""
-        # an upper bound, so that the prefix cache is not emptied for what cannot be had
-        if self.budget.num_pages is not None and count + spare > self.pages.free + self.prefixes.num_pages:
+        """Hold `count` pages, evicting beginnings that nobody uses; None, and nothing evicted, if there are too few."""
+        missing = count - self.pages.free
+        if self.budget.num_pages is None:
+            if missing > 0:
+                self.prefixes.evict_pages(missing, least=0)
+            if self.pages.free < count:
+                _enlarge(self.pages, self.pages.used + count)
+        elif missing + spare > 0 and not self.prefixes.evict_pages(max(missing, 0), missing + spare):
             return None
-        while self.pages.free < count and self.prefixes.evict_page():
-            pass
-        if self.pages.free < count:
-            if self.budget.num_pages is not None:
-                return None
-            _enlarge(self.pages, self.pages.used + count)
         return [self.pages.take() for _ in range(count)]
 
 

@@ -13,9 +13,9 @@ from perilune.errors import EngineError
 MAX_TOP_LOGPROBS = 20
 """Most alternatives that are reported for a position."""
 
-FinishReason = Literal["eos", "length", "context", "repeat", "error"]
-"""Why a response ended: a stop token; `max_new_tokens`; the model's context limit; a loop that repeats itself; or
-logits that are not finite, or options that together allow no token."""
+FinishReason = Literal["eos", "length", "context", "repeat", "dead_end", "error"]
+"""Why a response ended: a stop token; `max_new_tokens`; the model's context limit; a loop that repeats itself; a
+grammar that failed, or options that together allow no token; or logits that are not finite."""
 
 TopLogprobs = tuple[tuple[int, float], ...]
 """(token, log-probability), the most likely first."""
@@ -30,6 +30,11 @@ class GrammarState(Protocol):
 
     def accept(self, token: int) -> None:
         """Go on by one token that `allowed` names."""
+        ...
+
+    @property
+    def error(self) -> str:
+        """Why the grammar failed; empty while all is well."""
         ...
 
 
@@ -207,6 +212,8 @@ class Completion:
     """Why it ended."""
     top_logprobs: tuple[TopLogprobs, ...] = ()
     """For each sampled token the most likely ones under the same distribution; empty unless asked for."""
+    error: str = ""
+    """What went wrong, at the finish reasons `dead_end` and `error`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

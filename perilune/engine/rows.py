@@ -22,17 +22,21 @@ from perilune.engine.shaping import LogitShaper
 
 _FIRST_CAPACITY = 64
 
-RUNNING, EOS, LENGTH, CONTEXT, REPEAT, ERROR = range(6)
-REASONS: dict[int, FinishReason] = {EOS: "eos", LENGTH: "length", CONTEXT: "context", REPEAT: "repeat", ERROR: "error"}
+RUNNING, EOS, LENGTH, CONTEXT, REPEAT, DEAD_END, ERROR = range(7)
+REASONS: dict[int, FinishReason] = {
+    EOS: "eos", LENGTH: "length", CONTEXT: "context", REPEAT: "repeat", DEAD_END: "dead_end", ERROR: "error",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
-    """Some samples of one request that start together from one prefill of its prompt."""
+class Member:
+    """A sample that starts."""
 
     request: Request
-    first_sample: int
-    num_samples: int
+    sample: int
+    """Its index among the request's."""
+    slot: int
+    """Its place in the output buffers."""
 
 
 @dataclass(slots=True)
@@ -130,20 +134,19 @@ class RowFactory:
             return request.params.max_new_tokens
         return min(request.params.max_new_tokens, self._context_limit - len(request.prompt_ids))
 
-    def build(self, works: Sequence[Work], slots: Sequence[int]) -> Rows:
-        """Rows of `works`, one per sample, that have sampled nothing yet."""
-        members = [(work.request, work.first_sample + i) for work in works for i in range(work.num_samples)]
-        params = [request.params for request, _ in members]
-        limits = [self.limit(request) for request, _ in members]
+    def build(self, members: Sequence[Member]) -> Rows:
+        """Rows of samples that have no token yet."""
+        params = [member.request.params for member in members]
+        limits = [self.limit(member.request) for member in members]
         reasons = [LENGTH if limit == p.max_new_tokens else CONTEXT for limit, p in zip(limits, params, strict=True)]
         stops = [[*p.end_ids, *[-1] * (self._num_stops - len(p.end_ids))] for p in params]
         seeds = self._ints([p.seed & (2**63 - 1) for p in params])
         zeros = torch.zeros_like(seeds)
-        for slot, (request, _) in zip(slots, members, strict=True):
-            self.shaper.enter(slot, request)
+        for member in members:
+            self.shaper.enter(member.slot, member.request)
         return Rows(
-            slots=self._ints(slots),
-            keys=sample_keys(seeds, self._ints([sample for _, sample in members])),
+            slots=self._ints([member.slot for member in members]),
+            keys=sample_keys(seeds, self._ints([member.sample for member in members])),
             positions=zeros,
             limits=self._ints(limits),
             limit_reasons=self._ints(reasons),
@@ -219,7 +222,7 @@ class OutputBuffers:
         columns = (rows.positions - 1).clamp_min(0)
         tokens = self.tokens[rows.slots, columns].tolist()
         logprobs = self.logprobs[rows.slots, columns].tolist()
-        tops = self.tops(rows) if self.top else [()] * len(tokens)
+        tops = [self.top.get(slot) for slot in rows.slots.tolist()] if self.top else [None] * len(tokens)
         return [
             SampledToken(token_id=token, logprob=logprob, top=top[-1] if top else ())
             for token, logprob, top in zip(tokens, logprobs, tops, strict=True)
@@ -252,10 +255,14 @@ def sample_rows(rows: Rows, logits: Tensor, buffers: OutputBuffers, factory: Row
     """
     logits = logits[:, : factory.vocab_size]
     distribution = TokenDistribution(logits, rows.temperatures)
-    tokens, is_possible = _draw(rows, logits, distribution, buffers, factory)
+    tokens, is_dead_end = _draw(rows, logits, distribution, buffers, factory)
     logprobs = distribution.logprobs(tokens)
-    is_running = rows.reasons == RUNNING
+    is_running, is_possible = rows.reasons == RUNNING, distribution.is_possible()
     is_valid = is_running & is_possible & logprobs.isfinite()
+    failures: Tensor | int = ERROR
+    if is_dead_end is not None:
+        is_valid &= ~is_dead_end
+        failures = torch.where(is_dead_end & is_possible, DEAD_END, ERROR)
     if factory.reports_top:
         _store_top(rows, distribution, is_valid, buffers)
     buffers.write(rows, tokens, logprobs, is_valid)
@@ -265,32 +272,33 @@ def sample_rows(rows: Rows, logits: Tensor, buffers: OutputBuffers, factory: Row
     if factory.rules:
         reasons = torch.where(_repeats(rows, buffers, factory.rules) & (reasons == RUNNING), REPEAT, reasons)
     reasons = torch.where((tokens[:, None] == rows.stops).any(dim=1), EOS, reasons)
-    reasons = torch.where(is_valid, reasons, ERROR)
+    reasons = torch.where(is_valid, reasons, failures)
     rows.reasons = torch.where(is_running, reasons, rows.reasons)
     if factory.shaper:
         is_going = rows.reasons == RUNNING
-        factory.shaper.leave(rows.slots[~is_going].tolist())
         factory.shaper.accept(rows.slots[is_going].tolist(), tokens[is_going].tolist())
 
 
 def _draw(
     rows: Rows, logits: Tensor, distribution: TokenDistribution, buffers: OutputBuffers, factory: RowFactory
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Draw tokens `[N]`; rows whose options change the logits draw from the changed ones.
 
     Returns:
-        The tokens, and `[N]` bool: rows that had a token to draw.
+        The tokens, and `[N]` bool: rows whose options left no token; None without such options.
     """
     uniforms = counter_uniforms(rows.keys, rows.positions)
     truncation = Truncation(rows.top_p, rows.top_k, rows.min_p) if factory.truncates else None
-    tokens, is_possible = distribution.draw(uniforms, truncation), distribution.is_possible()
+    tokens = distribution.draw(uniforms, truncation)
     shaped = factory.shaper.shape(rows.slots, rows.positions, logits, buffers.tokens)
-    if shaped is not None:
-        index = shaped.index
-        changed = TokenDistribution(shaped.logits, rows.temperatures[index])
-        tokens[index] = changed.draw(uniforms[index], None if truncation is None else truncation.select(index))
-        is_possible[index] &= changed.is_possible()
-    return tokens, is_possible
+    if shaped is None:
+        return tokens, None
+    index = shaped.index
+    changed = TokenDistribution(shaped.logits, rows.temperatures[index])
+    tokens[index] = changed.draw(uniforms[index], None if truncation is None else truncation.select(index))
+    is_dead_end = torch.zeros_like(rows.reasons, dtype=torch.bool)
+    is_dead_end[index] = ~changed.is_possible()
+    return tokens, is_dead_end
 
 
 def _store_top(rows: Rows, distribution: TokenDistribution, is_valid: Tensor, buffers: OutputBuffers) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
 from typing import Self
 
 from perilune.engine.engine import Engine
-from perilune.engine.requests import EngineStats, FinishReason, Request, SampledToken
+from perilune.engine.requests import Completion, EngineStats, FinishReason, Request, SampledToken
 from perilune.engine.tickets import StepOutput
 from perilune.errors import EngineBusyError, EngineError
 
@@ -26,7 +27,23 @@ class Chunk:
     tokens: tuple[SampledToken, ...]
     """In order; a reader who comes late gets several at once."""
     finish_reason: FinishReason | None
-    """Set on the sample's last chunk; at "error" there may be no token."""
+    """Set on the sample's last chunk; at "dead_end" and "error" there may be no token."""
+    error: str = ""
+    """As in `Completion.error`."""
+    first_s: float = field(default_factory=time.monotonic)
+    """When the engine had the first of the tokens, by the monotonic clock, however late they are read."""
+    last_s: float = field(default_factory=time.monotonic)
+    """When it had the last of them."""
+
+
+@dataclass(slots=True)
+class _Unread:
+    """What waits for the reader of one sample."""
+
+    first_s: float
+    last_s: float
+    tokens: list[SampledToken] = field(default_factory=list[SampledToken])
+    end: Completion | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,27 +64,35 @@ class ResponseStream:
     What is not read yet waits here, at most the response itself, and never holds the engine up.
     """
 
-    def __init__(self, num_samples: int, cancel: Callable[[ResponseStream], None]) -> None:
+    def __init__(self, num_samples: int, cancel: Callable[[ResponseStream, int | None], None]) -> None:
         """Wait for `num_samples` samples; made by `EngineService.submit`."""
         self._loop = asyncio.get_running_loop()
         self._cancel = cancel
-        self._tokens: dict[int, list[SampledToken]] = {}
-        self._reasons: dict[int, FinishReason] = {}
-        self._left = num_samples
+        self._unread: dict[int, _Unread] = {}
+        self._left = set(range(num_samples))
         self._error: EngineError | None = None
         self._is_canceled = False
         self._news = asyncio.Event()
         self.cached_tokens = 0
         """Tokens of the prompt that were in the cache already; known with the first chunk."""
 
-    def cancel(self) -> None:
-        """Stop the generation and the iteration; safe to call at any time, also after the end."""
-        if not self._is_canceled:
-            self._is_canceled = True
-            self._tokens.clear()
-            self._reasons.clear()
-            self._news.set()
-            self._cancel(self)
+    def cancel(self, sample: int | None = None) -> None:
+        """Stop the generation and the iteration; safe to call at any time, also after the end.
+
+        Args:
+            sample: the only one to stop, of which no chunk comes any more; None for all.
+        """
+        if self._is_canceled or not (sample is None or sample in self._left):
+            return
+        if sample is not None and len(self._left) > 1:
+            self._left.discard(sample)
+            self._unread.pop(sample, None)
+            self._cancel(self, sample)
+            return
+        self._is_canceled = True
+        self._unread.clear()
+        self._news.set()
+        self._cancel(self, None)
 
     def __aiter__(self) -> AsyncIterator[Chunk]:
         return self
@@ -76,7 +101,7 @@ class ResponseStream:
         while True:
             if self._is_canceled:
                 raise StopAsyncIteration
-            if self._tokens or self._reasons:
+            if self._unread:
                 return self._next_chunk()
             if self._error is not None:
                 raise self._error
@@ -90,20 +115,30 @@ class ResponseStream:
                 raise
 
     def _next_chunk(self) -> Chunk:
-        sample = next(iter(self._tokens or self._reasons))
-        tokens, reason = self._tokens.pop(sample, []), self._reasons.pop(sample, None)
-        self._left -= reason is not None
-        return Chunk(sample=sample, tokens=tuple(tokens), finish_reason=reason)
+        sample = next(iter(self._unread))
+        unread = self._unread.pop(sample)
+        end = unread.end
+        if end is not None:
+            self._left.discard(sample)
+        return Chunk(
+            sample=sample,
+            tokens=tuple(unread.tokens),
+            finish_reason=None if end is None else end.finish_reason,
+            error="" if end is None else end.error,
+            first_s=unread.first_s,
+            last_s=unread.last_s,
+        )
 
-    def put(self, output: StepOutput) -> None:
-        """Take an output of the engine; in the reader's event loop."""
-        if self._is_canceled:
+    def put(self, output: StepOutput, at_s: float) -> None:
+        """Take an output that the engine had at `at_s`; in the reader's event loop."""
+        if self._is_canceled or output.sample not in self._left:
             return
         self.cached_tokens = output.cached_tokens
+        unread = self._unread.setdefault(output.sample, _Unread(at_s, at_s))
+        unread.last_s = at_s
         if output.token is not None:
-            self._tokens.setdefault(output.sample, []).append(output.token)
-        if output.completion is not None:
-            self._reasons[output.sample] = output.completion.finish_reason
+            unread.tokens.append(output.token)
+        unread.end = output.completion
         self._news.set()
 
     def fail(self, error: EngineError) -> None:
@@ -216,9 +251,14 @@ class EngineService:
         """See `Engine.weights_updated`; takes effect between two steps."""
         self._command(self._engine.weights_updated)
 
-    def _cancel(self, stream: ResponseStream) -> None:
-        self._close(stream)
-        self._command(lambda: self._remove(stream))
+    def _cancel(self, stream: ResponseStream, sample: int | None) -> None:
+        if sample is None:
+            self._close(stream)
+        else:
+            with self._condition:
+                if stream in self._open:
+                    self._open[stream] -= 1  # others may come in its place
+        self._command(partial(self._remove, stream, sample))
 
     def _command(self, command: Callable[[], None]) -> None:
         with self._condition:
@@ -255,14 +295,15 @@ class EngineService:
         key = self._engine.add(request)
         self._streams[key], self._keys[stream] = stream, key
 
-    def _remove(self, stream: ResponseStream) -> None:
-        key = self._keys.pop(stream, None)
-        if key is not None:
-            self._engine.cancel(key)
-            self._streams.pop(key, None)
+    def _remove(self, stream: ResponseStream, sample: int | None) -> None:
+        key = self._keys.get(stream)
+        if key is not None and self._engine.cancel(key, sample):
+            del self._keys[stream], self._streams[key]
+            self._close(stream)
 
     def _deliver(self, outputs: list[StepOutput]) -> None:
         """Hand outputs to their streams, with one wake-up per event loop."""
+        now_s = time.monotonic()
         batches: dict[asyncio.AbstractEventLoop, list[tuple[ResponseStream, StepOutput]]] = {}
         for output in outputs:
             stream = self._streams.get(output.key)
@@ -272,11 +313,11 @@ class EngineService:
             if output.is_last:
                 del self._streams[output.key], self._keys[stream]
         for loop, batch in batches.items():
-            _call(loop, lambda batch=batch: self._put(batch))
+            _call(loop, partial(self._put, batch, now_s))
 
-    def _put(self, batch: list[tuple[ResponseStream, StepOutput]]) -> None:
+    def _put(self, batch: list[tuple[ResponseStream, StepOutput]], at_s: float) -> None:
         for stream, output in batch:
-            stream.put(output)
+            stream.put(output, at_s)
             if output.is_last:
                 self._close(stream)
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from perilune.engine.requests import GrammarState, Request, SamplingParams
+from perilune.engine.guarded import GuardedState
+from perilune.engine.requests import Request, SamplingParams
 
 
 @dataclass(slots=True)
@@ -24,7 +25,7 @@ class _Shape:
     params: SamplingParams
     prompt_ids: Tensor
     """int64, distinct tokens of the prompt; empty unless repetition is penalized."""
-    grammar: GrammarState | None
+    grammar: GuardedState | None
     offset: Tensor | None = None
     """float32 `[V]`, what bias and masks add to the logits; made when the vocabulary is known, once per group."""
 
@@ -57,7 +58,7 @@ class LogitShaper:
         params = request.params
         if not params.is_shaping:
             return
-        grammar = None if params.grammar is None else params.grammar.start()
+        grammar = None if params.grammar is None else GuardedState(params.grammar)
         prompt = sorted(set(request.prompt_ids)) if params.repetition_penalty != 1 else []
         self._shapes[slot] = _Shape(params, torch.tensor(prompt, dtype=torch.int64, device=self._device), grammar)
 
@@ -104,6 +105,13 @@ class LogitShaper:
             shape = self._shapes.get(slot)
             if shape is not None and shape.grammar is not None:
                 shape.grammar.accept(token)
+
+    def dead_end(self, slot: int) -> str:
+        """Why the row at `slot` has no token to go on with."""
+        shape = self._shapes.get(slot)
+        if shape is not None and shape.grammar is not None and shape.grammar.error:
+            return f"the grammar failed: {shape.grammar.error}"
+        return "the request's options together allow none"
 
     def __bool__(self) -> bool:
         return bool(self._shapes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from perilune.engine.manager import CacheManager
-from perilune.engine.rows import OutputBuffers, RowFactory, Rows, Work
+from perilune.engine.rows import Member, OutputBuffers, RowFactory, Rows
 from perilune.engine.tickets import Fill, Sample
 
 
@@ -18,14 +18,13 @@ class Starter:
 
     def begin(self, shares: Sequence[tuple[Fill, int]]) -> tuple[list[Sample], Rows | None]:
         """Begin so many samples of each text, which takes them off those that wait; None without any."""
-        works: list[Work] = []
         samples: list[Sample] = []
         for fill, count in shares:
-            works.append(Work(request=fill.ticket.request, first_sample=fill.waiting[0], num_samples=count))
             for slot in self._buffers.take(count):
                 number, holding = fill.waiting.popleft(), self._manager.fork(fill.holding)
                 samples.append(Sample(fill.ticket, number, slot, holding, fill.epoch))
-        return samples, self._factory.build(works, [sample.slot for sample in samples]) if works else None
+        members = [Member(request=sample.ticket.request, sample=sample.number, slot=sample.slot) for sample in samples]
+        return samples, self._factory.build(members) if members else None
 
     def resume(self, fills: Sequence[Fill], rows: Rows | None) -> tuple[list[Sample], Rows]:
         """Let preempted samples among `fills` go on; returns them, and `rows` with theirs behind."""

@@ -24,7 +24,7 @@ class Ticket:
     left: int
     """Samples that have not ended."""
     cached_tokens: int | None = None
-    """Tokens of the prompt that were in the cache when it was begun."""
+    """Tokens of the prompt that were in the cache when it was begun and did not have to be computed."""
 
 
 @dataclass(slots=True, eq=False)
@@ -94,7 +94,7 @@ class StepOutput:
     sample: int
     """Index among its samples."""
     token: SampledToken | None
-    """Newest token, of streaming requests; None at the end of those whose logits were not finite."""
+    """Newest token, of streaming requests; None at the end of those that had none to draw: `Completion.error`."""
     completion: Completion | None
     """The whole response, when it has ended."""
     cached_tokens: int = 0

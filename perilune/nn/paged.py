@@ -40,7 +40,7 @@ class PageRows:
             host_lengths: the same on the host.
             layout: how many tokens each gets.
             block_size: B, tokens of a page.
-            is_planned: whether steps on a CPU read pages where they lie, which adds them up in the order of memory.
+            is_planned: whether steps on a CPU read pages where they lie.
         """
         self.tables = tables
         self.before, self.host_before = lengths, tuple(host_lengths)

@@ -173,7 +173,7 @@ def _score(scorer: Scorer, prompt: Prompt, trajectory: Trajectory) -> Score:
     match trajectory.finish_reason:
         case "eos":
             return safe_score(scorer, prompt, trajectory.token_ids)
-        case "error":
+        case "error" | "dead_end":
             return Score(reward=None)
         case _:
             return Score(reward=0.0)

@@ -8,9 +8,10 @@ from typing import Literal
 import torch
 
 from perilune import models
-from perilune.data import ChatTemplate, HFTokenizer, Tokenizer, tokenizer_files
+from perilune.data import ChatTemplate, HFTokenizer, Tokenizer, tokenizer_files, without_missing_code
 from perilune.errors import DataError
 from perilune.models import Details
+from perilune.models.checkpoint.companions import read_companions, tokenizer_code
 from perilune.report import NullProgress, Progress, ProgressTask
 from perilune.run.directory import RunDirectory
 from perilune.run.loading import load_stage_model
@@ -65,7 +66,12 @@ def convert_model(
     if stage is not None:
         raise DataError(f"{source} is not a run directory, so it has no stage {stage!r}")
     with _Bytes(progress or NullProgress()) as shown:
-        files = _gguf_files(source) if source.suffix == ".gguf" else None
+        if source.suffix == ".gguf":
+            files = _gguf_files(source)
+        else:
+            files = read_companions(source)
+            # what reads our own format needs no code
+            files = without_missing_code(files, source, tokenizer_code(files)) if format == "hf" else files
         models.convert(
             source, target, format, dtype=wanted, tokenizer_files=files, quantize=quantize, on_bytes=shown.update
         )

@@ -237,6 +237,29 @@ def test_what_is_no_template_is_refused(tmp_path, found, message):
         ("{{ 'a' * 10 ** 9 }}", "of size 1,000,000,000"),
         ("{{ 2 ** (10 ** 9) }}", "of size"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        (
+            "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}",
+            "takes too long",
+        ),
+        (
+            "{% macro g() %}{{ caller() }}{{ caller() }}{% endmacro %}"
+            "{% macro f(n) %}{% if n %}{% call g() %}{{ f(n - 1) }}{% endcall %}{% endif %}{% endmacro %}{{ f(40) }}",
+            "takes too long",
+        ),
+        (
+            "{% for x in [1] recursive %}{% if loop.depth < 40 %}{{ loop([x]) }}{{ loop([x]) }}{% endif %}{% endfor %}",
+            "takes too long",
+        ),
+        (
+            "{% set n = namespace(n=0) %}{% block b %}{% set n.n = n.n + 1 %}{% if n.n < 40 %}"
+            "{{ self.b() }}{{ self.b() }}{% endif %}{% set n.n = n.n - 1 %}{% endblock %}",
+            "takes too long",
+        ),
+        (
+            "{% set perilune_deadline = 1e99 %}"
+            "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
+            "takes too long",
+        ),
         ("{{ messages.nothing.more }}", "UndefinedError"),
     ],
 )

@@ -81,7 +81,7 @@ def test_a_prompt_is_prefilled_once_per_group(model):
 
 
 def test_prompts_are_prefilled_together_within_the_token_limit(model):
-    Engine(model, max_tokens_prefill=5).generate([request([1, 2], k=2, max_new_tokens=1) for _ in range(5)])
+    Engine(model, max_tokens_prefill=5).generate([request([1, n], k=2, max_new_tokens=1) for n in range(5)])
     assert model.calls == [(2, 2), (2, 2), (2,)]
 
 

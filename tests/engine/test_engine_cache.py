@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from perilune.engine import Engine, Request, SamplingParams
 from perilune.errors import EngineError
@@ -137,6 +139,72 @@ def test_a_known_beginning_is_not_computed_again(decoder, monkeypatch):
         assert calls[0] <= len(longer) - known
 
 
+def count_prefilled(engine, monkeypatch):
+    """A list to which the tokens of each prefill are added."""
+    sizes, forward = [], engine._core.intake._forward
+    monkeypatch.setattr(
+        engine._core.intake, "_forward", lambda pieces: sizes.append(sum(n for _, n in pieces)) or forward(pieces)
+    )
+    return sizes
+
+
+@pytest.mark.parametrize("length", [1, 45, 6 * BLOCK])
+@pytest.mark.parametrize("is_deterministic", [False, True])
+def test_the_very_same_prompt_is_not_computed_again(hybrid, monkeypatch, length, is_deterministic):
+    engine = make_engine(hybrid, max_tokens_prefill=2 * BLOCK, deterministic=is_deterministic)
+    wanted = request(text(length), k=2, seed=3)
+    expected = engine.generate([wanted])
+    sizes = count_prefilled(engine, monkeypatch)
+    key = engine.add(wanted)
+    outputs = [output for _ in range(11) for output in engine.step()]
+    known = length if not is_deterministic or length % (2 * BLOCK) == 0 else length // (2 * BLOCK) * 2 * BLOCK
+    assert {output.cached_tokens for output in outputs} == {known}
+    assert sum(sizes) == length - known
+    found = [output.completion for output in outputs if output.key == key and output.completion]
+    assert_same(sorted(found, key=lambda completion: completion.sample), expected)
+    if is_deterministic:
+        assert [c.logprobs for c in sorted(found, key=lambda c: c.sample)] == [c.logprobs for c in expected]
+    assert_clean(engine)
+
+
+ALONE = {}
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    data=st.data(),
+    cuts=st.lists(st.tuples(st.integers(0, 2), st.sampled_from([1, 7, 8, 9, 16, 23, 30])), min_size=3, max_size=8),
+    pages=st.sampled_from([8, 14, None]),
+    piece=st.sampled_from([5, 16, 64]),
+)
+def test_known_beginnings_are_as_good_as_computed_ones_and_are_counted_truly(hybrid, data, cuts, pages, piece):
+    options = {"max_tokens_prefill": piece, "max_tokens_mixed": piece, "max_batch": 3}
+    engine = make_engine(hybrid, **options) if pages is None else tight_engine(hybrid, pages, **options)
+    left = [
+        request((text(10) + text(30, base))[:length], f"{base} {length}", max_new_tokens=4) for base, length in cuts
+    ]
+    prompts, cached, found = {}, {}, []
+    with pytest.MonkeyPatch.context() as patch:
+        sizes = count_prefilled(engine, patch)
+        while left or engine.has_work:
+            if left and (not engine.has_work or data.draw(st.booleans())):
+                one = left.pop()
+                prompts[engine.add(one)] = one
+            for output in engine.step():
+                cached[output.key] = output.cached_tokens
+                found += [output.completion] if output.completion else []
+    if not engine.stats().preemptions:
+        assert sum(sizes) == sum(len(one.prompt_ids) - cached[key] for key, one in prompts.items())
+    for completion in found:
+        name = completion.request_id
+        if name not in ALONE:
+            wanted = next(one for one in prompts.values() if one.id == name)
+            ALONE[name] = Engine(hybrid, prefix_cache=False).generate([wanted])[0]
+        assert_same([completion], [ALONE[name]])
+    assert len(found) == len(cuts)
+    assert_clean(engine)
+
+
 def test_a_conversation_goes_on_from_its_last_state(decoder):
     engine = make_engine(decoder)
     prompt = text(13)
@@ -161,6 +229,66 @@ def test_requests_can_be_canceled_at_any_time(decoder):
         if found:  # else it had ended before
             assert_same([found[s] for s in sorted(found)], [expected[s] for s in sorted(found)])
         assert_clean(engine)
+
+
+@pytest.mark.parametrize(
+    ("stage", "sample", "steps", "max_batch"),
+    [
+        ("waiting", 0, 0, 3),
+        ("prefill", 1, 1, 3),
+        ("ready", 2, 5, 2),
+        ("running", 0, 5, 3),
+        ("running", 1, 8, 2),
+        ("preempted", 2, 16, 3),
+    ],
+)
+def test_one_sample_is_canceled_and_others_do_not_notice(hybrid, stage, sample, steps, max_batch):
+    wanted = [request(text(21), "a", k=3, seed=1, max_new_tokens=20), request(text(9, 5), "b", k=2, max_new_tokens=12)]
+    expected = {(c.request_id, c.sample): c for c in Engine(hybrid).generate(wanted)}
+    engine = tight_engine(hybrid, 8, max_tokens_prefill=8, max_tokens_mixed=8, max_batch=max_batch)
+    keys = [engine.add(r) for r in wanted]
+    for _ in range(steps):
+        engine.step()
+    assert stage_of(engine._core, keys[0], sample) == stage
+    pages = engine.stats().pages_used
+    assert not engine.cancel(keys[0], sample)
+    assert stage_of(engine._core, keys[0], sample) == "gone"
+    if stage == "running":
+        assert engine.stats().pages_used < pages
+    found = {}
+    while engine.has_work:
+        outputs = [output for output in engine.step() if output.completion is not None]
+        found |= {(output.completion.request_id, output.sample): output.completion for output in outputs}
+    assert found.keys() | {("a", sample)} == expected.keys()
+    assert_same([found[name] for name in sorted(found)], [expected[name] for name in sorted(found)])
+    assert_clean(engine)
+
+
+def stage_of(core, key, sample):
+    """Where a sample is."""
+    if (key, sample) in [one.order for one in core.running.samples]:
+        return "running"
+    for fill in core.intake._every_fill():
+        if fill.ticket.key == key:
+            if fill.resumed is not None and fill.resumed[0].number == sample:
+                return "preempted"
+            if sample in fill.waiting:
+                return "ready" if fill.hidden is not None else "prefill" if fill.holding.pages else "waiting"
+    return "gone"
+
+
+def test_canceling_every_sample_ends_the_request(hybrid):
+    engine = make_engine(hybrid, prefix_cache=False)
+    key = engine.add(request(text(5), k=3, max_new_tokens=100))
+    engine.step()
+    assert not engine.cancel(key, 1)
+    assert not engine.cancel(key, 1)
+    assert not engine.cancel(key, 7)
+    assert {o.sample for o in engine.step()} == {0, 2}
+    assert not engine.cancel(key, 0)
+    assert engine.cancel(key, 2)
+    assert engine.cancel(key, 2)
+    assert_clean(engine)
 
 
 def test_pages_and_states_cost_what_the_formula_says(decoder):

@@ -1,5 +1,6 @@
 import json
 import random
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -114,6 +115,21 @@ def test_a_token_that_was_not_allowed_leaves_none(compiler):
     state.accept(ord("n"))
     assert allowed(state) == []
     assert "n" in state.error
+
+
+def branching(count):
+    """A schema whose rows of items are beyond llguidance's limit only behind the first `[`."""
+    return {"anyOf": [{"type": "array", "items": {"type": "array", "items": {"enum": [i]}}} for i in range(count)]}
+
+
+def test_a_limit_that_is_met_midway_is_named_in_a_line(compiler):
+    state = compiler.json_schema(branching(500)).start()
+    assert allowed(state) == [ord("[")]
+    state.accept(ord("["))
+    assert allowed(state) == []
+    assert re.fullmatch(r"Parser Error: Current row has \d+ items; max is 2000; .*", state.error)
+    assert "\n" not in state.error
+    assert "state>" not in state.error
 
 
 @pytest.mark.parametrize(

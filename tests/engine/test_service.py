@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 
 import pytest
 
@@ -68,6 +69,22 @@ def test_a_reader_who_does_not_read_holds_nobody_up(model):
     run(serve())
 
 
+def test_a_late_reader_is_told_when_the_engine_had_the_tokens(model):
+    async def serve():
+        async with EngineService(Engine(model)) as service:
+            begun_s = time.monotonic()
+            stream = service.submit(request([1], k=2, max_new_tokens=20))
+            await until(lambda: service.stats().requests == 0)
+            ended_s = time.monotonic()
+            await until(lambda: time.monotonic() > ended_s + 0.02)
+            chunks = [chunk async for chunk in stream]
+            assert [len(chunk.tokens) for chunk in chunks] == [20, 20]
+            for chunk in chunks:
+                assert begun_s < chunk.first_s < chunk.last_s < ended_s
+
+    run(serve())
+
+
 def test_canceling_gives_everything_back(model):
     async def serve():
         engine = Engine(model, block_size=4)
@@ -85,6 +102,51 @@ def test_canceling_gives_everything_back(model):
             await until(lambda: service.stats().engine.running == 0 and service.stats().requests == 0)
             assert not engine.has_work
             assert engine.stats().pages_used == engine.stats().pages_cached
+
+    run(serve())
+
+
+def test_one_sample_is_canceled_and_others_are_read_to_their_end(model):
+    wanted = request([1, 2], k=3, seed=4)
+    expected = Engine(model).generate([wanted])
+
+    async def serve():
+        engine = Engine(model, max_batch=3)
+        async with EngineService(engine, max_waiting=0) as service:
+            stream = service.submit(request([1, 2], k=3, seed=4, max_new_tokens=10**6))
+            await anext(stream)
+            stream.cancel(1)
+            stream.cancel(1)
+            await until(lambda: service.stats().engine.running == 2)
+            other = service.submit(request([5], max_new_tokens=2))  # there is room for one more
+            assert len((await read(other))[0][0]) == 2
+            stream.cancel(0)
+            stream.cancel(2)  # the last
+            assert [chunk async for chunk in stream] == []
+            await until(lambda: service.stats().requests == 0 and not engine.has_work)
+            stream = service.submit(wanted)
+            stream.cancel(0)
+            found = await read(stream)
+            stream.cancel(2)
+            await until(lambda: service.stats().requests == 0)
+            return found
+
+    found = run(serve())
+    assert sorted(found) == [1, 2]
+    for sample, (tokens, reason) in found.items():
+        assert tuple(token.token_id for token in tokens) == expected[sample].token_ids
+        assert reason == expected[sample].finish_reason
+
+
+def test_the_last_sample_that_is_canceled_after_others_have_ended_ends_the_request(model):
+    async def serve():
+        engine = Engine(model)
+        async with EngineService(engine) as service:
+            stream = service.submit(request([1, 2], k=2, seed=4, max_new_tokens=5, stop_ids=()))
+            await until(lambda: service.stats().requests == 0)
+            stream.cancel(0)  # all have ended, none was read
+            assert sorted(await read(stream)) == [1]
+            assert not engine.has_work
 
     run(serve())
 

@@ -93,6 +93,43 @@ class AlternatingState:
         assert self.allowed()[0] >> token & 1
         self.taken.append(token)
 
+    error = ""
+
+
+class Failing(Alternating):
+    """A grammar that fails in one of its functions when it has so many tokens, or says that it has."""
+
+    def __init__(self, where, after):
+        self.where, self.after = where, after
+
+    def start(self):
+        if self.where == "start":
+            raise RuntimeError("broken in start")
+        return FailingState(self)
+
+
+class FailingState(AlternatingState):
+    def __init__(self, grammar):
+        super().__init__()
+        self.grammar = grammar
+
+    def fails(self, where):
+        if (self.grammar.where, self.grammar.after) == (where, len(self.taken)):
+            raise RuntimeError(f"broken in {where}")
+
+    def allowed(self):
+        self.fails("allowed")
+        return bytes(1) if self.error else super().allowed()
+
+    def accept(self, token):
+        self.fails("accept")
+        super().accept(token)
+
+    @property
+    def error(self):
+        is_over = (self.grammar.where, self.grammar.after) == ("error", len(self.taken))
+        return "2800 items, at most 2000" if is_over else ""
+
 
 def run(model, **params):
     prompt = params.pop("prompt", [4, 5])
@@ -202,11 +239,39 @@ def test_padding_of_the_vocabulary_is_never_drawn_and_has_no_probability(model):
 def test_options_that_allow_nothing_end_the_response_with_an_error(model):
     stuck = SamplingParams(grammar=Alternating(), stop_ids=(0,), blocked_ids=(2,), max_new_tokens=5)
     completions = Engine(model).generate([Request(prompt_ids=[1], params=stuck), Request(prompt_ids=[1])])
-    assert completions[0].finish_reason == "error"
+    assert completions[0].finish_reason == "dead_end"
     assert completions[0].token_ids == (1,)
-    assert completions[1].finish_reason == "length"
+    assert completions[0].error == "no token could be drawn after 1 tokens: the request's options together allow none"
+    assert (completions[1].finish_reason, completions[1].error) == ("length", "")
     with pytest.raises(EngineError, match="options together allow none"):
         list(Engine(model).stream(Request(prompt_ids=[1], params=stuck)))
+
+
+@pytest.mark.parametrize("is_deterministic", [False, True])
+@pytest.mark.parametrize(
+    ("where", "after", "tokens", "message"),
+    [
+        ("start", 0, 0, "RuntimeError: broken in start"),
+        ("allowed", 0, 0, "RuntimeError: broken in allowed"),
+        ("allowed", 2, 2, "RuntimeError: broken in allowed"),
+        ("accept", 2, 3, "RuntimeError: broken in accept"),
+        ("error", 3, 3, "2800 items, at most 2000"),
+    ],
+)
+def test_a_grammar_that_fails_ends_its_own_response(model, where, after, tokens, message, is_deterministic):
+    def wanted(grammar, name):
+        params = SamplingParams(grammar=grammar, stop_ids=(0,), max_new_tokens=8, logit_bias=((0, -100.0),))
+        return Request(prompt_ids=[1, 5], params=params, num_samples=2, id=name)
+
+    engine = Engine(model, deterministic=is_deterministic)
+    good = engine.generate([wanted(Alternating(), "good")])
+    found = engine.generate([wanted(Failing(where, after), "bad"), wanted(Alternating(), "good")])
+    assert_same(found[2:], good)
+    for completion in found[:2]:
+        assert (completion.finish_reason, len(completion.token_ids)) == ("dead_end", tokens)
+        assert completion.error == f"no token could be drawn after {tokens} tokens: the grammar failed: {message}"
+    assert engine._core.manager.is_clean
+    assert not engine._core._factory.shaper
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from perilune.ops import packing
@@ -37,8 +37,21 @@ def compare(rows, inputs, outputs, dtype):
         assert ((found.double() - wanted).abs() <= bound).all()
 
 
+@pytest.fixture(params=["onednn", "transposed"], autouse=True)
+def order(request, monkeypatch):
+    """Small weights are transposed; here oneDNN's order is tried on them too."""
+    monkeypatch.setattr(packing, "_TRANSPOSED", 1 if request.param == "onednn" else 1 << 20)
+    return request.param
+
+
+def test_what_is_transposed(order):
+    small = torch.ones(3, 5)
+    assert pack(small).is_mkldnn == (order == "onednn")
+    assert pack(small.bfloat16()).is_mkldnn or torch.bfloat16 not in DTYPES
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.integers(1, 40), inputs=st.integers(1, 70), outputs=st.integers(1, 70))
 def test_any_sizes_equal_the_plain_product(dtype, rows, inputs, outputs):
     compare((rows,), inputs, outputs, dtype)

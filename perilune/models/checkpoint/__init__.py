@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from perilune.errors import CheckpointError
 from perilune.models.attention_mode import config_as_set
+from perilune.models.checkpoint.companions import read_companions
 from perilune.models.checkpoint.format import Details
 from perilune.models.checkpoint.gguf import GGUFFile
 from perilune.models.checkpoint.opening import RUN, open_checkpoint, read_header
@@ -20,22 +20,6 @@ from perilune.models.decoder import Decoder
 from perilune.nn.init import initialize_buffers
 
 __all__ = ["Details", "FormatName", "GGUFFile", "convert", "load", "read_config", "read_details", "save"]
-
-TOKENIZER_NAMES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "tiktoken.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""Files that a conversion copies as they are; code is not among them."""
-
-_MAX_TOKENIZER_BYTES = 1 << 28
 
 
 def load(path: Path | str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Decoder:
@@ -88,7 +72,7 @@ def save(
         dtype: of the weights that do not have to be float32; None for the model's.
         details: what else the checkpoint says: token ids, longest context, the family's name. What `read_details`
             returned is written back.
-        tokenizer_files: tokenizer and chat template, by their plain file names.
+        tokenizer_files: tokenizer and chat template, by their file names.
         quantize: `fp8` stores the weights of linear layers in blocks, as Kimi K2 does.
         max_shard_bytes: size of the largest file.
 
@@ -118,7 +102,8 @@ def convert(
         target: a directory that does not exist yet.
         format: see `save`.
         dtype: see `save`; quantized weights become the dtype of the others by default.
-        tokenizer_files: tokenizer and chat template, by their plain file names; None copies those of the source.
+        tokenizer_files: tokenizer and chat template, by their file names; None copies those of the source, with the
+            code that its tokenizer_config.json names.
         quantize: see `save`.
         max_shard_bytes: see `save`.
         on_bytes: told after each piece how many bytes of weights are written, and of how many.
@@ -128,7 +113,7 @@ def convert(
         ValueError: an option is out of range.
     """
     options = WriteOptions(format=format, dtype=dtype, quantize=quantize, max_shard_bytes=max_shard_bytes)
-    files = _read_tokenizer_files(Path(source)) if tokenizer_files is None else tokenizer_files
+    files = read_companions(Path(source)) if tokenizer_files is None else tokenizer_files
     with open_checkpoint(Path(source)) as stored:
         write_model(stored, Path(target), options, tokenizer_files=files, on_bytes=on_bytes)
 
@@ -159,14 +144,3 @@ class _LiveModel:
     def read(self, ours: str, start: int, count: int) -> Tensor:
         """Return a run of one of its tensors."""
         return self._state[ours].detach().reshape(-1)[start : start + count]
-
-
-def _read_tokenizer_files(directory: Path) -> dict[str, bytes]:
-    files: dict[str, bytes] = {}
-    for name in TOKENIZER_NAMES:
-        path = directory / name
-        if path.is_file():
-            if path.stat().st_size > _MAX_TOKENIZER_BYTES:
-                raise CheckpointError(f"{path}: has more than {_MAX_TOKENIZER_BYTES} bytes, which is no tokenizer")
-            files[name] = path.read_bytes()
-    return files

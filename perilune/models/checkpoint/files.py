@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from perilune.errors import CheckpointError
+from perilune.models.checkpoint.problems import grouped
 from perilune.models.checkpoint.quantization import (
     FP8_BLOCK,
     INT4_PER_WORD,
@@ -132,12 +133,10 @@ class WeightFiles:
             if not _FILE_NAME.fullmatch(name):
                 raise CheckpointError(f"{index}: file name {name[:100]!r} is not allowed; plain *.safetensors only")
         files = {name: self._file(file) for name, file in weight_map.items()}
-        absent = [name for name, file in files.items() if name not in file.entries]
+        absent = [f"{name} in {weight_map[name]}" for name, file in files.items() if name not in file.entries]
         if absent:
-            raise CheckpointError(
-                f"{index}: {len(absent)} tensors are not in the files that it names, e.g. {absent[0]} in "
-                f"{weight_map[absent[0]]}"
-            )
+            lines = [f"{index}: {len(absent)} tensors are not in the files that it names", *grouped(absent)]
+            raise CheckpointError("\n  ".join(lines))
         return files
 
     def _file(self, name: str) -> TensorFile:
@@ -170,7 +169,7 @@ class WeightFiles:
         if len(shape) != 2:
             self.broken.append(f"{name}: FP8 of shape {shape}, only matrices can be dequantized")
         elif scale not in self._files:
-            self.broken.append(f"{name}: FP8 without {scale}")
+            self.broken.append(f"{name}: FP8 without its weight_scale_inv")
         else:
             expected = fp8_scale_shape(shape, self._quantization.fp8_block)
             found = self._files[scale].entries[scale].shape
@@ -189,12 +188,12 @@ class WeightFiles:
         if f"{stem}_shape" in self._files:
             told = self._raw(f"{stem}_shape").flatten().tolist()
             if len(told) != 2 or told[0] != rows or not shape[1] - INT4_PER_WORD < told[1] <= shape[1]:
-                self.broken.append(f"{stem}_shape: {told}, which does not fit {name} of shape {entry.shape}")
+                self.broken.append(f"{stem}_shape: {told}, which does not fit weight_packed of shape {entry.shape}")
                 return shape
             shape = (rows, int(told[1]))
         expected = (rows, -(-shape[1] // self._quantization.int4_group))
         if f"{stem}_scale" not in self._files:
-            self.broken.append(f"{name}: without {stem}_scale")
+            self.broken.append(f"{name}: without its weight_scale")
         elif (found := self._files[f"{stem}_scale"].entries[f"{stem}_scale"].shape) != expected:
             self.broken.append(f"{stem}_scale: shape {found}, expected {expected} for a weight {shape}")
         return shape

@@ -49,7 +49,9 @@ class Format:
     predicts_further: bool = False
     """Whether files may hold one layer more than the model, which predicts a further token in training."""
     repeats_tied: bool = False
-    """Whether a tied output matrix is written once more as `lm_head.weight`, since a reader would not tie it."""
+    """Whether a tied output matrix is written once more as `lm_head.weight`, since no reader would tie it."""
+    unquantized: str | None = None
+    """Ending of the names of linear layers that a quantized checkpoint keeps as they are, and says so."""
 
 
 def refuse_unless(name: str, requirements: Mapping[str, bool]) -> None:

@@ -1,7 +1,8 @@
 """Kimi Linear: `KimiLinearForCausalLM`, as released with the 48B models.
 
 Layers are told by two lists that count from 1. Besides the release's names, those of the transformers library, of the
-operator library's own layer, and of exporters that fuse or stack tensors are read.
+operator library's own layer, and of exporters that fuse or stack tensors are read. What is written is what vLLM and
+SGLang read too: they have neither low-rank queries nor a tied output matrix.
 """
 
 from __future__ import annotations
@@ -42,6 +43,10 @@ _ATTENTION_ALIASES = {
     ".self_attn.g_proj.1.": ".self_attn.g_b_proj.",
 }
 _GATE_BIAS = re.compile(r"\.self_attn\.g_(proj|proj\.1|b_proj)\.bias$")
+_BETA = ".b_proj"
+"""Suffix of layers that stay as they are among FP8: one row a head makes no whole block on each of several devices."""
+_TAPS = range(2, 5)
+"""What the convolution kernels of the servers, and of transformers on a GPU, are written for."""
 _LAYER_TYPES = {"linear_attention": "kda", "full_attention": "mla"}
 
 
@@ -70,10 +75,13 @@ def write(config: ModelConfig, details: Details) -> dict[str, Any]:
     _check_written(config)
     kda, mla, moe = config.kda, config.mla, config.moe
     heads = mla.num_heads if mla is not None else kda.num_heads if kda is not None else 1
+    longest = details.max_positions or 1048576
     tree: dict[str, Any] = {
         "architectures": ["KimiLinearForCausalLM"],
         "model_type": _NAME,
         **write_common(config),
+        # the output matrix is written whole: no reader ties it, and vLLM leaves it out if it is told that it is tied
+        "tie_word_embeddings": False,
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
         "head_dim": max(1, config.d_model // heads),
@@ -90,7 +98,8 @@ def write(config: ModelConfig, details: Details) -> dict[str, Any]:
         "first_k_dense_replace": config.num_layers if moe is None else config.first_k_dense,
         "moe_layer_freq": 1,
         "num_nextn_predict_layers": 0,
-        "model_max_length": details.max_positions or 1048576,
+        "model_max_length": longest,
+        "max_position_embeddings": longest,  # newer servers have a default of 4096 for it
     }
     if moe is not None:
         tree |= {
@@ -147,7 +156,8 @@ FORMAT = Format(
     write=write,
     bindings=bindings,
     canonical=canonical,
-    repeats_tied=True,  # transformers' class, as of 5.24, reads `tie_word_embeddings` and has no weights to tie
+    repeats_tied=True,
+    unquantized=_BETA,
 )
 
 
@@ -206,8 +216,9 @@ def _read_kda(fields: Fields, linear: Fields, norm_eps: float, names: frozenset[
 
 def _bind_kda(builder: MappingBuilder, kda: KDAConfig, ours: str, theirs: str) -> None:
     gates = ("g_proj",) if kda.full_rank_gate else ("g_a_proj", "g_b_proj")
-    for name in ("q_proj", "k_proj", "v_proj", "b_proj", "f_a_proj", "f_b_proj", *gates, "o_proj"):
+    for name in ("q_proj", "k_proj", "v_proj", "f_a_proj", "f_b_proj", *gates, "o_proj"):
         builder.linear(f"{ours}.{name}", f"{theirs}.{name}")
+    builder.whole(f"{ours}.b_proj.weight", f"{theirs}{_BETA}.weight")
     if kda.output_gate_bias:
         builder.whole(f"{ours}.{gates[-1]}.bias", f"{theirs}.{gates[-1]}.bias")
     builder.whole(f"{ours}.o_norm.weight", f"{theirs}.o_norm.weight")
@@ -233,7 +244,7 @@ def _check_written(config: ModelConfig) -> None:
             _NAME,
             {
                 "KDA has as many value heads as heads": kda.value_heads == kda.num_heads,
-                "KDA has short convolutions": kda.conv_size >= 1,
+                f"KDA has short convolutions of {_TAPS[0]} to {_TAPS[-1]} taps": kda.conv_size in _TAPS,
                 "KDA has a decay per channel and the delta rule": kda.gate == "channel" and kda.delta_rule,
                 "KDA has a sigmoid output gate": kda.output_gate == "sigmoid",
                 "KDA's gates have the rank of a head and no bias": kda.rank == kda.head_dim
@@ -245,6 +256,12 @@ def _check_written(config: ModelConfig) -> None:
             },
         )
     if mla is not None:
-        refuse_unless(_NAME, {"latent attention has no rotation": not mla.use_rope})
+        refuse_unless(
+            _NAME,
+            {
+                "latent attention has no rotation": not mla.use_rope,
+                "queries have no rank (q_rank), which vLLM and SGLang do not read": mla.q_rank is None,
+            },
+        )
         check_mla(_NAME, mla)
     check_moe(_NAME, config.moe)

@@ -156,5 +156,6 @@ def check_moe(name: str, moe: MoEConfig | None) -> None:
             {
                 "combine weights do not include the router's bias": not moe.weight_includes_bias,
                 "there is at least one shared expert": moe.num_shared_experts >= 1,
+                "a group has two experts or more": moe.num_experts // moe.num_groups >= 2,
             },
         )

@@ -44,14 +44,19 @@ def quantize_fp8(weight: Tensor, block: tuple[int, int] = FP8_BLOCK) -> tuple[Te
     A block of zeros gets the scale 1 / 448. Quantizing what was dequantized gives the same numbers again, as long as a
     block's largest number kept its place at 448.
     """
+    scale = fp8_scales(weight, block)
+    scaled = _by_block(weight.float(), 1 / scale, block).clamp_(-FP8_MAX, FP8_MAX)
+    return scaled.to(torch.float8_e4m3fn), scale
+
+
+def fp8_scales(weight: Tensor, block: tuple[int, int] = FP8_BLOCK) -> Tensor:
+    """Return the scales alone of what `quantize_fp8` returns."""
     rows, columns = block
     wide = weight.float()
     grid = fp8_scale_shape((wide.shape[0], wide.shape[1]), block)
     padded = F.pad(wide, (0, grid[1] * columns - wide.shape[1], 0, grid[0] * rows - wide.shape[0]))
     amax = padded.view(grid[0], rows, grid[1], columns).abs().amax(dim=(1, 3))
-    scale = torch.where(amax > 0, amax, 1.0) / FP8_MAX
-    scaled = _by_block(wide, 1 / scale, block).clamp_(-FP8_MAX, FP8_MAX)
-    return scaled.to(torch.float8_e4m3fn), scale
+    return torch.where(amax > 0, amax, 1.0) / FP8_MAX
 
 
 def fp8_scale_shape(shape: tuple[int, ...], block: tuple[int, int] = FP8_BLOCK) -> tuple[int, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,11 +16,12 @@ from torch import Tensor
 from perilune.errors import CheckpointError
 from perilune.files import fsync_directory
 from perilune.models.checkpoint import deepseek_v3, kimi_linear, llama, own
+from perilune.models.checkpoint.companions import COMPANION_NAME
 from perilune.models.checkpoint.files import INDEX_NAME, WEIGHTS_NAME
 from perilune.models.checkpoint.format import Details, Format
-from perilune.models.checkpoint.mapping import Piece, float32_tensors
+from perilune.models.checkpoint.mapping import Binding, Piece, float32_tensors
 from perilune.models.checkpoint.opening import CONFIG_NAME, GENERATION_NAME, RUN, TensorSource
-from perilune.models.checkpoint.quantization import FP8_BLOCK, fp8_scale_shape, quantize_fp8
+from perilune.models.checkpoint.quantization import FP8_BLOCK, fp8_scale_shape, fp8_scales, quantize_fp8
 from perilune.models.config import ModelConfig
 from perilune.tensorfile import stream_tensors, write_bytes_durably
 
@@ -31,7 +31,6 @@ FormatName = Literal["hf", "perilune"]
 MAX_SHARD_BYTES = 5_000_000_000
 """Largest file of weights, unless one tensor is larger."""
 
-_EXTRA_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _OWN_NAMES = {CONFIG_NAME, GENERATION_NAME, INDEX_NAME, WEIGHTS_NAME}
 _FP8 = {
     "quant_method": "fp8",
@@ -96,19 +95,21 @@ def write_model(
         source: of the numbers.
         directory: must not exist, or be an empty directory.
         options: how.
-        tokenizer_files: further files, e.g. `tokenizer.json` and `chat_template.jinja`, by their plain names.
+        tokenizer_files: further files by name, e.g. `tokenizer.json`, `additional_chat_templates/tool_use.jinja`.
         on_bytes: told after each piece how many bytes of weights are written, and of how many.
 
     Raises:
         CheckpointError: there is something already, the format cannot express the model, or the disk is full.
-        ValueError: a name among `tokenizer_files` is not a plain one, or is a name of the checkpoint's own.
+        ValueError: a name among `tokenizer_files` is no such name, or is a name of the checkpoint's own.
     """
     extras = _checked_extras(tokenizer_files or {})
     tree, outputs = _plan(source, options)
     with _new_directory(directory) as temporary:
         _write_weights(source, temporary, outputs, options.max_shard_bytes, on_bytes)
         for name, content in extras.items():
+            (temporary / name).parent.mkdir(exist_ok=True)
             write_bytes_durably(temporary / name, content)
+            fsync_directory((temporary / name).parent)
         if options.format == "hf":
             write_bytes_durably(temporary / GENERATION_NAME, _json(_generation(source.details)))
         write_bytes_durably(temporary / CONFIG_NAME, _json(tree))
@@ -146,7 +147,7 @@ def _plan(source: TensorSource, options: WriteOptions) -> tuple[dict[str, Any], 
         tree, bindings = released.write(config, source.details), released.bindings(config)
         tree |= {"dtype": str(dtype).removeprefix("torch."), **_token_ids(source.details)}
         if options.quantize:
-            tree["quantization_config"] = _FP8
+            tree["quantization_config"] = {**_FP8, **_kept_layers(released, bindings)}
     wide = float32_tensors(config)
     outputs = [
         output for piece in repeated for output in _outputs("embed_tokens.weight", piece, dtype, is_quantized=False)
@@ -156,6 +157,15 @@ def _plan(source: TensorSource, options: WriteOptions) -> tuple[dict[str, Any], 
         for piece in binding.pieces:
             outputs += _outputs(binding.ours, piece, kept, is_quantized=options.quantize is not None)
     return tree, outputs
+
+
+def _kept_layers(released: Format, bindings: list[Binding]) -> dict[str, list[str]]:
+    """The linear layers that are not quantized, as servers want them listed."""
+    if released.unquantized is None:
+        return {}
+    ending = f"{released.unquantized}.weight"
+    names = [piece.name for binding in bindings for piece in binding.pieces if piece.name.endswith(ending)]
+    return {"modules_to_not_convert": [name.removesuffix(".weight") for name in names]}
 
 
 def _outputs(ours: str, piece: Piece, dtype: torch.dtype, *, is_quantized: bool) -> list[_Output]:
@@ -186,8 +196,7 @@ def _content(source: TensorSource, output: _Output) -> Iterator[Tensor]:
     if output.part == "whole":
         yield theirs.to(output.meta.dtype)
         return
-    weight, scale = quantize_fp8(theirs)
-    yield weight if output.part == "fp8" else scale
+    yield quantize_fp8(theirs)[0] if output.part == "fp8" else fp8_scales(theirs)
 
 
 def _write_weights(
@@ -256,10 +265,8 @@ def _json(tree: Mapping[str, Any]) -> bytes:
 
 def _checked_extras(files: Mapping[str, bytes]) -> Mapping[str, bytes]:
     for name in files:
-        if not _EXTRA_NAME.fullmatch(name) or name in _OWN_NAMES or name.endswith((".safetensors", ".py")):
-            raise ValueError(
-                f"tokenizer_files must have plain names of data files, not of the checkpoint; got {name!r}"
-            )
+        if not COMPANION_NAME.fullmatch(name) or name in _OWN_NAMES or name.endswith(".safetensors"):
+            raise ValueError(f"tokenizer_files must have plain names, and none of the checkpoint's own; got {name!r}")
     return files
 
 

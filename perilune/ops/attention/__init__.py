@@ -155,7 +155,7 @@ def paged_decode_attention(
         lengths: `[N]` int64 or int32, in [0, M B]; a row of length 0 gives zeros.
         scale: factor of the logits; None means Dk ** -0.5.
         plan: `PagePlan.build(tables, lengths, B)`, to be shared by the layers of a step: on a CPU it saves copying
-            pages, and the order in which a row's pages are added up is then that of memory. A GPU does not read it.
+            pages. A GPU does not read it.
         backend: "reference" is a slow loop; "torch" is batched; "triton" reads pages where they are, on a GPU; "auto"
             is "triton" there and "torch" elsewhere.
 

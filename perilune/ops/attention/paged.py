@@ -2,7 +2,7 @@
 
 On a GPU, or without a plan, a row's pages are copied together first. On a CPU that copy would cost more than the
 attention, so a `PagePlan` turns the loop around: pages are taken in the order in which they lie in memory, where they
-are, each with the query of the row that owns it, and the parts of a row are joined by their maxima and sums.
+are, each with the query of the row that owns it, and the parts of a row are joined by the logarithms of their sums.
 
 Letters: N rows; M pages of the longest table; P pages of the pool; B tokens of a page; R reads, pairs of row and page.
 """
@@ -26,26 +26,28 @@ class PagePlan:
     """Which pages are read for which rows, in the order of memory; made once for all layers of a step."""
 
     rows: Tensor
-    """`[R]` int64, the row of each read; N for pages between others that nobody wants."""
-    reads: Tensor
-    """`[N, M]` int64, a read for each page of a row's table, repeated where the row has fewer; R for rows without."""
+    """`[R]` int64, the row of each read; any for pages between others that nobody wants."""
     mask: Tensor
-    """`[R, 1, B]` float32, 0 for tokens of the row and -inf for places behind its last."""
+    """`[R, 1, 1, B]` float32, 0 for tokens of the row and -inf for places behind its last."""
     first: int
     """First page of those read in place."""
     count: int
     """Pages read in place; they are the first reads."""
     gathered: Tensor | None
     """`[R - count]` int64, pages that are copied to be read: shared ones, and all if they lie far apart."""
-    is_padded: bool
-    """Whether there are reads without rows or rows without reads."""
+    reads: Tensor
+    """`[N * M]` int64, a read for each page of a row's table; any where the row has fewer."""
+    absent: Tensor
+    """`[N, M, 1, 1]` float32, 0 for pages of the row and -inf where it has fewer; 0 for rows without any."""
+    empty: Tensor | None
+    """`[N, 1, 1, 1]` bool, rows without tokens; None if there are none."""
 
     @classmethod
     def build(cls, tables: Tensor, lengths: Tensor, block_size: int) -> PagePlan:
         """Plan the reads of rows with `tables` `[N, M]` int32 and `lengths` `[N]`, on a CPU."""
-        num_rows, width = tables.shape
-        starts = torch.arange(width) * block_size
-        rows, columns = (starts < lengths[:, None]).nonzero(as_tuple=True)
+        starts = torch.arange(tables.shape[1]) * block_size
+        is_read = starts < lengths[:, None]
+        rows, columns = is_read.nonzero(as_tuple=True)
         pages, order = tables[rows, columns].to(torch.int64).sort(stable=True)
         rows, columns = rows[order], columns[order]
         valid = (lengths[rows] - columns * block_size).clamp_max(block_size)
@@ -53,28 +55,33 @@ class PagePlan:
         is_first[1:] = pages[1:] != pages[:-1]
         first = int(pages[0]) if pages.numel() else 0
         span = int(pages[-1]) + 1 - first if pages.numel() else 0
+        places = torch.arange(pages.shape[0])
         gathered: Tensor | None = pages
         if int(is_first.sum()) >= _DENSE_SHARE * span:
             # every page from the first to the last, then the further readers of shared ones
             places = torch.where(is_first, pages - first, span - 1 + (~is_first).cumsum(0))
-            total = span + int((~is_first).sum())
-            rows = torch.full((total,), num_rows).index_copy_(0, places, rows)
-            columns = torch.zeros(total, dtype=torch.int64).index_copy_(0, places, columns)
-            valid = torch.zeros(total, dtype=valid.dtype).index_copy_(0, places, valid)
-            gathered = pages[~is_first] if total > span else None
+            gathered = pages[~is_first] if bool((~is_first).any()) else None
         else:
             first = span = 0
-        reads = torch.full((num_rows + 1, width), rows.shape[0])
-        reads[rows, columns] = torch.arange(rows.shape[0])
-        reads = reads[:num_rows]
-        reads = torch.where(starts < lengths[:, None], reads, reads[:, :1])
-        is_padded = bool((rows == num_rows).any() | (lengths == 0).any())
-        return cls(rows, reads, _mask(valid, block_size), first, span, gathered, is_padded)
+        total = span + (0 if gathered is None else gathered.shape[0])
+        reads = torch.zeros(tables.shape, dtype=torch.int64)
+        reads[rows, columns] = places
+        absent = torch.zeros(tables.shape).masked_fill_(~is_read & (lengths > 0)[:, None], -torch.inf)
+        return cls(
+            rows=torch.zeros(total, dtype=torch.int64).index_copy_(0, places, rows),
+            mask=_mask(torch.full((total,), block_size).index_copy_(0, places, valid), block_size),
+            first=first,
+            count=span,
+            gathered=gathered,
+            reads=reads.flatten(),
+            absent=absent[..., None, None],
+            empty=(lengths == 0)[:, None, None, None] if bool((lengths == 0).any()) else None,
+        )
 
 
 def _mask(valid: Tensor, block_size: int) -> Tensor:
     hidden = torch.arange(block_size) >= valid[:, None]
-    return torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None]
+    return torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None, None]
 
 
 def paged_decode_attention_torch(
@@ -96,47 +103,50 @@ def _gather_rows(pool: Tensor, tables: Tensor) -> Tensor:
 
 def _attend_in_place(q: Tensor, keys: Tensor, values: Tensor, scale: float, plan: PagePlan) -> Tensor:
     num_rows, num_heads, dim = q.shape
-    group = num_heads // keys.shape[2]
-    wide = torch.promote_types(q.dtype, torch.float32)
     if not plan.rows.numel():
         return q.new_zeros(num_rows, num_heads, values.shape[-1])
-    scaled = q.to(wide) * scale
-    if plan.is_padded:  # pages that nobody wants are read for one row more, which is dropped
-        scaled = torch.cat([scaled, scaled.new_zeros(1, num_heads, dim)])
-    queries = scaled.index_select(0, plan.rows).view(-1, group, dim)
-    scores = _products(queries, keys, plan, transpose=True).view(plan.rows.shape[0], num_heads, -1).add_(plan.mask)
-    p = scores.sub_(_row_maxima(scores.amax(-1), plan).index_select(0, plan.rows)[..., None]).exp_()
-    total = p.new_zeros(scaled.shape[0], num_heads).index_add_(0, plan.rows, p.sum(-1))
-    parts = _products(p.view(queries.shape[0], group, -1), values, plan, transpose=False)
-    out = p.new_zeros(scaled.shape[0], num_heads, values.shape[-1])
-    out.index_add_(0, plan.rows, parts.view(plan.rows.shape[0], num_heads, -1))
-    if plan.is_padded:
-        out, total = out[:num_rows], total[:num_rows].masked_fill(total[:num_rows] == 0, 1)
-    return out.div_(total[..., None]).to(q.dtype)
-
-
-def _products(left: Tensor, pool: Tensor, plan: PagePlan, *, transpose: bool) -> Tensor:
-    """Batched products of `left` `[R * Hkv, G, *]` with each read's page of `pool` `[P, B, Hkv, D]`."""
-    parts: list[Tensor] = []
+    queries = q.index_select(0, plan.rows).view(plan.rows.shape[0], keys.shape[2], -1, dim)
+    parts: list[tuple[Tensor, Tensor]] = []
     if plan.count:
-        parts.append(pool[plan.first : plan.first + plan.count])
+        pages = slice(plan.first, plan.first + plan.count)
+        parts.append(_attend_pages(queries[: plan.count], keys[pages], values[pages], plan.mask[: plan.count], scale))
     if plan.gathered is not None:
-        parts.append(pool.index_select(0, plan.gathered))
-    heads = pool.shape[2]
-    found: list[Tensor] = []
-    for part, rows in zip(parts, left.split([part.shape[0] * heads for part in parts]), strict=True):
-        # a view if pages are laid out head by head
-        matrices = part.transpose(1, 2).reshape(-1, pool.shape[1], pool.shape[3]).to(left.dtype)
-        found.append(torch.bmm(rows, matrices.transpose(1, 2) if transpose else matrices))
-    return found[0] if len(found) == 1 else torch.cat(found)
+        copies = keys.index_select(0, plan.gathered), values.index_select(0, plan.gathered)
+        parts.append(_attend_pages(queries[plan.count :], *copies, plan.mask[plan.count :], scale))
+    outs, logs = parts[0] if len(parts) == 1 else (torch.cat(part) for part in zip(*parts, strict=True))
+    return _join(outs, logs, plan).reshape(num_rows, num_heads, -1).to(q.dtype)
 
 
-def _row_maxima(tops: Tensor, plan: PagePlan) -> Tensor:
-    """`[N, H]`, the largest of each row's reads `[R, H]`; padded with a row of 0, so that nothing becomes NaN."""
-    if plan.is_padded:
-        tops = torch.cat([tops, tops.new_zeros(1, tops.shape[1])])
-    found = tops.index_select(0, plan.reads.flatten()).view(*plan.reads.shape, -1).amax(1)
-    return torch.cat([found, found.new_zeros(1, found.shape[1])]) if plan.is_padded else found
+def _attend_pages(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of each read's queries `[R, Hkv, G, Dk]` over its page alone, of `[R, B, Hkv, D]`.
+
+    Returns:
+        `[R, Hkv, G, Dv]`, and the logarithms of the sums of exponentials `[R, Hkv, G]`, float32 at least.
+    """
+    keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+    if keys.shape[-1] == values.shape[-1]:
+        # the heads that share a key head are queries of one sequence, so that its page is read once
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            queries, keys, values, attn_mask=mask.to(queries.dtype), scale=scale
+        )
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    # views if pages are laid out head by head
+    flat_keys, flat_values = (x.reshape(-1, *x.shape[2:]).to(wide) for x in (keys, values))
+    scores = torch.bmm(queries.reshape(-1, *queries.shape[2:]).to(wide) * scale, flat_keys.transpose(1, 2))
+    scores = scores.view(*queries.shape[:3], -1).add_(mask)
+    logs = scores.logsumexp(-1)
+    p = scores.sub_(logs[..., None]).exp_()
+    return torch.bmm(p.view(-1, *p.shape[2:]), flat_values).view(*queries.shape[:3], -1), logs
+
+
+def _join(outs: Tensor, logs: Tensor, plan: PagePlan) -> Tensor:
+    """Join the parts `[R, Hkv, G, Dv]` of each row by their `logs` `[R, Hkv, G]` to `[N, Hkv, G, Dv]`."""
+    num_rows, width = plan.absent.shape[:2]
+    outs = outs.index_select(0, plan.reads)
+    if width > 1:
+        logs = logs.index_select(0, plan.reads).view(num_rows, width, *logs.shape[1:]) + plan.absent
+        outs = (outs.view(num_rows, width, *outs.shape[1:]) * logs.softmax(1)[..., None]).sum(1)
+    return outs if plan.empty is None else outs.masked_fill(plan.empty, 0)
 
 
 def paged_decode_attention_reference(

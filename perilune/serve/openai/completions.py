@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from perilune.serve.openai.answers import Json, TextCompletion, errors_documented, text_logprobs, usage_json
-from perilune.serve.openai.generation import Generation, submit_all
+from perilune.serve.openai.generation import Generation, pieces_of, submit_all
 from perilune.serve.openai.metrics import Metrics
 from perilune.serve.openai.reading import AnswerPiece
 from perilune.serve.openai.requests import completion_jobs
@@ -87,16 +87,16 @@ async def _events(
 ) -> AsyncGenerator[Json, None]:
     has_usage = body.stream_options is not None and body.stream_options.include_usage
     frame = {**frame, "usage": None} if has_usage else frame
-    for place, generation in enumerate(generations):
-        async for sample, pieces in generation.pieces():
-            reader = generation.job.readers[sample]
-            choice = {
-                "index": place * len(generation.job.readers) + sample,
-                "text": _text(pieces),
-                "logprobs": _logprobs(generation, reader.take_records(), body),
-                "finish_reason": None if pieces else reader.finish_reason,
-            }
-            yield {**frame, "choices": [choice]}
+    async for place, sample, pieces in pieces_of(generations):
+        generation = generations[place]
+        reader = generation.job.readers[sample]
+        choice = {
+            "index": place * len(generation.job.readers) + sample,
+            "text": _text(pieces),
+            "logprobs": _logprobs(generation, reader.take_records(), body),
+            "finish_reason": None if pieces else reader.finish_reason,
+        }
+        yield {**frame, "choices": [choice]}
     if has_usage:
         yield {**frame, "choices": [], "usage": _usage(generations)}
 

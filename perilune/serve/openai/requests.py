@@ -31,6 +31,8 @@ class Job:
     """One a sample."""
     tokens: TokenBytes
     """For log-probabilities."""
+    grammar_param: str | None = None
+    """Field of the request that its grammar comes from."""
 
 
 def check_model(served: ServedModel, name: str) -> None:
@@ -80,7 +82,13 @@ def chat_job(served: ServedModel, body: ChatBody, request_id: str) -> Job:
         )
         for _ in range(body.n or 1)
     )
-    return Job(request=_request(prompt, params, body, request_id), readers=readers, tokens=tokens)
+    is_form = body.response_format is not None and body.response_format.type != "text"
+    return Job(
+        request=_request(prompt, params, body, request_id),
+        readers=readers,
+        tokens=tokens,
+        grammar_param=None if params.grammar is None else "response_format" if is_form else "tools",
+    )
 
 
 def completion_jobs(served: ServedModel, body: CompletionBody, request_id: str) -> list[Job]:
@@ -97,6 +105,8 @@ def _completion_job(served: ServedModel, body: CompletionBody, prompt: str | lis
     if isinstance(prompt, str):
         try:
             ids = served.tokenizer.encode(prompt)
+            if body.add_special_tokens is not False:
+                ids = [*served.tokenizer.prefix_ids, *ids]
         except ValueError as error:
             raise ApiError(400, str(error), param="prompt") from error
     else:

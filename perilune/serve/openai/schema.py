@@ -293,6 +293,9 @@ class CompletionBody(SamplingBody):
             },
         ),
     ]
+    add_special_tokens: bool | None = Field(
+        default=None, description="Unless false, texts begin with the token that the model expects there, if any."
+    )
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: Literal[False] | None = Field(default=None, description="The prompt is not sent back.")
     best_of: Annotated[int, Field(ge=1)] | None = Field(default=None, description="Must equal n.")

@@ -25,8 +25,8 @@ class TokenStream(Protocol):
         """Give chunks as they come."""
         ...
 
-    def cancel(self) -> None:
-        """Free what it holds; may be called at any time, and twice."""
+    def cancel(self, sample: int | None = None) -> None:
+        """Free what it holds, or what one sample does; may be called at any time, and twice."""
         ...
 
 

@@ -97,20 +97,53 @@ def test_what_is_read_is_written_back(read, tmp_path):
         assert needed <= written.keys()
 
 
-def test_servers_find_what_they_ask_of_a_kimi_linear_config(tmp_path):
-    save(tiny_model(CONFIGS["kimi_linear"]), tmp_path / "m")
-    tree = json.loads((tmp_path / "m" / "config.json").read_text())
-    assert tree["architectures"] == ["KimiLinearForCausalLM"]
-    assert tree["mla_use_nope"] is True
+def served_layers(tree):
+    """Mixer and feed-forward of each layer as the servers' `KimiLinearForCausalLM` build them, with what they assert.
+
+    Written from reading models/kimi_linear.py and configs/kimi_linear.py of vLLM and SGLang, and vLLM's layers/kda.py.
+    """
     linear = tree["linear_attn_config"]
-    assert (linear["kda_layers"], linear["full_attn_layers"]) == ([1, 2, 3], [4])  # counted from 1
-    assert (linear["num_heads"], linear["head_dim"], linear["short_conv_kernel_size"]) == (2, 16, 4)
-    assert (
-        tree["moe_layer_freq"] == tree["num_expert_group"] == tree["topk_group"] == tree["first_k_dense_replace"] == 1
-    )
-    assert tree["q_lora_rank"] is None
+    assert tree["architectures"] == ["KimiLinearForCausalLM"]
+    assert tree["model_type"] == "kimi_linear"
+    assert tree["hidden_act"] == "silu"
+    assert tree["tie_word_embeddings"] is False  # else vLLM skips lm_head.weight, which it does not tie
+    assert tree.get("moe_router_activation_func", "sigmoid") == "sigmoid"
+    assert min(tree["max_position_embeddings"], tree["model_max_length"]) >= 1  # the smaller one holds
+    assert 2 <= linear["short_conv_kernel_size"] <= 4
+    layers = []
+    for layer in range(tree["num_hidden_layers"]):
+        if layer + 1 in linear["kda_layers"]:
+            mixer = ("kda", linear["num_heads"], linear["head_dim"])
+        else:
+            assert layer + 1 in linear["full_attn_layers"]
+            assert tree["mla_use_nope"] is True
+            assert tree["q_lora_rank"] is None
+            mixer = ("mla", tree["num_attention_heads"], *[tree[name] for name in LATENT_FIELDS])
+        is_moe = tree.get("num_experts") is not None and layer >= tree["first_k_dense_replace"]
+        if is_moe and layer % tree["moe_layer_freq"] == 0:
+            assert tree["use_grouped_topk"] is True
+            assert tree["num_shared_experts"] >= 1
+            layers.append((mixer, tuple(tree[name] for name in EXPERT_FIELDS)))
+        else:
+            layers.append((mixer, tree["intermediate_size"]))
+    return layers
+
+
+LATENT_FIELDS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+EXPERT_FIELDS = ("num_experts", "num_experts_per_token", "moe_intermediate_size", "num_expert_group", "topk_group")
+
+
+def test_servers_find_what_they_ask_of_a_kimi_linear_config(tmp_path):
+    details = Details(max_positions=77)
+    save(tiny_model(CONFIGS["kimi_linear"]), tmp_path / "m", details=details)
+    tree = json.loads((tmp_path / "m" / "config.json").read_text())
+    kda, mla, experts = ("kda", 2, 16), ("mla", 2, 16, 8, 4, 8), (8, 2, 24, 1, 1)
+    assert served_layers(tree) == [(kda, 48), (kda, experts), (kda, experts), (mla, experts)]
     assert (tree["bos_token_id"], tree["eos_token_id"], tree["pad_token_id"]) == (None, None, None)
-    assert tree["dtype"] == "float32"
+    assert (tree["dtype"], tree["max_position_embeddings"], tree["model_max_length"]) == ("float32", 77, 77)
+    assert served_layers(KIMI_LINEAR_48B | {"max_position_embeddings": 1}) == served_layers(
+        kimi_linear.write(PRESETS["kimi-linear-48b-a3b"], details)
+    )
 
 
 def test_aliases_of_fields_are_read(read):
@@ -218,7 +251,12 @@ UNWRITABLE = {
     "bias and norm": (replace(CONFIGS["llama"], gqa=GQAConfig(**GQA, qkv_bias=True, qk_norm=True)), "either biases or"),
     "bounded": (replace(CONFIGS["kimi_linear"], kda=replace(KDA, gate_lower_bound=-5.0)), "decay is not bounded"),
     "full-rank gate": (replace(CONFIGS["kimi_linear"], kda=replace(KDA, full_rank_gate=True)), "rank of a head"),
-    "no convolution": (replace(CONFIGS["kimi_linear"], kda=replace(KDA, conv_size=0)), "short convolutions"),
+    "no convolution": (replace(CONFIGS["kimi_linear"], kda=replace(KDA, conv_size=0)), "2 to 4 taps"),
+    "long convolution": (replace(CONFIGS["kimi_linear"], kda=replace(KDA, conv_size=5)), "2 to 4 taps"),
+    "ranked queries": (
+        replace(CONFIGS["kimi_linear"], mla=replace(CONFIGS["kimi_linear"].mla, q_rank=8)),
+        r"queries have no rank \(q_rank\), which vLLM and SGLang do not read",
+    ),
     "head gate": (replace(CONFIGS["kimi_linear"], kda=replace(KDA, gate="head")), "decay per channel"),
     "grouped values": (replace(CONFIGS["kimi_linear"], kda=replace(KDA, num_value_heads=4)), "as many value heads"),
     "rotated hybrid": (replace(CONFIGS["kimi_linear"], mla=ROTATED), "latent attention has no rotation"),
@@ -229,6 +267,10 @@ UNWRITABLE = {
     "no shared expert": (
         replace(CONFIGS["moonlight"], moe=MoEConfig(num_experts=8, top_k=2, d_expert=8, num_shared_experts=0)),
         "at least one shared expert",
+    ),
+    "groups of one": (
+        replace(CONFIGS["moonlight"], moe=MoEConfig(num_experts=4, top_k=1, d_expert=8, num_groups=4, topk_groups=2)),
+        "a group has two experts or more",
     ),
     "latent norm": (
         replace(CONFIGS["moonlight"], mla=replace(ROTATED, kv_norm_eps=1e-5)),

@@ -70,14 +70,14 @@ def test_modes_of_block_attention_are_kept_in_our_format(tmp_path):
     assert read_config(tmp_path / "m") == replace(MOBA, moba_layers=())
 
 
-def test_tokenizer_files_are_copied_and_code_is_not(models, tmp_path):
+def test_tokenizer_files_are_copied_and_code_of_models_is_not(models, tmp_path):
     files = {"tokenizer.json": b"{}", "chat_template.jinja": b"{{ x }}"}
     save(models["llama"], tmp_path / "a", tokenizer_files=files)
     (tmp_path / "a" / "modeling.py").write_text("print()")
     convert(tmp_path / "a", tmp_path / "b", "perilune")
     assert {name: (tmp_path / "b" / name).read_bytes() for name in files} == files
     assert not (tmp_path / "b" / "modeling.py").exists()
-    for name in ("../x", "config.json", "x.py", ".hidden", "model.safetensors", "a/b"):
+    for name in ("../x", "config.json", ".hidden", "model.safetensors", "a/b", "additional_chat_templates/../x.jinja"):
         with pytest.raises(ValueError, match="tokenizer_files must have plain names"):
             save(models["llama"], tmp_path / "c", tokenizer_files={name: b""})
 

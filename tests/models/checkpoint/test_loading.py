@@ -1,7 +1,9 @@
 """Weights on disk: dialects, shards, quantized tensors, and everything that may be wrong with them."""
 
+import itertools
 import json
 import logging
+import re
 import shutil
 
 import pytest
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from perilune.errors import CheckpointError
 from perilune.models import build_model, load, read_config, save
 from perilune.models.checkpoint.opening import open_checkpoint
+from perilune.models.checkpoint.problems import grouped
 from perilune.tensorreader import TensorFile
 from tests.models.checkpoint.tiny import (
     CONFIGS,
@@ -149,7 +152,7 @@ def test_extra_layers_are_left_out_with_one_warning(models, written, caplog):
 def test_other_extra_layers_are_unexpected(written, name, layer):
     path = written(name)
     edit_tensors(path, lambda t: {**t, f"model.layers.{layer}.input_layernorm.weight": torch.ones(2)})
-    with pytest.raises(CheckpointError, match=rf"unexpected.*layers\.{layer}\.input_layernorm"):
+    with pytest.raises(CheckpointError, match=rf"unexpected:\n.*layers\.{layer}\.input_layernorm"):
         load(path)
 
 
@@ -166,18 +169,57 @@ def test_everything_that_does_not_fit_is_told_at_once(written):
         for expert in range(8):
             del tensors[f"model.layers.1.block_sparse_moe.experts.{expert}.w1.weight"]
             del tensors[f"model.layers.2.block_sparse_moe.experts.{expert}.w2.weight"]
+            del tensors[f"model.layers.3.block_sparse_moe.experts.{expert}.w2.weight"]
+        del tensors["model.layers.1.block_sparse_moe.experts.5.w3.weight"]
         tensors["model.layers.0.self_attn.q_proj.weight"] = torch.zeros(5, 7)
+        tensors["model.layers.2.self_attn.q_proj.weight"] = torch.zeros(5, 7)
         tensors["surprise"] = torch.zeros(1)
 
     edit_tensors(path, change)
     with pytest.raises(CheckpointError) as refused:
         load(path)
-    text = str(refused.value)
-    assert "16 missing, 1 unexpected, 1 of another shape" in text
-    assert "model.layers.1.block_sparse_moe.experts.0.w1.weight" in text
-    assert "... and 6 more" in text
-    assert "model.layers.0.self_attn.q_proj.weight has [5, 7], expected [32, 32]" in text
-    assert "unexpected: surprise" in text
+    first, *lines = str(refused.value).splitlines()
+    assert first.endswith("do not fit its config.json: 25 missing, 1 unexpected, 2 of another shape")
+    assert lines == [
+        "missing:",
+        "  model.layers.1.block_sparse_moe.experts.{0-7}.w1.weight (8 tensors)",
+        "  model.layers.1.block_sparse_moe.experts.5.w3.weight",
+        "  model.layers.{2-3}.block_sparse_moe.experts.{0-7}.w2.weight (16 tensors)",
+        "unexpected:",
+        "  surprise",
+        "of another shape:",
+        "  model.layers.{0,2}.self_attn.q_proj.weight has [5, 7], expected [32, 32] (2 tensors)",
+    ]
+
+
+@given(
+    st.lists(
+        st.builds(
+            "{}layers.{}.experts.{}.{}".format,
+            st.sampled_from(["", "m."]),
+            st.integers(0, 5),
+            st.sampled_from(["0", "1", "2", "007", "x"]),
+            st.sampled_from(["w", "3", "w has [1]", "w\0: 0.1.2"]),
+        ),
+        unique=True,
+    )
+)
+def test_grouped_lines_stand_for_every_line_once(lines):
+    told = grouped(lines)
+    counts = [re.search(r" \((\d+) tensors\)$", line) for line in told]
+    assert sum(int(count[1]) if count else 1 for count in counts) == len(lines)
+    found = []
+    for line, count in zip(told, counts, strict=True):
+        text = line[: count.start()] if count else line
+        ranges = [spelled(part) for part in re.findall(r"\{([-\d,]+)\}", text)]
+        frame = re.sub(r"\{[-\d,]+\}", "{}", text)
+        found += [frame.format(*numbers) for numbers in itertools.product(*ranges)]
+    assert sorted(found) == sorted(lines)
+
+
+def spelled(text):
+    runs = [[int(end) for end in run.split("-")] for run in text.split(",")]
+    return [number for run in runs for number in range(run[0], run[-1] + 1)]
 
 
 def test_two_names_for_one_tensor_are_refused(written):
@@ -211,7 +253,7 @@ def test_a_forged_index_is_refused(models, tmp_path):
     outside = shutil.copy(path / first, tmp_path / "outside.safetensors")
     cases = {
         "not allowed": {**good, "model.norm.weight": f"../{outside.name}"},
-        "are not in the files that it names, e.g. more": {**good, "more": first},
+        "1 tensors are not in the files that it names\n  more in model-00001": {**good, "more": first},
         "missing or unreadable": {**good, "model.norm.weight": "other.safetensors"},
         "must be an object of tensor names": [],
     }

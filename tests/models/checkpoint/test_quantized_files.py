@@ -43,6 +43,19 @@ def test_fp8_is_written_and_read(models, tmp_path):
     assert torch.equal(loaded.blocks()[1].ffn.w_down[3], expected)
 
 
+def test_fp8_leaves_layers_of_a_row_a_head_alone(models, tmp_path):
+    save(models["kimi_linear"], tmp_path / "m", quantize="fp8")
+    stored = load_file(tmp_path / "m" / "model.safetensors")
+    told = json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]["modules_to_not_convert"]
+    assert told == [f"model.layers.{layer}.self_attn.b_proj" for layer in range(3)]
+    for name in told:
+        assert stored[f"{name}.weight"].dtype == torch.float32
+        assert f"{name}.weight_scale_inv" not in stored
+    assert stored["model.layers.0.self_attn.q_proj.weight"].dtype == torch.float8_e4m3fn
+    beta = load(tmp_path / "m").blocks()[0].mixer.b_proj.weight
+    assert torch.equal(beta, models["kimi_linear"].blocks()[0].mixer.b_proj.weight)
+
+
 def test_other_fp8_blocks_are_read(models, written):
     path = written("deepseek_v3")
 
@@ -66,10 +79,7 @@ def test_fp8_without_fitting_scales_is_refused_by_name(models, tmp_path):
     edit_tensors(tmp_path / "m", change)
     with pytest.raises(CheckpointError) as refused:
         load(tmp_path / "m")
-    assert (
-        "model.layers.0.self_attn.o_proj.weight: FP8 without model.layers.0.self_attn.o_proj.weight_scale_inv"
-        in str(refused.value)
-    )
+    assert "model.layers.0.self_attn.o_proj.weight: FP8 without its weight_scale_inv" in str(refused.value)
     assert "model.layers.1.self_attn.o_proj.weight_scale_inv: shape (2, 3), expected (1, 1)" in str(refused.value)
 
 
@@ -95,7 +105,7 @@ def test_int4_experts_are_read(models, written):
         assert torch.equal(block.ffn.w_gate_up[5], torch.cat([gate, up]))
         assert torch.equal(block.ffn.w_down[5], down)
     edit_tensors(path, lambda t: {n: x for n, x in t.items() if not n.endswith("experts.5.up_proj.weight_scale")})
-    with pytest.raises(CheckpointError, match=r"experts.5.up_proj.weight_packed: without .*weight_scale"):
+    with pytest.raises(CheckpointError, match=r"experts.5.up_proj.weight_packed: without its weight_scale"):
         load(path)
     weights = {**INT4["config_groups"]["group_0"]["weights"], "symmetric": False}
     edit_json(path / "config.json", quantization_config={**INT4, "config_groups": {"group_0": {"weights": weights}}})

@@ -1,10 +1,12 @@
 """What we write, transformers loads and computes the same; what it writes, we do."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from perilune.models import Details, load, read_config, save
-from tests.models.checkpoint.tiny import CONFIGS, logits, some_tokens, tiny_model
+from tests.models.checkpoint.tiny import CONFIGS, assert_same_model, logits, some_tokens, tiny_model, untied
 
 transformers = pytest.importorskip("transformers")
 # Released checkpoints have `rope_scaling`, about whose name transformers warns.
@@ -72,6 +74,30 @@ def test_we_load_what_transformers_writes(written, name, tmp_path):
         for parameter in theirs.parameters():
             parameter.div_(1.01)
     torch.testing.assert_close(logits(loaded, tokens), expected, rtol=0, atol=2e-5)
+
+
+def test_a_tied_output_matrix_of_kimi_linear_is_written_whole(tmp_path):
+    model = tiny_model(replace(CONFIGS["kimi_linear-sparse"], tie_embeddings=True))
+    save(model, tmp_path / "m")
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", output_loading_info=True)
+    assert {kind: names for kind, names in info.items() if names} == {}
+    loaded, tokens = load(tmp_path / "m"), some_tokens()
+    assert_same_model(loaded, untied(model))
+    with torch.no_grad():
+        expected = theirs(tokens[None]).logits[0]
+    torch.testing.assert_close(logits(model, tokens), expected, rtol=0, atol=2e-5)
+
+
+def test_low_rank_queries_of_kimi_linear_are_read_though_not_written(tmp_path):
+    save(tiny_model(CONFIGS["kimi_linear-sparse"]), tmp_path / "m")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "m", q_lora_rank=12)
+    torch.manual_seed(0)
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
+    theirs.save_pretrained(tmp_path / "ranked")
+    loaded, tokens = load(tmp_path / "ranked"), some_tokens()
+    assert loaded.config.mla.q_rank == 12
+    with torch.no_grad():
+        torch.testing.assert_close(logits(loaded, tokens), theirs(tokens[None]).logits[0], rtol=0, atol=2e-5)
 
 
 def test_transformers_reads_the_ids_and_the_longest_context(tmp_path):

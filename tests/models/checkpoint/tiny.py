@@ -28,13 +28,12 @@ CONFIGS = {
         moe=MOE,
         first_k_dense=1,
     ),
-    "kimi_linear-tied": ModelConfig(
+    "kimi_linear-sparse": ModelConfig(
         **SIZES,
         layers=("kda", "mla"),
-        kda=KDAConfig(num_heads=2, head_dim=16),
-        mla=MLAConfig(**MLA, q_rank=12),
-        moe=MOE,
-        tie_embeddings=True,
+        kda=KDAConfig(num_heads=2, head_dim=16, conv_size=3),
+        mla=MLAConfig(**MLA),
+        moe=replace(MOE, num_groups=4, topk_groups=2),
     ),
     "moonlight": ModelConfig(
         **SIZES, layers=("mla",) * 2, mla=ROTATED, moe=replace(MOE, num_shared_experts=2), first_k_dense=1
@@ -90,6 +89,13 @@ def tiny_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Decod
             elif tensor.ndim > 1 and "conv" not in name and "dt_bias" not in name:
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.12)
     return model.to(dtype).eval()
+
+
+def untied(model: Decoder) -> Decoder:
+    """The same model with an output matrix of its own, as Kimi Linear's format has it."""
+    apart = build_model(replace(model.config, tie_embeddings=False), seed=0).to(model.embed_tokens.weight.dtype).eval()
+    apart.load_state_dict({**model.state_dict(), "lm_head.weight": model.embed_tokens.weight})
+    return apart
 
 
 def logits(model: Decoder, tokens: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,7 @@ class ByteTokenizer:
     vocab_size = 256 + len(SPECIALS)
     special_ids: Mapping[str, int] = SPECIALS
     bos_id = None
+    prefix_ids = (1,)
     stop_ids = (END,)
 
     def encode(self, text: str, *, parse_specials: bool = False) -> list[int]:
@@ -80,6 +81,8 @@ class FakeService:
     is_running: bool = False
     seen: list[Request] = field(default_factory=list)
     open: set[FakeStream] = field(default_factory=set)
+    canceled: list[int] = field(default_factory=list)
+    """Single samples that nobody wanted any more."""
 
     def submit_all(self, requests: Sequence[Request]) -> list[FakeStream]:
         if self.error is not None:
@@ -116,8 +119,11 @@ class FakeStream:
     def cached_tokens(self) -> int:
         return self.service.cached
 
-    def cancel(self) -> None:
-        self.service.open.discard(self)
+    def cancel(self, sample: int | None = None) -> None:
+        if sample is None:
+            self.service.open.discard(self)
+        else:
+            self.service.canceled.append(sample)
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
         answer = self.service.answer(self.request)

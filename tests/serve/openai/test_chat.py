@@ -149,6 +149,16 @@ def test_stop_strings(client: TestClient, service: FakeService, size: int, stop:
     assert added_up(streamed(client, stop=stop))[0]["message"]["content"] == text
 
 
+def test_what_met_a_stop_string_is_not_computed_on(client: TestClient, service: FakeService) -> None:
+    service.canceled.clear()
+    _, found = ask(client, n=2, stop="wör")
+    assert [choice["message"]["content"] for choice in found["choices"]] == ["Hello, "] * 2
+    assert service.canceled == [0, 1]
+    service.canceled.clear()
+    ask(client, n=2, stop="never said")
+    assert service.canceled == []
+
+
 def test_log_probabilities(client: TestClient, service: FakeService) -> None:
     _, found = ask(client, logprobs=True, top_logprobs=2)
     content = found["choices"][0]["logprobs"]["content"]

@@ -1,12 +1,19 @@
 from __future__ import annotations
 
+import asyncio
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
+from perilune.engine import Chunk
+from perilune.errors import EngineError
+from perilune.serve.openai.generation import Generation, pieces_of
+from perilune.serve.openai.metrics import Metrics
+from perilune.serve.openai.requests import completion_jobs
 from perilune.serve.openai.schema import ChatBody, CompletionBody
-from tests.serve.openai.doubles import FakeService, say
+from tests.serve.openai.doubles import END, FakeService, sampled, say, served_by
 from tests.serve.openai.test_chat import client_of, events_of
 
 PATH = "/v1/completions"
@@ -31,12 +38,13 @@ def ask(client: Any, prompt: Any = "The moon is", **fields: Any) -> tuple[int, A
 @pytest.mark.parametrize(
     ("prompt", "prompts"),
     [
-        ("ab", [b"ab"]),
-        (["ab", "c"], [b"ab", b"c"]),
+        ("ab", [b"\x01ab"]),
+        (["ab", "c"], [b"\x01ab", b"\x01c"]),
         ([97, 98], [b"ab"]),
         ([[97], [98, 99]], [b"a", b"bc"]),
-        (["ab", [99]], [b"ab", b"c"]),
-        ("<|im_end|>", [b"<|im_end|>"]),
+        (["ab", [99]], [b"\x01ab", b"c"]),
+        ("<|im_end|>", [b"\x01<|im_end|>"]),
+        ("", [b"\x01"]),
     ],
 )
 def test_forms_of_prompts(client: Any, service: FakeService, prompt: Any, prompts: list[bytes]) -> None:
@@ -52,12 +60,20 @@ def test_forms_of_prompts(client: Any, service: FakeService, prompt: Any, prompt
 
 @pytest.mark.parametrize(
     "prompt",
-    ["", [], [[]], [""], [1, "a"], [1.5], [-1], [2**40], [10_000], {"a": 1}, None, [True], [["a"]], ["a"] * 65],
+    [[], [[]], [1, "a"], [1.5], [-1], [2**40], [10_000], {"a": 1}, None, [True], [["a"]], ["a"] * 65],
 )
 def test_prompts_that_are_none(client: Any, prompt: Any) -> None:
     status, found = ask(client, prompt)
     assert status == 400, found
     assert found["error"]["param"].startswith("prompt")
+
+
+def test_the_token_of_the_beginning_can_be_left_out(client: Any, service: FakeService) -> None:
+    service.seen.clear()
+    assert ask(client, ["ab", [99]], add_special_tokens=False)[0] == 200
+    assert [bytes(request.prompt_ids) for request in service.seen] == [b"ab", b"c"]
+    assert ask(client, "", add_special_tokens=False)[0] == 400
+    assert ask(client, add_special_tokens="no")[1]["error"]["param"] == "add_special_tokens"
 
 
 @pytest.mark.parametrize("fields", [{"echo": True}, {"best_of": 3}, {"suffix": "."}, {"logprobs": True}])
@@ -99,6 +115,56 @@ def test_streams_add_up(client: Any, stop: Any) -> None:
     logprobs = whole["choices"][0]["logprobs"]
     assert logprobs["text_offset"][:3] == [0, 1, 2]
     assert len(logprobs["tokens"]) == len(whole["choices"][0]["text"].encode())
+
+
+class SlowlyRead:
+    """Two tokens that were there long ago, at 10 and 12 s, and 3 s later an end."""
+
+    cached_tokens = 0
+
+    def __init__(self, log: list[str], name: str) -> None:
+        self.log, self.name = log, name
+
+    async def __aiter__(self) -> AsyncIterator[Chunk]:
+        tokens = (sampled(65), sampled(66))
+        yield Chunk(sample=0, tokens=tokens, finish_reason=None, first_s=10.0, last_s=12.0)
+        self.log.append(self.name)
+        await asyncio.sleep(0)
+        yield Chunk(sample=0, tokens=(sampled(END),), finish_reason="eos", first_s=15.0, last_s=15.0)
+        self.log.append(self.name)
+
+    def cancel(self, sample: int | None = None) -> None:
+        pass
+
+
+def test_times_are_the_engine_s_and_all_prompts_are_read_at_once() -> None:
+    service, log = FakeService(), list[str]()
+    metrics = Metrics(service.stats)
+    body = CompletionBody(model="fake", prompt=["a", "b"])
+    jobs = completion_jobs(served_by(service), body, "x")
+    generations = [Generation(job, SlowlyRead(log, str(i)), metrics) for i, job in enumerate(jobs)]
+    for one in generations:
+        one._begun = 9.5
+
+    async def read() -> list[tuple[int, int, int]]:
+        return [(place, sample, len(pieces)) async for place, sample, pieces in pieces_of(generations)]
+
+    assert asyncio.run(read()) == [(0, 0, 2), (1, 0, 2), (0, 0, 0), (1, 0, 0)]
+    assert log[:2] == ["0", "1"]
+    lines = dict(line.rsplit(" ", 1) for line in metrics.text().decode().splitlines() if line[0] != "#")
+    assert lines["perilune_time_to_first_token_seconds_sum"] == "1.0"
+    assert lines["perilune_time_per_output_token_seconds_sum"] == "5.0"
+    assert lines["perilune_time_per_output_token_seconds_count"] == "2.0"
+
+
+def test_a_prompt_that_fails_ends_the_others() -> None:
+    service = FakeService(answer=lambda request: EngineError("no") if bytes(request.prompt_ids) == b"b" else "x" * 90)
+    response = client_of(service).post(
+        PATH, json={"model": "fake", "prompt": ["a", "b", "c"], "stream": True, "max_tokens": 90}
+    )
+    assert json.loads(response.text.strip().split("data: ")[-1])["error"]["code"] == "engine_error"
+    assert "[DONE]" not in response.text
+    assert not service.open
 
 
 def test_all_prompts_are_taken_or_none() -> None:

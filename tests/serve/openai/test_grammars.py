@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
 
 from perilune.engine.requests import TokenGrammar
+from perilune.serve.drain import Drain
+from perilune.serve.openai import ServerSettings, openai_app
 from tests.serve.openai.doubles import END, SPECIALS, TOKENIZER, FakeService, say
-from tests.serve.openai.test_chat import CALL, SECTION, added_up, ask, client_of, streamed
+from tests.serve.openai.small import small_model
+from tests.serve.openai.test_chat import CALL, HELLO, PATH, SECTION, added_up, ask, client_of, streamed
 
 pytest.importorskip("llguidance")
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
@@ -42,6 +48,33 @@ def grammar_of(client: Any, service: FakeService, **fields: Any) -> TokenGrammar
     grammar = service.seen[-1].params.grammar
     assert grammar is not None
     return grammar
+
+
+TOO_WIDE = {"anyOf": [{"type": "array", "items": {"type": "array", "items": {"enum": [i]}}} for i in range(500)]}
+
+
+def test_a_schema_that_is_too_complex_midway_is_the_request_s_fault() -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": TOO_WIDE}}
+    body = {"model": "small", "messages": HELLO, "max_tokens": 20, "seed": 1}
+    with TestClient(openai_app(small_model(), settings=ServerSettings(), drain=Drain())) as client:
+        with ThreadPoolExecutor() as pool:
+            good = pool.submit(client.post, PATH, json={**body, "n": 2})
+            bad = client.post(PATH, json={**body, "response_format": form, "n": 2})
+            assert good.result().status_code == 200
+        error = bad.json()["error"]
+        assert (bad.status_code, error["type"], error["code"]) == (400, "invalid_request_error", "grammar_failed")
+        assert error["param"] == "response_format"
+        assert re.match(r"response_format: no token could be drawn after 1 tokens: the grammar failed: .* max is 2000",
+                        error["message"])  # fmt: skip
+        text = client.post(PATH, json={**body, "response_format": form, "stream": True}).text
+        assert "[DONE]" not in text
+        assert json.loads(text.strip().split("data: ")[-1])["error"] == error
+        tools = [{"type": "function", "function": {"name": "f", "strict": True,
+                  "parameters": {"type": "object", "properties": {"a": TOO_WIDE}, "required": ["a"]}}}]  # fmt: skip
+        found = client.post(PATH, json={**body, "max_tokens": 100, "tools": tools, "tool_choice": "required"}).json()
+        assert (found["error"]["param"], found["error"]["code"]) == ("tools", "grammar_failed")
+        assert client.post(PATH, json=body).status_code == 200
+        assert client.get("/health").status_code == 200
 
 
 def test_json(client: Any, service: FakeService) -> None:
