@@ -74,7 +74,7 @@ def test_captured_steps_sample_what_float64_does(name, dtype):
     for _ in range(2):  # the second time the beginnings are known, and every size of batch is captured
         assert_close(model, engine.generate(requests(20)), dtype)
     assert engine._core.graphs._captured
-    tight = tight_engine(model, 40, max_batch=21)
+    tight = tight_engine(model, 30, max_batch=21)
     assert_close(model, tight.generate(requests(20)), dtype)
     assert tight.stats().preemptions
     assert tight._core.graphs._captured
@@ -90,7 +90,7 @@ def test_deterministic_responses_do_not_depend_on_others(config):
     options = {"deterministic": True, "max_tokens_prefill": 4 * BLOCK, "max_batch": 32}
     alone = Engine(model, block_size=BLOCK, **options)
     expected = {request.id: alone.generate([request])[0] for request in wanted}
-    busy, tight = Engine(model, block_size=BLOCK, **options), tight_engine(model, 40, **options)
+    busy, tight = Engine(model, block_size=BLOCK, **options), tight_engine(model, 20, **options)
     order = torch.Generator().manual_seed(3)
     for engine in (busy, busy, tight):
         shuffled = [wanted[i] for i in torch.randperm(32, generator=order).tolist()]
