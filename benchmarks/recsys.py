@@ -4,7 +4,7 @@
     python benchmarks/recsys.py --scale                     # 1.3 million nodes and 30 million edges: time and memory
 
 The peer does the same training with the hops as products of CSR matrices, made once: in the layout of the official code
-(a product for each start behaviour and behaviour), and with all start behaviours side by side.
+(a product for each start behavior and behavior), and with all start behaviors side by side.
 """
 
 from __future__ import annotations

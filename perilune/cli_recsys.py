@@ -16,9 +16,7 @@ if TYPE_CHECKING:
     from perilune.report import Progress
     from perilune.run import RecommenderEvaluation
 
-recsys_app = typer.Typer(
-    help="Multi-behaviour recommendation (CIGF) on your own interaction log.", no_args_is_help=True
-)
+recsys_app = typer.Typer(help="Multi-behavior recommendation (CIGF) on your own interaction log.", no_args_is_help=True)
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, e.g. runs/recsys.")]
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, e.g. recipes/recsys.toml.")]
@@ -27,7 +25,7 @@ Overrides = Annotated[
 ]
 RunDir = Annotated[Path | None, typer.Option(help="Run directory; runs/<recipe's name> by default.")]
 StageName = Annotated[str | None, typer.Option(help="Stage whose model to use; the last trained one by default.")]
-Behavior = Annotated[str | None, typer.Option(help="Recommend for this behaviour; the target by default.")]
+Behavior = Annotated[str | None, typer.Option(help="Recommend for this behavior; the target by default.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 Index = Annotated[
@@ -197,7 +195,7 @@ def _export(
 
 
 def _events(texts: Sequence[str]) -> list[tuple[str, str]]:
-    """From BEHAVIOR=ITEM to (item, behaviour)."""
+    """From BEHAVIOR=ITEM to (item, behavior)."""
     events = []
     for text in texts:
         name, separator, item = text.partition("=")

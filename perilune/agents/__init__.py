@@ -1,6 +1,6 @@
 """Agent Swarm: an orchestrator and its sub-agents over any OpenAI-compatible endpoint, with a journal and limits.
 
-swarm       runs, begun and resumed; swarm_run: one under way, steered, cancelled; result: what came of it
+swarm       runs, begun and resumed; swarm_run: one under way, steered, canceled; result: what came of it
 endpoint    whom they ask; config: their limits
 loop        an agent's turns; calls: what its turns call; swarm_tools: create_subagent, assign_task and their extensions
 subagents   sub-agents, started and waited for; assigning: tasks that are refused; background: work beside one's turns

@@ -94,7 +94,7 @@ class AssignRules:
             return f"resume: {name} is still at work"
         if child.stint is not None and child.stint.is_background and child.stint.back is None:
             return f"resume: the result of {name} has not come to you yet"
-        return f"resume: {name} was cancelled" if child.status == "cancelled" else None
+        return f"resume: {name} was canceled" if child.status == "cancelled" else None
 
 
 def _task(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class Background:
 
         Args:
             runtime: the run.
-            run: takes a sub-agent to its end, in the task that is cancelled if it is.
+            run: takes a sub-agent to its end, in the task that is canceled if it is.
             report: what a parent is told of one that has ended.
         """
         self._runtime, self._run, self._report = runtime, run, report

@@ -85,7 +85,7 @@ class GroupConfig:
     """When the sub-agents of one turn are done."""
 
     kind: GroupKind = "all"
-    """all: when each is; quorum: when `quorum` are; deadline: after `deadline_s`. Those that are late are cancelled."""
+    """all: when each is; quorum: when `quorum` are; deadline: after `deadline_s`. Those that are late are canceled."""
     quorum: int = 1
     """How many must be done."""
     deadline_s: float = 600.0
@@ -181,7 +181,7 @@ class SwarmConfig:
     min_summary_chars: int = 0
     """Shorter answers are asked once for more; 0: never."""
     grace_s: float = 5.0
-    """Seconds that a cancelled agent or tool has to end."""
+    """Seconds that a canceled agent or tool has to end."""
     system_prompt: str | None = None
     """The orchestrator's; without it perilune's own."""
     redact: tuple[str, ...] = ()

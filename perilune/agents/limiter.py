@@ -147,7 +147,7 @@ class Limiter:
         try:
             await entry.future
         except asyncio.CancelledError:
-            if entry.future.done() and not entry.future.cancelled():  # admitted, and cancelled at that moment
+            if entry.future.done() and not entry.future.cancelled():  # admitted, and canceled at that moment
                 self.in_flight -= 1
             self._wake()
             raise

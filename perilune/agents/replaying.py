@@ -45,7 +45,7 @@ async def replay_run(journal: Path, run_id: str | None, copy: Path) -> Replay:
         copy: journal of the replay.
 
     Raises:
-        JournalError: the recording cannot be read, or somebody outside had a part in the run (steered it, cancelled an
+        JournalError: the recording cannot be read, or somebody outside had a part in the run (steered it, canceled an
             agent, was asked), or the clock had, which a replay cannot repeat.
         Divergence: a request is not the recorded one; both are in it.
     """
@@ -235,7 +235,7 @@ def _unrepeatable(event: Event, model: str) -> str | None:
     if event.type == "run_resumed" and event.payload.get("model", model) != model:
         return f"the run went on with {event.payload['model']} in place of {model}"
     if event.type == "agent_finished" and event.payload["status"] in ("cancelled", "timeout"):
-        how = "was cancelled" if event.payload["status"] == "cancelled" else "ran out of time"
+        how = "was canceled" if event.payload["status"] == "cancelled" else "ran out of time"
         return f"agent {event.agent} {how}"
     return _OUTSIDE.get(event.type)
 

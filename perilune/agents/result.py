@@ -34,7 +34,7 @@ class RunResult:
     wall_s: float
     """Seconds that the run was driven, over all its starts."""
     leaked: tuple[str, ...] = ()
-    """What did not end in time after it was cancelled."""
+    """What did not end in time after it was canceled."""
 
 
 def result_of(state: RunState, *, stopped_by: str | None = None, leaked: Sequence[str] = ()) -> RunResult:

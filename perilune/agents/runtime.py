@@ -1,4 +1,4 @@
-"""What all parts of a run share: its journal and state, its budgets, who may be cancelled, and who looks on."""
+"""What all parts of a run share: its journal and state, its budgets, who may be canceled, and who looks on."""
 
 from __future__ import annotations
 

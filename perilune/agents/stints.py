@@ -50,7 +50,7 @@ def critical_steps(agent_id: str, turns: Callable[[str], int], given: Callable[[
         turns: an agent's own.
         given: the stints of those that an agent started, in order.
 
-    Source: Kimi K2.5 (2602.02276), section 3; the longest path generalises it.
+    Source: Kimi K2.5 (2602.02276), section 3; the longest path generalizes it.
     """
     return _longest(agent_id, 0, turns(agent_id), turns, given)
 

@@ -202,7 +202,7 @@ class Subagents:
         return child
 
     async def _run(self, child: AgentState) -> None:
-        """Run a sub-agent to its end, in the task that is cancelled if it is."""
+        """Run a sub-agent to its end, in the task that is canceled if it is."""
         runtime, task = self._runtime, asyncio.current_task()
         assert task is not None
         assert self.work is not None

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 RunLog = Journal | UnkeptJournal
 
 SYSTEM_PROMPT = """\
-You collect and organise information with great care. Understand what is asked, plan how to get it done efficiently, \
+You collect and organize information with great care. Understand what is asked, plan how to get it done efficiently, \
 and check what you found before you answer.
 
 You have these kinds of tools:
@@ -161,7 +161,7 @@ class SwarmRun:
     async def cancel(self, reason: str, agent_id: str = ROOT) -> bool:
         """End the run, or one sub-agent with all below it, for good; return whether it was there to end.
 
-        Of a sub-agent, its parent is told that it was cancelled.
+        Of a sub-agent, its parent is told that it was canceled.
         """
         return self._runtime.cancel(agent_id, reason)
 

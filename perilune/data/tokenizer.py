@@ -44,7 +44,7 @@ MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 """The 256 bytes and the special tokens, without a single merge."""
 
 SPLIT_PATTERN = kimi_split_pattern(r"\p{N}")
-"""Kimi's pre-tokenisation with one change: digits stand alone (Kimi keeps up to three together).
+"""Kimi's pre-tokenization with one change: digits stand alone (Kimi keeps up to three together).
 
 Source: Kimi K2 release, tokenizer; digits one by one is this project's choice, because small models add digit by digit.
 """

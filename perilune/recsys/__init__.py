@@ -1,6 +1,6 @@
-"""Multi-behaviour recommendation: CIGF on interaction logs, honestly evaluated, and used.
+"""Multi-behavior recommendation: CIGF on interaction logs, honestly evaluated, and used.
 
-data        pairs of each behaviour, held-out purchases, the protocols "open" and "clean", validation
+data        pairs of each behavior, held-out purchases, the protocols "open" and "clean", validation
 pickles     sparse matrices out of pickles that run nothing
 sources     the field's formats
 logs        event logs, RecBole's files and ratings, through tables that refuse a bad row by its line
@@ -10,7 +10,7 @@ storage     data in one file, and their hash
 cigf        the model; decoders: MESI and the heads it is compared with; factor_models: MF, LightGCN, MBGCN
 fit         training; sampling: its batches; subgraphs: parts of large graphs; extend: new users and items
 evaluation  where held-out purchases rank, exact about ties; several: the same for several items a user
-baselines   popularity and the rule of evidence; item_knn: the nearest neighbours of what a user has
+baselines   popularity and the rule of evidence; item_knn: the nearest neighbors of what a user has
 analysis    groups, intervals, concentration; conflict: whether tasks pull representations apart
 recommend   items for users and for their events, with reasons; retrieval: candidates; export: files
 """

@@ -1,4 +1,4 @@
-"""What a sceptic asks for first: rules that learn nothing."""
+"""What a skeptic asks for first: rules that learn nothing."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def popularity(data: InteractionData) -> Scorer:
 
 
 def evidence(data: InteractionData) -> Scorer:
-    """Score items by the strongest other behaviour that a user has shown towards them, and then by popularity.
+    """Score items by the strongest other behavior that a user has shown towards them, and then by popularity.
 
-    Behaviours count the more the later they stand in `data.behaviors`: "carted, then viewed, then popular". Where the
-    other behaviours of held-out purchases are left in ("open" data) this beats what has been published there.
+    Behaviors count the more the later they stand in `data.behaviors`: "carted, then viewed, then popular". Where the
+    other behaviors of held-out purchases are left in ("open" data) this beats what has been published there.
     """
     counts = np.bincount(data.target.items, minlength=data.num_items)
     popular = counts / (1 + counts.max(initial=0))

@@ -3,7 +3,7 @@
 Source: Guo et al., Compressed Interaction Graph based Framework for Multi-behavior Recommendation (2303.02418).
 """
 
-# N nodes  K behaviours  d width  L hops  H heads  E events of a node
+# N nodes  K behaviors  d width  L hops  H heads  E events of a node
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from perilune.recsys.recommender import Recommender, Side
 class CIGF(Recommender):
     """CIGCN (eq. 6-9) and a decoder, MESI by default (eq. 10-12).
 
-    Later hops mix all behaviours with weights of the node that receives them, so that every path u -a-> i -b-> u' ...
+    Later hops mix all behaviors with weights of the node that receives them, so that every path u -a-> i -b-> u' ...
     counts by its types, and no product of adjacency matrices is formed.
     """
 
@@ -32,7 +32,7 @@ class CIGF(Recommender):
         """Make a model for data; `nn.initialize` fills it.
 
         Raises:
-            DataError: the configuration names a behaviour that is not in the data.
+            DataError: the configuration names a behavior that is not in the data.
         """
         super().__init__(data.num_users, data.num_items, tuple(data.behaviors), config.dim)
         check_behaviors(data, config.graph_behaviors or ())
@@ -83,7 +83,7 @@ class CIGF(Recommender):
         return self.config.layers + 1 - hop if self.config.cross_behavior else 1
 
     def attention(self, embeddings: Tensor, hop: int) -> Tensor:
-        """Return alpha `[N, K, K]` (node, start behaviour, behaviour of this hop) of hop `hop` + 1 (eq. 5)."""
+        """Return alpha `[N, K, K]` (node, start behavior, behavior of this hop) of hop `hop` + 1 (eq. 5)."""
         count = len(self.behaviors)
         if self.config.attention == "uniform":
             return embeddings.new_full((len(embeddings), count, count), 1 / count)
@@ -157,7 +157,7 @@ class CIGF(Recommender):
     def collapse(self, pairs: int = 4096, seed: int = 0) -> dict[str, float]:
         """Tell how much attention and gate vary: means, and standard deviations over nodes and over pairs.
 
-        A deviation near 0 says that "node-level" weights are one learned constant per behaviour.
+        A deviation near 0 says that "node-level" weights are one learned constant per behavior.
         """
         embeddings = self.embeddings()
         found: dict[str, float] = {}
@@ -177,7 +177,7 @@ class CIGF(Recommender):
         return found
 
     def _official_hops(self, embeddings: Tensor, graph: MultiGraph) -> list[Tensor]:
-        """E^1 = Â_k X, E^l = sum_j diag(alpha^l_kj) Â_j E^{l-1}: behaviour k acts first on the embeddings."""
+        """E^1 = Â_k X, E^l = sum_j diag(alpha^l_kj) Â_j E^{l-1}: behavior k acts first on the embeddings."""
         hops = [propagate(embeddings, graph)]
         for hop in range(1, self.config.layers):
             if self.config.cross_behavior:
@@ -187,7 +187,7 @@ class CIGF(Recommender):
         return hops
 
     def _paper_hops(self, embeddings: Tensor, graph: MultiGraph) -> list[Tensor]:
-        """E^l = Â_k C^2 ... C^l X with C^l = sum_j diag(alpha^l_kj) Â_j: behaviour k is the step at the node itself."""
+        """E^l = Â_k C^2 ... C^l X with C^l = sum_j diag(alpha^l_kj) Â_j: behavior k is the step at the node itself."""
         return [propagate(walked, graph) for walked in self._paper_states(embeddings, graph)]
 
     def _paper_total(self, embeddings: Tensor, graph: MultiGraph) -> Tensor:
@@ -215,7 +215,7 @@ class CIGF(Recommender):
     def _hop_shares(self, neighbors: Sequence[Tensor], states: Sequence[Tensor], own: Tensor) -> Iterator[Tensor]:
         """What each event gives to E^1 to E^L of a node: `[E, K, d]` each.
 
-        An event of behaviour j gives Â_j times the neighbour's state; to which start behaviours, attention at the node
+        An event of behavior j gives Â_j times the neighbor's state; to which start behaviors, attention at the node
         says where the node receives a hop of a mixture, and otherwise j alone has it.
         """
         nodes, kinds = concatenated(neighbors)
@@ -227,7 +227,7 @@ class CIGF(Recommender):
             yield (factors[:, None] * weights)[..., None] * state[nodes]
 
     def _event_factors(self, neighbors: Sequence[Tensor]) -> list[Tensor]:
-        """The node's row of each graph at its neighbours `[E_k]`; 0 for events that are no edges."""
+        """The node's row of each graph at its neighbors `[E_k]`; 0 for events that are no edges."""
         found, target = [], neighbors[-1]
         for place, (name, nodes) in enumerate(zip(self.behaviors, neighbors, strict=True)):
             is_edge = torch.full_like(nodes, name in self.folded_from, dtype=torch.bool)

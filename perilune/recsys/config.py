@@ -26,15 +26,15 @@ class CIGFConfig:
     heads: int = 1
     """H, weighted sums of graphs that are added up at each hop from the second on."""
     norm: Norm = "left"
-    """How graphs are normalised: left (means over neighbours), right, sym (LightGCN's) or none."""
+    """How graphs are normalized: left (means over neighbors), right, sym (LightGCN's) or none."""
     encoder: Encoder = "lightgcn"
     """What a hop's result goes through before it is summed up: nothing (lightgcn), or as in LR-GCCF, GCN or NGCF."""
     cross_behavior: bool = True
-    """Whether later hops mix behaviours; without it each behaviour has its own LightGCN (ablation "w/o CIGCN")."""
+    """Whether later hops mix behaviors; without it each behavior has its own LightGCN (ablation "w/o CIGCN")."""
     order: Order = "official"
-    """Whether the first behaviour acts on the embeddings (official code) or at the node that is represented (paper)."""
+    """Whether the first behavior acts on the embeddings (official code) or at the node that is represented (paper)."""
     attention: Attention = "node"
-    """Weights of behaviours: from the node's embedding (eq. 5), the same for all nodes, 1/K, or node with a softmax."""
+    """Weights of behaviors: from the node's embedding (eq. 5), the same for all nodes, 1/K, or node with a softmax."""
     leaky_slope: float = 0.1
     """Slope of LeakyReLU below 0."""
     decoder: DecoderName = "mesi"
@@ -48,9 +48,9 @@ class CIGFConfig:
     n_experts: int = 3
     """Experts of mmoe; for ple, 3 means one shared and one of the task's own, anything else one and two."""
     graph_behaviors: tuple[str, ...] | None = None
-    """Behaviours whose pairs are edges; without it all."""
+    """Behaviors whose pairs are edges; without it all."""
     hide_target_pairs: bool = False
-    """Whether other behaviours lose the edges that the target has too: what is predicted then has no edge of its own
+    """Whether other behaviors lose the edges that the target has too: what is predicted then has no edge of its own
     there, as in the protocol "clean"."""
 
     def __post_init__(self) -> None:
@@ -70,7 +70,7 @@ class CIGFConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FactorConfig:
-    """BPR-MF (no layers) and LightGCN on the target's pairs, or on those of several behaviours."""
+    """BPR-MF (no layers) and LightGCN on the target's pairs, or on those of several behaviors."""
 
     kind: Literal["mf", "lightgcn"] = "lightgcn"
     """Tag of this model: mf has no graph."""
@@ -79,9 +79,9 @@ class FactorConfig:
     layers: int = 3
     """Hops of lightgcn; not read by mf."""
     norm: Norm = "sym"
-    """How lightgcn's graph is normalised."""
+    """How lightgcn's graph is normalized."""
     graph_behaviors: tuple[str, ...] | None = None
-    """Behaviours whose pairs, taken together, are lightgcn's edges; without it the target's alone."""
+    """Behaviors whose pairs, taken together, are lightgcn's edges; without it the target's alone."""
     logit_scale: float = 1.0
     """Factor of scores."""
 
@@ -93,7 +93,7 @@ class FactorConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MBGCNConfig:
-    """MBGCN's scheme: users weigh behaviours by how often they show them, and items know items by behaviour."""
+    """MBGCN's scheme: users weigh behaviors by how often they show them, and items know items by behavior."""
 
     kind: Literal["mbgcn"] = "mbgcn"
     """Tag of this model."""
@@ -142,7 +142,7 @@ class FitConfig:
     batch_users: int = 256
     """Users of a step."""
     samples_per_user: int = 40
-    """Most positives that a user gives to a step, for each behaviour, and as many negatives."""
+    """Most positives that a user gives to a step, for each behavior, and as many negatives."""
     lr: float = 1e-3
     """Adam's learning rate."""
     lr_decay: float = 0.96
@@ -152,7 +152,7 @@ class FitConfig:
     l2: float = 1e-2
     """lambda, weight of the sum of squares of embeddings and of the matrices of attention and decoder."""
     behavior_weights: dict[str, float] | None = None
-    """Weight of each behaviour's loss; 1 for those that are not named."""
+    """Weight of each behavior's loss; 1 for those that are not named."""
     subgraph: SubgraphConfig | None = None
     """cigf: train on sampled parts of the graph, for graphs too large for steps on all of it; without it on all.
     Evaluation is on all of it either way."""

@@ -1,6 +1,6 @@
-"""Who did what with which item: the pairs of each behaviour, and what is held out of them."""
+"""Who did what with which item: the pairs of each behavior, and what is held out of them."""
 
-# U users  I items  E pairs of a behaviour  K behaviours, the last one the target
+# U users  I items  E pairs of a behavior  K behaviors, the last one the target
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NONE = -1
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Interactions:
-    """The distinct pairs of one behaviour, by user and then by item."""
+    """The distinct pairs of one behavior, by user and then by item."""
 
     users: np.ndarray
     """`[E]` int32."""
@@ -48,7 +48,7 @@ class Interactions:
             times: `[E]`, whole numbers, or None; of equal pairs the earliest stays.
             num_users: U.
             num_items: I.
-            name: the behaviour, for messages.
+            name: the behavior, for messages.
 
         Raises:
             DataError: lengths differ, or a number is no id; the message names the first one.
@@ -121,7 +121,7 @@ class InteractionData:
 
     def __post_init__(self) -> None:
         if not self.behaviors:
-            raise DataError("data without behaviours: name at least the target")
+            raise DataError("data without behaviors: name at least the target")
         for what, held_out in (("test", self.test), ("validation", self.validation)):
             if held_out is None:
                 continue
@@ -132,7 +132,7 @@ class InteractionData:
             if seen.any():
                 user = int(self.target.users[seen][0])
                 raise DataError(
-                    f"{what} item {int(held_out[user])} of user {user} is in the target behaviour "
+                    f"{what} item {int(held_out[user])} of user {user} is in the target behavior "
                     f"{self.target_name!r} too; leave it out of one of them"
                 )
         self._check_times()
@@ -163,7 +163,7 @@ class InteractionData:
         return [*found, self.later] if before is None and self.later is not None else found
 
     def clean(self) -> InteractionData:
-        """Without the pairs of other behaviours that a held-out purchase has: protocol "clean"."""
+        """Without the pairs of other behaviors that a held-out purchase has: protocol "clean"."""
         held_out = [x for x in (self.test, self.validation) if x is not None]
         behaviors = {
             name: pairs if name == self.target_name else pairs.where(~np.any([pairs.has(x) for x in held_out], 0))
@@ -291,10 +291,10 @@ def from_behaviors(
     num_items: int,
     on_repeated: Literal["error", "drop"] = "error",
 ) -> InteractionData:
-    """Data of users, items and times of each behaviour, the target last.
+    """Data of users, items and times of each behavior, the target last.
 
     Args:
-        pairs: by behaviour.
+        pairs: by behavior.
         test: `[U]`, None or `NONE` for users without an item.
         num_users: U.
         num_items: I.

@@ -1,10 +1,10 @@
 """From representations of a user and an item to scores of each task: MESI, and heads to compare it with.
 
-All take rows of users `[P, K, d]` and of items `[P, K, d]`, one slice for each behaviour, and give `[P]` for a task.
+All take rows of users `[P, K, d]` and of items `[P, K, d]`, one slice for each behavior, and give `[P]` for a task.
 The heads that share their input read z = [sum_k x_k ; sum_k y_k].
 """
 
-# P pairs  b users  I items  K behaviours (tasks, experts)  d width
+# P pairs  b users  I items  K behaviors (tasks, experts)  d width
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Head(nn.Module):
         Args:
             x: users' rows, `[..., K, d]`.
             y: items' rows, `[..., K, d]`.
-            task: behaviour whose score is wanted, counted from 0.
+            task: behavior whose score is wanted, counted from 0.
 
         Returns:
             `[...]`.

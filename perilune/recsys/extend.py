@@ -34,22 +34,22 @@ def warm_start(
 ) -> Extension:
     """Give a fresh model what an earlier one had learned.
 
-    Rows of users and items that were there before are copied, those of new ones stay as they were initialised. Users
+    Rows of users and items that were there before are copied, those of new ones stay as they were initialized. Users
     and items that are no longer in the data are left behind.
 
     Args:
-        model: initialised, for `data`.
+        model: initialized, for `data`.
         data: what it is to be trained on next.
         weights: the earlier model's tensors by name.
         before: what the earlier model was trained on.
 
     Raises:
-        DataError: the behaviours or the models differ; the message names both.
+        DataError: the behaviors or the models differ; the message names both.
     """
     if tuple(before.behaviors) != model.behaviors:
         raise DataError(
             f"the earlier model knows {', '.join(before.behaviors)}, this one {', '.join(model.behaviors)}; both must "
-            "have the same behaviours in the same order"
+            "have the same behaviors in the same order"
         )
     live = dict(model.named_parameters())
     if set(live) != set(weights):

@@ -1,6 +1,6 @@
 """Trained models to compare with: matrix factorisation, LightGCN, and MBGCN's scheme. All scores are inner products."""
 
-# N nodes  K behaviours  S slices  d width  L hops  E events
+# N nodes  K behaviors  S slices  d width  L hops  E events
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class _InnerProduct(Recommender):
 
 
 class FactorModel(_InnerProduct):
-    """BPR-MF, or LightGCN: the mean of X and its L hops over a symmetrically normalised graph.
+    """BPR-MF, or LightGCN: the mean of X and its L hops over a symmetrically normalized graph.
 
     Source: Rendle et al., BPR (1205.2618); He et al., LightGCN (2002.02126), eq. 3-8.
     """
@@ -97,9 +97,9 @@ class FactorModel(_InnerProduct):
     def event_shares(
         self, neighbors: Sequence[Tensor], states: Sequence[Tensor], side: Side, own: Tensor | None = None
     ) -> Tensor | None:
-        """See `Recommender`; a pair of several behaviours is one edge, and counts for the last of them.
+        """See `Recommender`; a pair of several behaviors is one edge, and counts for the last of them.
 
-        BPR-MF has no rule for a new node: here it is the mean of the vectors of its neighbours. The vector of a node
+        BPR-MF has no rule for a new node: here it is the mean of the vectors of its neighbors. The vector of a node
         that was trained is no sum over events.
         """
         del side
@@ -120,14 +120,14 @@ class FactorModel(_InnerProduct):
 
 
 class MBGCN(_InnerProduct):
-    """Behaviours weighted by how often a user shows them, plus scores between items of one behaviour.
+    """Behaviors weighted by how often a user shows them, plus scores between items of one behavior.
 
     User and item: p_u^{l+1} = sum_t alpha_ut mean over N_t(u) of q_i^l with alpha_ut = w_t n_ut / sum_m w_m n_um; items
-    take the mean of their behaviours' means; representations are the sums over hops. Items by behaviour:
+    take the mean of their behaviors' means; representations are the sums over hops. Items by behavior:
     s_t^{l+1} = W_t (A^T A)_t s_t^l, means both ways; the score of i for u is that of the mean of s over what u has.
 
     Source: Jin et al., Multi-behavior Recommendation with Graph Convolutional Networks (SIGIR 2020), sections 3.2-3.5;
-    a sum over hops in place of a concatenation with a joint regulariser, so "MBGCN-style".
+    a sum over hops in place of a concatenation with a joint regularizer, so "MBGCN-style".
     """
 
     def __init__(self, config: MBGCNConfig, data: InteractionData) -> None:
@@ -139,7 +139,7 @@ class MBGCN(_InnerProduct):
         self.matching = nn.ModuleList(XavierLinear(config.dim, config.dim, bias=False) for _ in data.behaviors)
 
     def tables(self) -> Tensor:
-        """See `Recommender`; `[N, 1 + K, d]`: user and item, then items by behaviour."""
+        """See `Recommender`; `[N, 1 + K, d]`: user and item, then items by behavior."""
         share = self.config.item_share
         parts = [(1 - share) ** 0.5 * self._collaborative()[:, None], share**0.5 * self._by_items()]
         return torch.cat(parts, 1)
@@ -150,7 +150,7 @@ class MBGCN(_InnerProduct):
 
     @property
     def learned_from(self) -> tuple[str, ...]:
-        """All: every behaviour is in the graph."""
+        """All: every behavior is in the graph."""
         return self.behaviors
 
     @property
@@ -170,7 +170,7 @@ class MBGCN(_InnerProduct):
         self, neighbors: Sequence[Tensor], states: Sequence[Tensor], side: Side, own: Tensor | None = None
     ) -> Tensor | None:
         """See `Recommender`."""
-        del own  # of no weight in what neighbours give
+        del own  # of no weight in what neighbors give
         layers, share = self.config.layers, self.config.item_share
         hops, at_users, total = states[:layers], states[layers : 2 * layers], states[-1]
         nodes, kinds = concatenated(neighbors)
@@ -239,7 +239,7 @@ class MBGCN(_InnerProduct):
 
 
 class _Ones(nn.Module):
-    """w_t, one for each behaviour, beginning at 1."""
+    """w_t, one for each behavior, beginning at 1."""
 
     def __init__(self, count: int) -> None:
         super().__init__()

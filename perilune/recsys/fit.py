@@ -1,10 +1,10 @@
-"""Training a recommender: BPR on every behaviour over batches of users, with checkpoints from which it goes on.
+"""Training a recommender: BPR on every behavior over batches of users, with checkpoints from which it goes on.
 
 Every draw is a function of the seed and the step, and everything else is in the checkpoint: a run that was stopped and
 resumed gives the same weights as one that was not, to the bit on a CPU with as many threads.
 """
 
-# U users  K behaviours  B users of a batch
+# U users  K behaviors  B users of a batch
 
 from __future__ import annotations
 
@@ -73,14 +73,14 @@ def fit(
     With a validation set the weights of the best validation epoch are kept, otherwise those of the last.
 
     Args:
-        model: initialised.
+        model: initialized.
         data: what it was made for; never its test set is looked at.
         config: settings.
         context: store, metrics, progress and stop requests; its `evaluate` is not used.
         seed: of batches and negatives.
 
     Raises:
-        DataError: a behaviour weight names no behaviour; `subgraph` is given, and the model is no CIGF.
+        DataError: a behavior weight names no behavior; `subgraph` is given, and the model is no CIGF.
         BackendError: the device is not there.
         NumericsError: the loss is not finite.
         CheckpointError: a checkpoint cannot be written or read, or is of other settings.
@@ -95,7 +95,7 @@ def fit(
 
 
 def bpr_loss(model: Recommender, tables: tuple[Tensor, Tensor], triples: Triples, task: int) -> Tensor:
-    """Mean of softplus(-(o_us - o_ut)) over the triples of a behaviour; 0 without any.
+    """Mean of softplus(-(o_us - o_ut)) over the triples of a behavior; 0 without any.
 
     Source: CIGF, eq. 13.
 
@@ -103,7 +103,7 @@ def bpr_loss(model: Recommender, tables: tuple[Tensor, Tensor], triples: Triples
         model: whose head scores.
         tables: the users' representations `[U, S, d]` and the items' `[I, S, d]`.
         triples: users and items by their places in the tables.
-        task: the behaviour.
+        task: the behavior.
     """
     users, items = tables
     if not len(triples.users):
@@ -303,7 +303,7 @@ class _Trainer:
         return loss.detach(), l2.detach()
 
     def step_loss(self, part: _Part, users: Tensor, generator: torch.Generator) -> Tensor:
-        """Sum of the behaviours' mean losses on a batch of a part's users `[B]`."""
+        """Sum of the behaviors' mean losses on a batch of a part's users `[B]`."""
         tables = part.tables()
         of_users, of_items = tables[: part.num_users], tables[part.num_users :]
         loss = tables.new_zeros(())

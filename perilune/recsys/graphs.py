@@ -20,16 +20,16 @@ def build_graph(
     behaviors: Collection[str] | None = None,
     hide_target_pairs: bool = False,
 ) -> MultiGraph:
-    """Return one graph per behaviour.
+    """Return one graph per behavior.
 
     Args:
-        data: K behaviours over U users and I items.
-        norm: how graphs are normalised.
+        data: K behaviors over U users and I items.
+        norm: how graphs are normalized.
         behaviors: those whose pairs are edges; the graphs of the others are empty. None: all.
-        hide_target_pairs: whether other behaviours lose the pairs that the target has too.
+        hide_target_pairs: whether other behaviors lose the pairs that the target has too.
 
     Raises:
-        DataError: a behaviour is not in the data.
+        DataError: a behavior is not in the data.
     """
     check_behaviors(data, behaviors or ())
     edges = []
@@ -43,10 +43,10 @@ def build_graph(
 
 
 def build_union(data: InteractionData, *, norm: Norm, behaviors: Collection[str]) -> MultiGraph:
-    """Return one graph whose edges are the pairs of some behaviours, each once.
+    """Return one graph whose edges are the pairs of some behaviors, each once.
 
     Raises:
-        DataError: a behaviour is not in the data.
+        DataError: a behavior is not in the data.
     """
     check_behaviors(data, behaviors)
     keys = np.unique(np.concatenate([data.behaviors[name].keys(data.num_items) for name in behaviors]))
@@ -56,16 +56,16 @@ def build_union(data: InteractionData, *, norm: Norm, behaviors: Collection[str]
 
 
 def concatenated(neighbors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the neighbours of all behaviours `[E]`, and which behaviour each is of `[E]`."""
+    """Return the neighbors of all behaviors `[E]`, and which behavior each is of `[E]`."""
     kinds = [torch.full_like(nodes, place) for place, nodes in enumerate(neighbors)]
     return torch.cat(list(neighbors)), torch.cat(kinds)
 
 
 def factors_of_new(graph: MultiGraph, place: int, neighbors: Tensor, norm: Norm) -> Tensor:
-    """Return the weights `[E]` that a new node's row of graph `place` would have for its neighbours `[E]`.
+    """Return the weights `[E]` that a new node's row of graph `place` would have for its neighbors `[E]`.
 
-    The neighbours' own degrees stay as they are in the graph, at least 1: of a node that is in the graph already, with
-    these neighbours, the weights are those of its row.
+    The neighbors' own degrees stay as they are in the graph, at least 1: of a node that is in the graph already, with
+    these neighbors, the weights are those of its row.
     """
     bounds = graph.bounds[place]
     degrees = (bounds[neighbors + 1] - bounds[neighbors]).clamp(min=1).to(torch.float32)
@@ -82,14 +82,14 @@ def factors_of_new(graph: MultiGraph, place: int, neighbors: Tensor, norm: Norm)
 
 
 def check_behaviors(data: InteractionData, names: Collection[str]) -> None:
-    """Refuse names that are no behaviours of the data.
+    """Refuse names that are no behaviors of the data.
 
     Raises:
         DataError: the message lists those that are.
     """
     unknown = [name for name in names if name not in data.behaviors]
     if unknown:
-        raise DataError(f"no behaviour {unknown[0]!r} in the data; there are: {', '.join(data.behaviors)}")
+        raise DataError(f"no behavior {unknown[0]!r} in the data; there are: {', '.join(data.behaviors)}")
 
 
 def _contained(pairs: Interactions, others: Interactions, num_items: int) -> np.ndarray:

@@ -4,7 +4,7 @@ No matrix of users and items is ever dense: overlaps of items are counted throug
 items at a time.
 """
 
-# U users  I items  E pairs of all behaviours together  b rows of a block  n neighbors of an item
+# U users  I items  E pairs of all behaviors together  b rows of a block  n neighbors of an item
 
 from __future__ import annotations
 

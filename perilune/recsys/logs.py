@@ -1,6 +1,6 @@
 """Event logs: who did what with which item and when, as shops and data sets keep them."""
 
-# E events  U users  I items  K behaviours
+# E events  U users  I items  K behaviors
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ class RatingColumns:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class EventLog:
-    """Events that differ in user, item or behaviour; of equal ones the first in time stays.
+    """Events that differ in user, item or behavior; of equal ones the first in time stays.
 
-    They are ordered by behaviour, user and item, so that a log does not depend on the order of rows in a file.
+    They are ordered by behavior, user and item, so that a log does not depend on the order of rows in a file.
     """
 
     users: np.ndarray
@@ -76,7 +76,7 @@ class EventLog:
     duplicates: int = 0
     """Rows that were dropped, as an earlier one says the same."""
     unknown: int = 0
-    """Rows that were dropped, as their behaviour is not asked for."""
+    """Rows that were dropped, as their behavior is not asked for."""
     categories: Mapping[int | str, str] = field(default_factory=dict)
     """What sort of item it is, by what the item is called; those of which no row says it are absent."""
 
@@ -97,15 +97,15 @@ class EventLog:
         """Check, order and collapse events; those that are dropped are added to `duplicates`.
 
         Raises:
-            DataError: lengths differ, a code is out of range, or behaviours are not named once each.
+            DataError: lengths differ, a code is out of range, or behaviors are not named once each.
         """
         names = _checked_names(behaviors)
         if len({len(x) for x in (users, items, behavior, times) if x is not None}) > 1:
-            raise DataError(f"a log of {len(users)} users, {len(items)} items and {len(behavior)} behaviours, or times")
+            raise DataError(f"a log of {len(users)} users, {len(items)} items and {len(behavior)} behaviors, or times")
         for what, codes, most in (
             ("user", users, len(user_ids)),
             ("item", items, len(item_ids)),
-            ("behaviour", behavior, len(names)),
+            ("behavior", behavior, len(names)),
         ):
             bad = np.flatnonzero((codes < 0) | (codes >= most))
             if len(bad):
@@ -133,7 +133,7 @@ class EventLog:
 
     @property
     def is_target(self) -> np.ndarray:
-        """`[E]` bool, the events of the target behaviour."""
+        """`[E]` bool, the events of the target behavior."""
         return self.behavior == len(self.behaviors) - 1
 
 
@@ -156,11 +156,11 @@ def read_log(
         columns: what the columns are called; those that are not named are not read.
         event_map: what a word of the file is called here, such as `{"pv": "view"}`; words that it lacks stand for
             themselves, and rows of a word that is mapped to "" are dropped.
-        on_unknown: what becomes of rows of other behaviours; those that are dropped are not looked at any further.
+        on_unknown: what becomes of rows of other behaviors; those that are dropped are not looked at any further.
 
     Raises:
-        DataError: Polars is not installed, a column is missing, or a row is not right: no user, item or behaviour, an
-            unknown behaviour, no readable time, a count that is not positive. The message names file, column and line.
+        DataError: Polars is not installed, a column is missing, or a row is not right: no user, item or behavior, an
+            unknown behavior, no readable time, a count that is not positive. The message names file, column and line.
     """
     return _read(open_table(path), columns or LogColumns(), behaviors, event_map, on_unknown)
 
@@ -205,7 +205,7 @@ def read_ratings(
     separator: str | None = None,
     has_header: bool = True,
 ) -> EventLog:
-    """Read ratings as three behaviours.
+    """Read ratings as three behaviors.
 
     Args:
         path: as in `read_log`.
@@ -246,7 +246,7 @@ def _read(
     codes = {name: code for code, name in enumerate(_checked_names(behaviors))}
     for word, name in (event_map or {}).items():
         if name and name not in codes:
-            raise DataError(f"event_map has {word!r} as {name!r}, which is none of the behaviours {_quoted(behaviors)}")
+            raise DataError(f"event_map has {word!r} as {name!r}, which is none of the behaviors {_quoted(behaviors)}")
     table.require((columns.behavior, columns.count))
     words = {**codes, **{word: codes.get(name, DROPPED) for word, name in (event_map or {}).items()}}
     word = pl.col(columns.behavior).cast(pl.String)
@@ -255,7 +255,7 @@ def _read(
     if on_unknown == "drop":
         is_named = word.is_not_null() & (word.str.strip_chars() != "")
         code = pl.coalesce(code, pl.when(is_named).then(pl.lit(DROPPED, pl.Int16)))
-        says = "must name a behaviour"
+        says = "must name a behavior"
     rules = [Rule(column=columns.behavior, bad=code.is_null(), says=says)]
     if columns.count is not None:
         count = number(table, columns.count)
@@ -284,7 +284,7 @@ def _log(table: Table, columns: Columns, behaviors: Sequence[str], rules: Sequen
 
 def _checked_names(behaviors: Sequence[str]) -> tuple[str, ...]:
     if not behaviors or len(set(behaviors)) < len(behaviors) or not all(behaviors):
-        raise DataError(f"behaviours must be named once each, the target last, got {_quoted(behaviors) or 'none'}")
+        raise DataError(f"behaviors must be named once each, the target last, got {_quoted(behaviors) or 'none'}")
     return tuple(behaviors)
 
 

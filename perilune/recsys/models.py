@@ -14,10 +14,10 @@ INIT_RANGE = 0.01
 
 
 def build_recommender(config: RecommenderConfig, data: InteractionData, *, seed: int) -> Recommender:
-    """Return a model for data, initialised from a seed.
+    """Return a model for data, initialized from a seed.
 
     Raises:
-        DataError: the configuration names a behaviour that is not in the data.
+        DataError: the configuration names a behavior that is not in the data.
     """
     match config:
         case CIGFConfig():

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Source = Literal["model", "popular"]
 Event = tuple[Id, str]
-"""An item (of a user) or a user (of an item), and the behaviour."""
+"""An item (of a user) or a user (of an item), and the behavior."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Recommendation:
 
     item: Id
     score: float
-    """The model's; with source "popular" how many users showed the behaviour towards the item."""
+    """The model's; with source "popular" how many users showed the behavior towards the item."""
     behavior: str
     """What the item is recommended for."""
     because: Reason | None = None
@@ -95,7 +95,7 @@ class RecommendationEngine:
         theirs = (data.num_users, data.num_items, tuple(data.behaviors))
         if ours != theirs:
             raise DataError(
-                f"the model is of {ours[0]} users, {ours[1]} items and behaviours {', '.join(ours[2])}, the data of "
+                f"the model is of {ours[0]} users, {ours[1]} items and behaviors {', '.join(ours[2])}, the data of "
                 f"{theirs[0]}, {theirs[1]} and {', '.join(theirs[2])}"
             )
         self.model, self.data, self.candidates = model.eval(), data, candidates
@@ -144,14 +144,14 @@ class RecommendationEngine:
             user_id: as the data's source calls the user.
             k: most items to return; fewer come back where fewer are left.
             behavior: what for; the target if None.
-            exclude: behaviours whose items are left out; None: those of the target. What was held out was bought too.
+            exclude: behaviors whose items are left out; None: those of the target. What was held out was bought too.
             allow: items beside which none is returned; None: all. Those that the data do not have are none either.
             deny: items that are not returned; those that the data do not have never are.
             quotas: most items of a category; an engine without `categories` has none.
 
         Raises:
             UnknownIdError: a user or a category that the data do not have.
-            DataError: a behaviour that the data do not have or the model has no scores for.
+            DataError: a behavior that the data do not have or the model has no scores for.
             ValueError: k < 1, or a quota < 0.
         """
         user = self.user_ids.number(user_id)
@@ -177,7 +177,7 @@ class RecommendationEngine:
         """Return the best items for somebody new who did this; see `recommend` and `fold_in`.
 
         Args:
-            events: items and behaviours, in any order; repeated ones count once.
+            events: items and behaviors, in any order; repeated ones count once.
             k: see `recommend`.
             behavior: see `recommend`.
             exclude: see `recommend`.
@@ -205,7 +205,7 @@ class RecommendationEngine:
 
         Raises:
             UnknownIdError: an item that the data do not have.
-            DataError: no such behaviour, or the model cannot represent new users.
+            DataError: no such behavior, or the model cannot represent new users.
         """
         return self._fold(self._event_numbers(events, self.item_ids), "user")
 
@@ -216,7 +216,7 @@ class RecommendationEngine:
 
         Raises:
             UnknownIdError: a user that the data do not have.
-            DataError: no such behaviour, or the model cannot represent new items.
+            DataError: no such behavior, or the model cannot represent new items.
         """
         return self._fold(self._event_numbers(events, self.user_ids), "item")
 
@@ -274,14 +274,14 @@ class RecommendationEngine:
         deny: Iterable[Id],
         quotas: Mapping[str, int] | None,
     ) -> _Request:
-        """Check a request and put it into numbers; `events` by behaviour, and last what was bought in all."""
+        """Check a request and put it into numbers; `events` by behavior, and last what was bought in all."""
         if k < 1:
             raise ValueError(f"k must be >= 1, got {k}")
         behavior = self.data.target_name if behavior is None else behavior
         check_behaviors(self.data, [behavior, *(exclude or ())])
         if behavior not in self.behaviors:
             raise DataError(
-                f"the model has no scores for behaviour {behavior!r}; it has for: {', '.join(self.behaviors)}"
+                f"the model has no scores for behavior {behavior!r}; it has for: {', '.join(self.behaviors)}"
             )
         names = self.model.behaviors
         excluded = {self.data.target_name} if exclude is None else set(exclude)
@@ -310,7 +310,7 @@ class RecommendationEngine:
         return {self._category_numbers[name]: most for name, most in quotas.items()}
 
     def _event_numbers(self, events: Sequence[Event], ids: IdMap, *, skips: bool = False) -> list[np.ndarray]:
-        """Distinct numbers of items, or of users, by behaviour."""
+        """Distinct numbers of items, or of users, by behavior."""
         found: dict[str, list[int]] = {name: [] for name in self.model.behaviors}
         check_behaviors(self.data, [name for _, name in events])
         for one, name in events:
@@ -411,7 +411,7 @@ class RecommendationEngine:
         A score is <v, x>, plus what is the same for all users, where v is `Recommender.directions` with gates held: for
         MESI v_j = scale * g^k_{u,i}(j) * y_{i,j}. x is a sum over the user's events e of c_e
         (`Recommender.event_shares`), plus what the user's own embedding gives. The share of e is <v, c_e>: all paths
-        from the user that begin with e, over all hops. For CIGF with the official order, an event of behaviour j with
+        from the user that begin with e, over all hops. For CIGF with the official order, an event of behavior j with
         item i' has c_e,k = sum_m (L + 1 - m) alpha^m_k(u)[j] Â_j[u, i'] E^{m-1}_k[i'], with E^0 = X and alpha^1_k(u)[j]
         = [j = k].
         """
@@ -441,7 +441,7 @@ class _History:
         self._lists.append(Bought(data.purchases(), data.num_users))
 
     def of(self, user: int) -> list[np.ndarray]:
-        """Return the items of a user: those of each behaviour, and last all that were bought."""
+        """Return the items of a user: those of each behavior, and last all that were bought."""
         return [items.of(user) for items in self._lists]
 
 

@@ -1,6 +1,6 @@
 """What every trained recommender is: tables of representations, and a head that scores pairs of their rows."""
 
-# N nodes (users, then items)  S slices of a representation  d width  P pairs  b users  I items  K behaviours
+# N nodes (users, then items)  S slices of a representation  d width  P pairs  b users  I items  K behaviors
 # E events of one node
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Recommender(nn.Module):
 
     @property
     def tasks(self) -> tuple[int, ...]:
-        """Behaviours, by number, that the model has scores for; the last is the target."""
+        """Behaviors, by number, that the model has scores for; the last is the target."""
         return tuple(range(len(self.behaviors)))
 
     def embeddings(self) -> Tensor:
@@ -56,7 +56,7 @@ class Recommender(nn.Module):
         raise NotImplementedError
 
     def logits(self, x: Tensor, y: Tensor, task: int) -> Tensor:
-        """Score pairs of users' and items' rows `[P, S, d]` for a behaviour: `[P]`."""
+        """Score pairs of users' and items' rows `[P, S, d]` for a behavior: `[P]`."""
         raise NotImplementedError
 
     def score(self, x: Tensor, y: Tensor, task: int) -> Tensor:
@@ -65,35 +65,35 @@ class Recommender(nn.Module):
 
     @property
     def learned_from(self) -> tuple[str, ...]:
-        """Behaviours without whose pairs a user's representation is what it was initialised with.
+        """Behaviors without whose pairs a user's representation is what it was initialized with.
 
         Those that have a loss (`trained_with`), and where there is a graph those whose pairs are edges.
         """
         return tuple(self.behaviors[task] for task in self.tasks if self.behaviors[task] in self._has_loss)
 
     def trained_with(self, weights: Mapping[str, float] | None) -> None:
-        """Note the weights of behaviours' losses, 1 for those that are not named: without this all have one."""
+        """Note the weights of behaviors' losses, 1 for those that are not named: without this all have one."""
         self._has_loss = frozenset(name for name in self.behaviors if (weights or {}).get(name, 1.0) > 0)
 
     @property
     def folded_from(self) -> tuple[str, ...]:
-        """Behaviours whose pairs represent a new node; none, if the model cannot represent one."""
+        """Behaviors whose pairs represent a new node; none, if the model cannot represent one."""
         return ()
 
     def fold_states(self) -> tuple[Tensor, ...]:
-        """Return what `fold_in` and `event_shares` read of the neighbours: `[N, ...]` each, computed once."""
+        """Return what `fold_in` and `event_shares` read of the neighbors: `[N, ...]` each, computed once."""
         return ()
 
     def fold_in(self, neighbors: Sequence[Tensor], states: Sequence[Tensor], side: Side) -> Tensor:
-        """Represent a new node by its neighbours, without training; its own embedding is 0.
+        """Represent a new node by its neighbors, without training; its own embedding is 0.
 
         Args:
-            neighbors: for each behaviour the distinct nodes `[E_k]` int64: items' for a user, users' for an item.
+            neighbors: for each behavior the distinct nodes `[E_k]` int64: items' for a user, users' for an item.
             states: of `fold_states`.
             side: what the new node is.
 
         Returns:
-            `[S, d]`; what `tables` has for a node of the graph with these neighbours and an embedding of 0.
+            `[S, d]`; what `tables` has for a node of the graph with these neighbors and an embedding of 0.
 
         Raises:
             DataError: the model cannot represent a new node.
@@ -115,7 +115,7 @@ class Recommender(nn.Module):
             own: the node's embedding `[d]`; None for a new node.
 
         Returns:
-            `[E, S, d]`, behaviour after behaviour: what comes over all paths that begin at the node with that event.
+            `[E, S, d]`, behavior after behavior: what comes over all paths that begin at the node with that event.
             Their sum and what the node's embedding gives by itself are the representation. None where a
             representation is no sum over events.
         """
@@ -153,7 +153,7 @@ class Recommender(nn.Module):
 
         Args:
             tables: `[N, S, d]`; computed, once, if None.
-            task: behaviour; the target if None.
+            task: behavior; the target if None.
         """
         found = self.tables() if tables is None else tables
         users, items = found[: self.num_users], found[self.num_users :]

@@ -1,4 +1,4 @@
-"""Candidates for catalogues that are too large to be scored in full: the best items of each expert, from faiss.
+"""Candidates for catalogs that are too large to be scored in full: the best items of each expert, from faiss.
 
 MESI's scores are no inner products, as the gate depends on both sides; what each expert says is one. So every expert
 has its own index, and so has their mixture under the gate that the user alone gives; the best of all are united, and
@@ -81,7 +81,7 @@ class CandidateIndex:
 
         Args:
             x: `[b, S, d]`.
-            task: behaviour.
+            task: behavior.
             count: candidates of each index; `per_expert` if None.
         """
         count = self.per_expert if count is None else count

@@ -1,6 +1,6 @@
 """Batches of users, and pairs to learn from: all draws at once, no loop over users, no dense rows."""
 
-# U users  I items  E pairs of a behaviour  B users of a batch  P pairs of a batch
+# U users  I items  E pairs of a behavior  B users of a batch  P pairs of a batch
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Triples:
-    """Pairs of one behaviour, each beside an item that the user does not have there."""
+    """Pairs of one behavior, each beside an item that the user does not have there."""
 
     users: Tensor
     """`[P]` int64."""
@@ -29,15 +29,15 @@ class Triples:
 
 
 class TripleSampler:
-    """Draws positives, with replacement, and negatives, uniform among what a user lacks in that behaviour."""
+    """Draws positives, with replacement, and negatives, uniform among what a user lacks in that behavior."""
 
     def __init__(self, data: InteractionData, samples_per_user: int, device: torch.device | str = "cpu") -> None:
         """Lay the pairs out.
 
-        A user who has every item of a behaviour cannot be given a negative and is left out there.
+        A user who has every item of a behavior cannot be given a negative and is left out there.
 
         Args:
-            data: K behaviours.
+            data: K behaviors.
             samples_per_user: most positives that a user gives; fewer if the user has fewer.
             device: where to draw.
         """
@@ -45,7 +45,7 @@ class TripleSampler:
         self._behaviors = [_Pairs.of(pairs, data, samples_per_user, device) for pairs in data.behaviors.values()]
 
     def draw(self, behavior: int, users: Tensor, generator: torch.Generator) -> Triples:
-        """Draw the triples of a behaviour for users `[B]`; none for users without it."""
+        """Draw the triples of a behavior for users `[B]`; none for users without it."""
         pairs = self._behaviors[behavior]
         counts = pairs.samples[users]
         of = torch.repeat_interleave(users, counts)
@@ -66,7 +66,7 @@ class TripleSampler:
 
 
 def warn_of_gaps(data: InteractionData) -> None:
-    """Log which behaviours have no pairs, and where users have every item: nothing is learned from them."""
+    """Log which behaviors have no pairs, and where users have every item: nothing is learned from them."""
     for name, pairs in data.behaviors.items():
         if not len(pairs):
             logger.warning("%s has no pairs: its graph is empty and its loss left out", name)

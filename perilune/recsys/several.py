@@ -166,5 +166,5 @@ def _check(users: np.ndarray, wanted: Sequence[np.ndarray], data: InteractionDat
         again = np.intersect1d(items, bought.of(int(user)))
         if len(again):
             raise DataError(
-                f"held-out item {again[0]} of user {user} is in the target behaviour {data.target_name!r} too"
+                f"held-out item {again[0]} of user {user} is in the target behavior {data.target_name!r} too"
             )

@@ -26,9 +26,9 @@ MOST_IDS = np.iinfo(np.int32).max
 def read_pickles(
     directory: Path, behaviors: Sequence[str], *, with_times: bool = False, on_repeated: OnRepeated = "error"
 ) -> InteractionData:
-    """Read the pickles of CIGF, MB-GMN and KHGT (`trn_<behaviour>`, `tst_int`), or those of SSLRec.
+    """Read the pickles of CIGF, MB-GMN and KHGT (`trn_<behavior>`, `tst_int`), or those of SSLRec.
 
-    SSLRec's are `train_mat_<behaviour>.pkl` and `test_mat.pkl`. Nothing that is in them runs.
+    SSLRec's are `train_mat_<behavior>.pkl` and `test_mat.pkl`. Nothing that is in them runs.
 
     Args:
         directory: where they lie.
@@ -59,7 +59,7 @@ def read_npz(
     with_times: bool = False,
     on_repeated: OnRepeated = "error",
 ) -> InteractionData:
-    """Read matrices `<behaviour>.npz` in csr format as SciPy saves them, and a `.npy` of held-out items.
+    """Read matrices `<behavior>.npz` in csr format as SciPy saves them, and a `.npy` of held-out items.
 
     Args:
         directory: where they lie.
@@ -84,7 +84,7 @@ def read_npz(
 def read_item_lists(
     directory: Path, behaviors: Sequence[str], *, test: str = "test.txt", on_repeated: OnRepeated = "error"
 ) -> InteractionData:
-    """Read GHCF's text: in `<behaviour>.txt` and `test`, a line for each user, the user's number and then items.
+    """Read GHCF's text: in `<behavior>.txt` and `test`, a line for each user, the user's number and then items.
 
     Raises:
         DataError: a file is missing or a line is not such numbers; the message names both.
@@ -124,7 +124,7 @@ def read_pair_lists(
 def read_json(
     directory: Path, behaviors: Sequence[str], *, test: str = "test.json", on_repeated: OnRepeated = "error"
 ) -> InteractionData:
-    """Read DA-GCN's `{"user": [items]}`, whose numbers start at 1, in `<behaviour>.json` and `test`.
+    """Read DA-GCN's `{"user": [items]}`, whose numbers start at 1, in `<behavior>.json` and `test`.
 
     Raises:
         DataError: a file is missing or not that; the message names it.

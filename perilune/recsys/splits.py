@@ -25,7 +25,7 @@ def k_core(log: EventLog, *, users: int, items: int, on: Literal["target", "any"
         log: events; those who stay are numbered anew.
         users: least number of different items of a user, 0 for no matter.
         items: least number of different users of an item.
-        on: whether events of the target count, or of any behaviour.
+        on: whether events of the target count, or of any behavior.
 
     Raises:
         DataError: nothing is left.
@@ -99,7 +99,7 @@ def temporal(
 ) -> InteractionData:
     """Protocol "temporal": what happened before a moment is training; the first purchase from then on is the test.
 
-    Purchases are first ones of a user and an item, so that nothing held out was bought before. Events of any behaviour
+    Purchases are first ones of a user and an item, so that nothing held out was bought before. Events of any behavior
     from the moment on are in neither part. Users without a purchase from then on stay in the graph with what they did
     before, and have no test item; with `per="user"` those without any purchase have no such moment, and all that they
     did is training.

@@ -1,6 +1,6 @@
 """Data as one `.npz` file without pickles, and what tells one data set from another."""
 
-# U users  I items  E pairs of a behaviour
+# U users  I items  E pairs of a behavior
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def load_data(path: Path) -> InteractionData:
 
 
 def data_hash(data: InteractionData) -> str:
-    """SHA-256 of everything in the data: sizes, behaviours in order, pairs, times, held-out items, ids, moments.
+    """SHA-256 of everything in the data: sizes, behaviors in order, pairs, times, held-out items, ids, moments.
 
     It does not depend on the width of the arrays' numbers, nor on how or where they are stored.
     """

@@ -4,7 +4,7 @@ A part grows from the users of a chunk: what they touched, who touched that, and
 already in is drawn with the square of that weight, so that a part stays dense where its users look.
 """
 
-# U users  I items  E pairs of the union of all behaviours  S seeds
+# U users  I items  E pairs of the union of all behaviors  S seeds
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Subgraph:
 
 
 class SubgraphSampler:
-    """Draws the users and items of parts, by budgets on the union of all behaviours."""
+    """Draws the users and items of parts, by budgets on the union of all behaviors."""
 
     def __init__(self, data: InteractionData, config: SubgraphConfig) -> None:
         """Lay the union out by users and by items."""
@@ -121,7 +121,7 @@ class _Lists:
         return cls(bounds=np.searchsorted(rows, np.arange(count + 1)), neighbors=neighbors.astype(np.int32))
 
     def shares(self, rows: np.ndarray, count: int) -> np.ndarray:
-        """Sum `[count]` of what rows give to their neighbours: 1 in equal shares, each."""
+        """Sum `[count]` of what rows give to their neighbors: 1 in equal shares, each."""
         starts = self.bounds[rows]
         lengths = self.bounds[rows + 1] - starts
         ends = np.cumsum(lengths)

@@ -3,7 +3,7 @@
 No postponed annotations here: recipe validation reads them.
 """
 
-# U users  I items  E pairs of a behaviour
+# U users  I items  E pairs of a behavior
 
 import math
 from collections.abc import Mapping
@@ -55,7 +55,7 @@ class FunnelConfig:
     conversion: float = 1.0
     """Standard deviation of items' own part in the logits of carting and buying: some are looked at and not bought."""
     with_favorites: bool = False
-    """Whether there is a behaviour `fav` between `view` and `cart`."""
+    """Whether there is a behavior `fav` between `view` and `cart`."""
     unlogged: float = 0.3
     """Share of purchases of which the log has no other event, as of people who were not logged in."""
     non_buyers: float = 0.1
@@ -86,10 +86,10 @@ class FunnelConfig:
 def funnel(config: FunnelConfig) -> InteractionData:
     """Make up a shop, and hold out each buyer's last purchase.
 
-    Other behaviours of held-out purchases are left in, as in published data; `InteractionData.clean` takes them out.
+    Other behaviors of held-out purchases are left in, as in published data; `InteractionData.clean` takes them out.
     By default that is so for 70 % of them, which is what the rule of evidence lives on: it finds 0.68 of purchases
     within ten places among all items, and 0.00 in clean data. Popularity finds 0.11 in both, similarity of items by
-    purchases alone 0.18, and by all behaviours 0.39 and 0.30.
+    purchases alone 0.18, and by all behaviors 0.39 and 0.30.
 
     Args:
         config: the shop; it decides every number.
@@ -118,7 +118,7 @@ def funnel_log(config: FunnelConfig) -> EventLog:
     steps += [("cart", config.carts), ("buy", config.purchases)]
     generator = _generator(config.seed, "funnel")
     times = START + generator.integers(0, max(1, int(config.days * DAY)), len(users))
-    stage = np.zeros(len(users), np.int16)  # the last behaviour of the funnel that a pair came to
+    stage = np.zeros(len(users), np.int16)  # the last behavior of the funnel that a pair came to
     arrivals = [times]
     for code, (name, share) in enumerate(steps, start=1):
         logit = (
@@ -158,7 +158,7 @@ def random_graph(
     Args:
         num_users: U.
         num_items: I.
-        edges: number of pairs of each behaviour, the target last; at most half of all there are.
+        edges: number of pairs of each behavior, the target last; at most half of all there are.
         seed: decides which.
         skew: s of Zipf's law: the n-th of the most popular items has about n^-s of the first's pairs, the n-th of the
             most active users n^-(s/2); 0 for all alike.
@@ -201,7 +201,7 @@ class _Shop:
     popularity: np.ndarray
     """`[I]`, part of a logit."""
     conversion: dict[str, np.ndarray]
-    """`[I]` by behaviour, part of a logit."""
+    """`[I]` by behavior, part of a logit."""
     buys_nothing: np.ndarray
     """`[U]` bool."""
     buys_once: np.ndarray

@@ -75,7 +75,7 @@ class Columns:
     item: str
     time: str | None
     code: pl.Expr
-    """Code of each row's behaviour, `DROPPED`, or null for one that is unknown."""
+    """Code of each row's behavior, `DROPPED`, or null for one that is unknown."""
     category: str | None = None
     """Of the item."""
 
@@ -97,7 +97,7 @@ class Events:
     kept: int
     """Rows that events were made of."""
     dropped: int
-    """Rows of `DROPPED` or unknown behaviours."""
+    """Rows of `DROPPED` or unknown behaviors."""
     categories: Mapping[int | str, str]
     """By item; of several the one of the latest row, and of those of one time the last in order."""
 
@@ -177,7 +177,7 @@ def read_events(table: Table, columns: Columns, rules: Sequence[Rule] = ()) -> E
     if broken:
         raise _refusal(table, *min(broken), every)
     if not found["kept"]:
-        rows = f"none of its {found['rows']} rows has a behaviour that is asked for" if found["rows"] else "no rows"
+        rows = f"none of its {found['rows']} rows has a behavior that is asked for" if found["rows"] else "no rows"
         raise DataError(f"{table.path}: an empty log: {rows}")
     ids = [
         pl.col(name).cast(pl.Int64 if found[f"whole {what}"] else pl.String).alias(what) for what, name in names.items()

@@ -33,7 +33,7 @@ class Curve:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """A labelled point with its standard deviation over seeds."""
+    """A labeled point with its standard deviation over seeds."""
 
     label: str
     x: float
@@ -60,7 +60,7 @@ def line_plot(
     references: Sequence[tuple[float, str]] = (),
     log_y: bool = False,
 ) -> str:
-    """Draw curves with bands, labelled at their ends.
+    """Draw curves with bands, labeled at their ends.
 
     Args:
         name: unique on the page.
@@ -120,7 +120,7 @@ def bar_plot(name: str, groups: Sequence[str], series: Sequence[BarSeries], y_la
 
 
 def scatter_plot(name: str, points: Sequence[Point], x_label: str, y_label: str) -> str:
-    """Draw labelled points and join those of the Pareto front (low x, high y).
+    """Draw labeled points and join those of the Pareto front (low x, high y).
 
     Args:
         name: unique on the page.

@@ -129,9 +129,9 @@ def _what_was_seen(recipe: Mapping[str, Any]) -> str:
     aux, split = recipe.get("protocol", {}).get("aux", "open"), recipe.get("interactions", {}).get("split", {})
     hidden = "lost" if aux == "clean" else "kept"
     if split.get("kind") != "temporal":
-        return f"Other behaviours {hidden} the pairs of held-out purchases (protocol {aux})."
+        return f"Other behaviors {hidden} the pairs of held-out purchases (protocol {aux})."
     seen = "Nothing that happened from a held-out purchase's moment on was seen (split temporal)"
-    return f"{seen}; of what happened before, other behaviours {hidden} its pair (protocol {aux})."
+    return f"{seen}; of what happened before, other behaviors {hidden} its pair (protocol {aux})."
 
 
 def candidate_line(results: Sequence[StageResult]) -> str:

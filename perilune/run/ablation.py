@@ -22,7 +22,7 @@ def variants_of(ablation: Ablation, behaviors: Sequence[str]) -> dict[str, dict[
         behaviors: of the data, the target last.
 
     Raises:
-        RecipeError: there is no such ablation, or it needs more than one behaviour.
+        RecipeError: there is no such ablation, or it needs more than one behavior.
     """
     match ablation:
         case "parts":
@@ -56,10 +56,10 @@ def variants_of(ablation: Ablation, behaviors: Sequence[str]) -> dict[str, dict[
 
 
 def _without(behaviors: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Each other behaviour away, all of them, and all of them as labels alone or as edges alone."""
+    """Each other behavior away, all of them, and all of them as labels alone or as edges alone."""
     *others, target = behaviors
     if not others:
-        raise RecipeError("ablation behaviors needs at least two behaviours in the data")
+        raise RecipeError("ablation behaviors needs at least two behaviors in the data")
     silent = dict.fromkeys(others, 0.0)
     found: dict[str, dict[str, Any]] = {"all": {}}
     if len(others) > 1:

@@ -149,7 +149,7 @@ def describe(data: InteractionData, log: EventLog | None = None) -> str:
 
 
 def _left_out(log: EventLog | None) -> dict[str, int]:
-    return {} if log is None else {"repeated": log.duplicates, "of other behaviours": log.unknown}
+    return {} if log is None else {"repeated": log.duplicates, "of other behaviors": log.unknown}
 
 
 def _read(source: InteractionSource, seed: int) -> tuple[InteractionData, EventLog | None]:

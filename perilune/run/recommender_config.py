@@ -36,7 +36,7 @@ class FunnelSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FilesSource:
-    """One of the formats in which research data are published, a file for each behaviour."""
+    """One of the formats in which research data are published, a file for each behavior."""
 
     kind: Literal["npz", "pickles", "item_lists", "pair_lists", "json"]
     """Which format: csr matrices of SciPy, CIGF's or SSLRec's pickles, GHCF's lists, MB-CGCN's pairs, DA-GCN's JSON."""
@@ -135,13 +135,13 @@ class LogSource:
     path: str
     """The file."""
     behaviors: tuple[str, ...]
-    """Behaviours in order, the target last."""
+    """Behaviors in order, the target last."""
     columns: LogColumns | None = None
     """Names of the columns; without it user, item, behavior, time, or RecBole's."""
     event_map: dict[str, str] | None = None
     """What events are called in the file to what they are called here."""
     on_unknown: Literal["error", "drop"] = "error"
-    """What to do with events that are none of the behaviours."""
+    """What to do with events that are none of the behaviors."""
     split: Annotated[SplitConfig, Field(discriminator="kind")] = field(default_factory=LastOutSplit)
     """What is held out."""
 
@@ -152,7 +152,7 @@ class LogSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RatingsSource:
-    """Ratings as behaviours by their level: negative, neutral, and positive as the target."""
+    """Ratings as behaviors by their level: negative, neutral, and positive as the target."""
 
     kind: Literal["ratings"] = "ratings"
     """Tag of this source."""
@@ -180,7 +180,7 @@ class ProtocolConfig:
     """What of the data is seen, and how held-out purchases are ranked."""
 
     aux: Literal["open", "clean"] = "open"
-    """open: other behaviours keep the pairs of held-out purchases, as in published numbers; clean: they lose them."""
+    """open: other behaviors keep the pairs of held-out purchases, as in published numbers; clean: they lose them."""
     validation: bool = True
     """Whether one more purchase of each user is held out to choose the epoch by; without it the last epoch counts."""
     permute: bool = True
@@ -236,7 +236,7 @@ class RuleStage:
     rule: Literal["popularity", "evidence", "item_knn"]
     """popularity; evidence: carted, then viewed, then popular; item_knn: items like those that the user has."""
     behaviors: dict[str, float] | None = None
-    """item_knn: weights of the behaviours that it reads; without it the target alone."""
+    """item_knn: weights of the behaviors that it reads; without it the target alone."""
     neighbors: int = 100
     """item_knn: similar items that are kept of each."""
 
@@ -247,14 +247,14 @@ class RuleStage:
         require(is_read, "behaviors", f"absent for {self.rule}", self.behaviors)
         weights = [1.0] if self.behaviors is None else list(self.behaviors.values())
         is_right = len(weights) > 0 and min(weights) > 0
-        require(is_right, "behaviors", "weights > 0 of at least one behaviour", self.behaviors)
+        require(is_right, "behaviors", "weights > 0 of at least one behavior", self.behaviors)
 
 
 InteractionSource = FunnelSource | FilesSource | LogSource | RatingsSource
 
 
 def behaviors_of(source: InteractionSource) -> tuple[str, ...]:
-    """Return the behaviours of a source's data, the target last."""
+    """Return the behaviors of a source's data, the target last."""
     match source:
         case FunnelSource(funnel=funnel):
             return ("view", "fav", "cart", "buy") if funnel.with_favorites else ("view", "cart", "buy")
@@ -301,7 +301,7 @@ class RecommenderRecipe:
         for name, stage in self.stages.items():
             for key, names in _named_behaviors(stage).items():
                 unknown = [one for one in names if one not in known]
-                require(not unknown, f"stages.{name}.{key}", f"of the data's behaviours ({', '.join(known)})", unknown)
+                require(not unknown, f"stages.{name}.{key}", f"of the data's behaviors ({', '.join(known)})", unknown)
             if stage.start_from is not None and stage.start_from not in trained:
                 there = ", ".join(trained) or "there is none"
                 raise ValueError(
@@ -315,7 +315,7 @@ class RecommenderRecipe:
 
 
 def _named_behaviors(stage: RecommenderStage | RuleStage) -> dict[str, Collection[str]]:
-    """Keys of a stage that name behaviours of the data, and what they name."""
+    """Keys of a stage that name behaviors of the data, and what they name."""
     if isinstance(stage, RuleStage):
         return {"behaviors": stage.behaviors or ()}
     edges = None if stage.model.kind == "mbgcn" else stage.model.graph_behaviors

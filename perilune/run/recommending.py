@@ -231,7 +231,7 @@ def recommend(
     stage: str | None = None,
     index: Index = "exact",
 ) -> list[Recommendation]:
-    """Return the best items for a user of the data, or for a new one by events (item, behaviour).
+    """Return the best items for a user of the data, or for a new one by events (item, behavior).
 
     Raises:
         UnknownIdError: the user, or an item, is not in the data.

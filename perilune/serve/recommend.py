@@ -70,7 +70,7 @@ class RecommendBody(BaseModel):
     k: Annotated[int, Field(strict=True, ge=1, le=MAX_K)] = Field(default=10, description="Most items to return.")
     behavior: StrictStr | None = Field(default=None, description="What to recommend for; without it the target.")
     exclude: list[StrictStr] | None = Field(
-        default=None, max_length=100, description="Behaviours whose items are left out; without it all that was bought."
+        default=None, max_length=100, description="Behaviors whose items are left out; without it all that was bought."
     )
     allow: Items | None = Field(default=None, description="Items beside which none is returned; unknown ones are none.")
     deny: Items = Field(default=[], description="Items that are not returned; unknown ones never are.")
@@ -131,7 +131,7 @@ class RecommendAnswer(BaseModel):
 def recommend_router(engine: RecommendationEngine, *, model: str, workers: int | None = None) -> "APIRouter":
     """Return the router of an engine.
 
-    Requests are answered in threads: scoring takes from a millisecond to tens of them, by the size of the catalogue,
+    Requests are answered in threads: scoring takes from a millisecond to tens of them, by the size of the catalog,
     and nobody else should wait for that. The engine holds nothing that changes. Of the threads `workers` score at a
     time, as more than there are cores would only take time from each other.
 
@@ -175,7 +175,7 @@ def answer(engine: RecommendationEngine, body: RecommendBody, model: str) -> Rec
 
     Raises:
         UnknownIdError: no such user, item of an event, or category.
-        DataError: no such behaviour.
+        DataError: no such behavior.
     """
     settings = {
         "k": body.k,

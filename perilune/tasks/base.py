@@ -41,7 +41,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reward:
-    """A verifier's judgement of one response."""
+    """A verifier's judgment of one response."""
 
     score: float
     """1.0 for a right answer, else 0.0."""

@@ -124,7 +124,7 @@ def test_each_switch_shows_its_own_and_nothing_else(name: str) -> None:
 
 
 def tried(path: Path, *tries: Any, config: SwarmConfig = CONFIG, **settings: Any) -> list[str]:
-    """The results of calls that are made in one turn, after three sub-agents were started; root/3 was cancelled."""
+    """The results of calls that are made in one turn, after three sub-agents were started; root/3 was canceled."""
 
     def policy(request: ChatRequest) -> Any:
         if request.agent_id == "root/3" and turn_of(request) == 0:
@@ -171,7 +171,7 @@ def test_who_cannot_go_on_is_refused(tmp_path: Path) -> None:
         "'root/9' is no sub-agent of yours. There are: root/1, root/2, root/3",
         "'root' is no sub-agent of yours",
         "root/2 is a 'v', not a 'w'",
-        "root/3 was cancelled",
+        "root/3 was canceled",
         "fork does not go with resume",
         '"status": "completed", "steps": 2',
         "assign_task: resume must be a string, got int",

@@ -288,7 +288,7 @@ def test_cancelled_and_late_agents_cannot_be_replayed(tmp_path: Path) -> None:
         return calls(call("wait", seconds=30)) if request.agent_id == "root/1" else says("here")
 
     for config, message in (
-        (SwarmConfig(group=GroupConfig(kind="quorum", quorum=3)), r"agent root/1 was cancelled \(event \d+\)"),
+        (SwarmConfig(group=GroupConfig(kind="quorum", quorum=3)), r"agent root/1 was canceled \(event \d+\)"),
         (SwarmConfig(subagent=AgentLimits(timeout_s=0.2)), r"agent root/1 ran out of time \(event \d+\)"),
     ):
         path = tmp_path / f"{config.group.kind}.db"

@@ -1,11 +1,14 @@
 """Decode steps from tensors that stay where they are: what a graph replays, run without one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from perilune.engine import Engine, Request, SamplingParams
 from perilune.engine.graphs import StepGraphs
 from perilune.models import PRESETS, build_model
+from tests.gpu.engine_checks import misses
 
 
 def make(name, **options):
@@ -41,6 +44,26 @@ def test_rows_that_come_and_go_get_the_same_tokens(name, options):
         assert [c.token_ids for c in wanted] == [c.token_ids for c in found]
         for a, b in zip(wanted, found, strict=True):
             torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=0, atol=1e-4)
+
+
+def test_what_is_sampled_is_what_float64_draws():
+    model, _, static = make("smoke", max_batch=7)
+    wanted = [
+        replace(request, params=replace(request.params, temperature=0.8 * (n % 2)))
+        for n, request in enumerate(requests(6, 1))
+    ]
+    found = static.generate(wanted)
+    errors, places = misses(model, wanted, found)
+    assert len(errors) == sum(len(c.token_ids) for c in found)
+    assert errors.max() < 1e-5
+    assert places.max() < 1e-5
+    for number in (0, -1):  # a greedy and a drawn one: another token, or another's number, is far off
+        tokens = list(found[number].token_ids)
+        tokens[-1] = (tokens[-1] + 7) % 500
+        errors, places = misses(model, wanted, [replace(found[number], token_ids=tuple(tokens))])
+        assert errors[-1] > 1e-3 < places[-1]
+    _, places = misses(model, wanted, [replace(found[-1], sample=5)])
+    assert places.max() > 0.1
 
 
 def test_preempted_and_cancelled_rows_leave_nothing_in_the_tables():

@@ -75,7 +75,7 @@ def test_large_logits_are_found_and_stay_finite():
     assert top.min() > 1e5
 
 
-def test_a_sequence_does_not_feel_its_neighbours():
+def test_a_sequence_does_not_feel_its_neighbors():
     layout = SequenceLayout.from_lengths([300, 77, 512], "cuda")
     inputs = draw(layout, layout, 4, 4, 192, 128, torch.bfloat16)
     together, _ = varlen_attention(*inputs, layout)

@@ -71,7 +71,7 @@ def test_correlations_are_those_of_dense_rows():
         {"view": ([0], [0], None), "buy": ([0, 0], [0, 1], None)}, [None], num_users=1, num_items=2
     )  # a row of ones is constant too
     assert np.isnan(correlations(full, "view")).all()
-    with pytest.raises(DataError, match="no behaviour 'wish'"):
+    with pytest.raises(DataError, match="no behavior 'wish'"):
         correlations(data, "wish")
 
 

@@ -1,4 +1,4 @@
-"""CIGCN against the equations, written out with dense matrices one node and one behaviour at a time."""
+"""CIGCN against the equations, written out with dense matrices one node and one behavior at a time."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def test_dropped_and_hidden_edges() -> None:
         pairs = set(zip(data.behaviors[name].users.tolist(), data.behaviors[name].items.tolist(), strict=True))
         left = pairs if name == "buy" else pairs - bought
         assert len(hidden.graph.neighbors_of(j)) == 2 * len(left)
-    with pytest.raises(DataError, match="no behaviour 'pv' in the data; there are: view, cart, buy"):
+    with pytest.raises(DataError, match="no behavior 'pv' in the data; there are: view, cart, buy"):
         CIGF(CIGFConfig(graph_behaviors=("pv",)), data)
 
 

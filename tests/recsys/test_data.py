@@ -56,17 +56,17 @@ def test_whole_floats_and_nothing_at_all_are_fine():
     assert len(Interactions.of(np.array([]), np.array([]), **SIZES)) == 0
 
 
-def test_the_target_is_the_last_behaviour_and_test_items_are_not_in_it():
+def test_the_target_is_the_last_behavior_and_test_items_are_not_in_it():
     data = make()
     assert data.target_name == "buy"
     assert data.test.tolist() == [4, NONE, 0, NONE]
-    with pytest.raises(DataError, match="test item 1 of user 0 is in the target behaviour 'buy' too"):
+    with pytest.raises(DataError, match="test item 1 of user 0 is in the target behavior 'buy' too"):
         make(test=(1, None, None, None))
     with pytest.raises(DataError, match=r"test: item 5 of pair 0 is not in \[0, 5\)"):
         make(test=(5, None, None, None))
     with pytest.raises(DataError, match="test has 3 entries for 4 users"):
         make(test=(None, None, None))
-    with pytest.raises(DataError, match="without behaviours"):
+    with pytest.raises(DataError, match="without behaviors"):
         InteractionData(num_users=1, num_items=1, behaviors={}, test=np.array([NONE]))
 
 

@@ -52,7 +52,7 @@ WEIGHTS = {"view": 0.3, "cart": 1.7}
 
 
 def _expected_loss(model: CIGF, data: InteractionData, users: torch.Tensor, step: int) -> torch.Tensor:
-    """Sum of the behaviours' weighted means over the triples of a step."""
+    """Sum of the behaviors' weighted means over the triples of a step."""
     generator, tables = make_generator(0, "recsys", "triples", step), model.tables()
     sampler = TripleSampler(data, SETTINGS.samples_per_user)
     losses = []
@@ -215,7 +215,7 @@ def test_a_weight_of_zero_leaves_a_behavior_out_of_the_loss() -> None:
         fit(models[-1], data, replace(SETTINGS, behavior_weights=weights))
     assert torch.equal(models[0].item_embedding.weight, models[1].item_embedding.weight)
     assert not torch.equal(models[0].item_embedding.weight, models[2].item_embedding.weight)
-    with pytest.raises(DataError, match="no behaviour 'pv'"):
+    with pytest.raises(DataError, match="no behavior 'pv'"):
         fit(_model(data), data, replace(SETTINGS, behavior_weights={"pv": 1.0}))
 
 

@@ -1,4 +1,4 @@
-"""A node represented by its neighbours alone: what the tables have for one of the graph whose embedding is 0."""
+"""A node represented by its neighbors alone: what the tables have for one of the graph whose embedding is 0."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_mesi_is_searched_expert_by_expert_and_by_their_mixture() -> None:
     torch.testing.assert_close(300 * model.queries(x, 2)[3] @ keys[3].T, model.score(x, y, 2))
 
 
-def test_factors_without_a_graph_take_the_mean_of_the_neighbours() -> None:
+def test_factors_without_a_graph_take_the_mean_of_the_neighbors() -> None:
     data = small_data()
     model = _model(FactorConfig(kind="mf", dim=4), data)
     empty = torch.zeros(0, dtype=torch.int64)
@@ -154,7 +154,7 @@ def test_nothing_is_represented_by_zero(config: RecommenderConfig) -> None:
     assert not model.fold_in(empty, model.fold_states(), "user").any()
 
 
-def test_a_neighbour_without_an_edge_in_that_graph_counts_as_one_with_one() -> None:
+def test_a_neighbor_without_an_edge_in_that_graph_counts_as_one_with_one() -> None:
     data = small_data(empty=("cart",))
     empty = torch.zeros(0, dtype=torch.int64)
     for norm in NORMS:

@@ -90,7 +90,7 @@ def test_who_has_nothing_and_what_nobody_has_score_nothing():
 
 def test_what_makes_no_sense_is_refused():
     data = small_data()
-    with pytest.raises(DataError, match="no behaviour 'wish' in the data; there are: view, cart, buy"):
+    with pytest.raises(DataError, match="no behavior 'wish' in the data; there are: view, cart, buy"):
         item_knn(data, behaviors={"wish": 1.0})
     for wrong in ({"neighbors": 0}, {"shrink": -1.0}, {"shrink": float("inf")}, {"behaviors": {}}):
         with pytest.raises(ValueError, match="must"):

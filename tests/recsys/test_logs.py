@@ -83,7 +83,7 @@ def test_columns_are_what_they_are_called_and_others_are_not_read(tmp_path):
     assert log.times is None
 
 
-def test_what_is_no_behaviour_is_refused_or_dropped_unseen(tmp_path):
+def test_what_is_no_behavior_is_refused_or_dropped_unseen(tmp_path):
     text = TEXT + "9,,scroll,never\n8,c,fav,1\n"
     with pytest.raises(
         DataError, match=r"log\.csv: line 7: column 'behavior' must be one of 'view', 'buy' .* 'scroll'"
@@ -97,10 +97,10 @@ def test_what_is_no_behaviour_is_refused_or_dropped_unseen(tmp_path):
         assert log.unknown == 2
     log = read(tmp_path, text + "8,c,wish,2\n", event_map={"fav": "view"}, on_unknown="drop")
     assert events(log) == EXPECTED | {(8, "c", "view", 1)}
-    with pytest.raises(DataError, match="event_map has 'x' as 'cart', which is none of the behaviours 'view', 'buy'"):
+    with pytest.raises(DataError, match="event_map has 'x' as 'cart', which is none of the behaviors 'view', 'buy'"):
         read(tmp_path, text, event_map={"x": "cart"})
     for names in ((), ("buy", "buy"), ("", "buy")):
-        with pytest.raises(DataError, match="behaviours must be named once each, the target last"):
+        with pytest.raises(DataError, match="behaviors must be named once each, the target last"):
             read(tmp_path, text, behaviors=names)
 
 
@@ -140,7 +140,7 @@ def test_files_that_are_no_logs_are_named(tmp_path):
             read(tmp_path, TEXT.replace(column, "x", 1))
     with pytest.raises(DataError, match=r"log\.csv: an empty log: no rows"):
         read(tmp_path, "user,item,behavior,time\n")
-    with pytest.raises(DataError, match=r"an empty log: none of its 5 rows has a behaviour that is asked for"):
+    with pytest.raises(DataError, match=r"an empty log: none of its 5 rows has a behavior that is asked for"):
         read(tmp_path, TEXT, behaviors=("cart",), on_unknown="drop")
     with pytest.raises(DataError, match=r"log\.csv: empty"):
         read(tmp_path, "")
@@ -225,7 +225,7 @@ def test_recboles_files(tmp_path):
         read_inter(path, behaviors=BEHAVIORS)
 
 
-def test_ratings_are_three_behaviours(tmp_path):
+def test_ratings_are_three_behaviors(tmp_path):
     rows = [(1, 5, 2, 10), (1, 6, 2.5, 20), (1, 7, 3.5, 30), (2, 5, 4, 40), (2, 6, 0.5, 50)]
     names = {5: "negative", 6: "neutral", 7: "neutral"}
     expected = {(1, item, names[item], time) for user, item, _, time in rows if user == 1}
@@ -260,7 +260,7 @@ def test_events_are_checked():
     names = {"user_ids": np.arange(2), "item_ids": np.arange(2), "behaviors": BEHAVIORS}
     with pytest.raises(DataError, match=r"item 2 of event 1 is not in \[0, 2\)"):
         EventLog.of(codes, codes * 2, codes, None, **names)
-    with pytest.raises(DataError, match="2 users, 2 items and 2 behaviours, or times"):
+    with pytest.raises(DataError, match="2 users, 2 items and 2 behaviors, or times"):
         EventLog.of(codes, codes, codes, codes[:1], **names)
 
 

@@ -283,8 +283,8 @@ def test_no_reason_is_made_up() -> None:
         ({"user_id": "nobody"}, UnknownIdError, "no user 'nobody' in the data"),
         ({"user_id": 0}, UnknownIdError, "no user 0 in the data"),
         ({"user_id": "y" * 200}, UnknownIdError, r"no user 'y{76}\.\.\. in the data"),
-        ({"behavior": "like"}, DataError, "no behaviour 'like' in the data; there are: view, cart, buy"),
-        ({"exclude": ["like"]}, DataError, "no behaviour 'like'"),
+        ({"behavior": "like"}, DataError, "no behavior 'like' in the data; there are: view, cart, buy"),
+        ({"exclude": ["like"]}, DataError, "no behavior 'like'"),
         ({"k": 0}, ValueError, "k must be >= 1, got 0"),
     ],
 )
@@ -296,13 +296,13 @@ def test_wrong_requests(call: dict[str, Any], error: type[Exception], message: s
 def test_a_model_of_the_target_alone_recommends_for_it_alone() -> None:
     data = named(small_data())
     engine = engine_of(data, build_recommender(FactorConfig(dim=4), data, seed=0))
-    with pytest.raises(DataError, match="the model has no scores for behaviour 'view'; it has for: buy"):
+    with pytest.raises(DataError, match="the model has no scores for behavior 'view'; it has for: buy"):
         engine.recommend("u0", behavior="view")
 
 
 def test_model_and_data_must_fit() -> None:
     data = small_data()
-    with pytest.raises(DataError, match="7 users, 9 items and behaviours view, cart, buy, the data of 7, 8 and view"):
+    with pytest.raises(DataError, match="7 users, 9 items and behaviors view, cart, buy, the data of 7, 8 and view"):
         RecommendationEngine(model_of(data), small_data(num_items=8))
     with pytest.raises(DataError, match="tables have 3 rows for 7 users and 9 items"):
         RecommendationEngine(model_of(data), data, tables=torch.ones(3, 3, 4))

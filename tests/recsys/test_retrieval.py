@@ -126,7 +126,7 @@ def test_items_that_no_expert_likes_best_are_found_by_the_mixture(monkeypatch: p
     assert alone < 0.9 < mixed
 
 
-def test_small_catalogues_are_scored_whole() -> None:
+def test_small_catalogs_are_scored_whole() -> None:
     data = small_data()
     for kind in ("flat", "ivf", "hnsw"):
         exact, indexed = engines(model_of(data), data, kind)

@@ -75,7 +75,7 @@ def test_purchases_are_no_candidates_and_other_held_out_items_are():
         ({0: [5]}, r"user 0: one is not in \[0, 5\)"),
         ({2: [1]}, "where there are 2 users"),
         ({-1: [1]}, "where there are 2 users"),
-        ({1: [2, 4]}, "item 4 of user 1 is in the target behaviour 'buy' too"),
+        ({1: [2, 4]}, "item 4 of user 1 is in the target behavior 'buy' too"),
     ],
 )
 def test_what_cannot_be_ranked_is_said(held_out, message):

@@ -38,7 +38,7 @@ def pairs_of(pairs):
 
 
 def timed(log):
-    """By behaviour, the time of each pair."""
+    """By behavior, the time of each pair."""
     found = ({}, {})
     for user, item, code, time in zip(log.users, log.items, log.behavior, log.times, strict=True):
         found[code][int(user), int(item)] = int(time)

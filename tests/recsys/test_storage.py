@@ -163,7 +163,7 @@ def test_foreign_files_are_refused(tmp_path):
         ({"sizes": np.array([4, 3])}, r"view: item 4 of pair 0 is not in \[0, 3\)"),
         ({"user_ids": np.arange(3)}, r"user_ids have shape \(3,\), where \[4\] were expected"),
         ({"test": np.array([0])}, r"test has shape \(1,\)"),
-        ({"test": np.array([1, NONE, NONE, NONE])}, "test item 1 of user 0 is in the target behaviour"),
+        ({"test": np.array([1, NONE, NONE, NONE])}, "test item 1 of user 0 is in the target behavior"),
         ({"behaviors": np.array(["view", "cart", "buy"])}, "there is no 'users 2"),
         ({"behaviors": np.array(["buy"])}, "holds 'items 1', which is no part of data"),
         ({"test": np.array([None, {}, 1, 2], object)}, "damaged, or not data as perilune saves them .*allow_pickle"),

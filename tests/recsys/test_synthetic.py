@@ -28,7 +28,7 @@ def shop():
 
 
 def similar_items(data, names):
-    """Items by cosine to those that a user has, as a rule that learns of the behaviours that it is given."""
+    """Items by cosine to those that a user has, as a rule that learns of the behaviors that it is given."""
     has = np.zeros((data.num_users, data.num_items), np.float32)
     for name in names:
         has[data.behaviors[name].users, data.behaviors[name].items] += 1
@@ -159,5 +159,5 @@ def test_dense_graphs_end_and_impossible_ones_are_refused():
         random_graph(20, 30, {"buy": 301})
     with pytest.raises(DataError, match="skew at least 0, got 20, 30 and -1"):
         random_graph(20, 30, {"buy": 3}, skew=-1)
-    with pytest.raises(DataError, match="without behaviours"):
+    with pytest.raises(DataError, match="without behaviors"):
         random_graph(20, 30, {})

@@ -1,8 +1,10 @@
-"""A finished run of every kind of stage, made once."""
+"""A finished run of every kind of stage, made once, and a recommender's recipe."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -38,3 +40,18 @@ def finished(tmp_path_factory):
 def finished_copy(finished, tmp_path):
     """A copy of the finished run that a test may damage."""
     return shutil.copytree(finished, tmp_path / "run")
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Callable[..., Path]:
+    """Write a log and a recipe of it; returns the recipe's path."""
+    from tests.run.shop_log import SOURCE, STAGE, shop_rows, write_log
+
+    def write(rows: list[str] | None = None, more: str = "", stages: str = STAGE, **log: str) -> Path:
+        write_log(tmp_path / "shop.csv", shop_rows() if rows is None else rows, **log)
+        path = tmp_path / "shop.toml"
+        source = f'[interactions]\npath = "{tmp_path / "shop.csv"}"\n{SOURCE}'
+        path.write_text(f'name = "shop"\n{source}{more}\n{stages}')
+        return path
+
+    return write

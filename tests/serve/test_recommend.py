@@ -131,9 +131,9 @@ def test_what_the_data_do_not_have_is_404(client: TestClient, body: object, mess
         ([], "Input should be a valid dictionary"),
         ("x", "Input should be a valid dictionary"),
         (None, ""),
-        ({"user": "u0", "behavior": "like"}, "no behaviour 'like' in the data; there are: view, cart, buy"),
-        ({"user": "u0", "exclude": ["like"]}, "no behaviour 'like' in the data; there are: view, cart, buy"),
-        ({"events": [{"item": "item-1", "behavior": "like"}]}, "no behaviour 'like' in the data; there are: view"),
+        ({"user": "u0", "behavior": "like"}, "no behavior 'like' in the data; there are: view, cart, buy"),
+        ({"user": "u0", "exclude": ["like"]}, "no behavior 'like' in the data; there are: view, cart, buy"),
+        ({"events": [{"item": "item-1", "behavior": "like"}]}, "no behavior 'like' in the data; there are: view"),
     ],
 )
 def test_bodies_that_do_not_fit_are_400(client: TestClient, body: object, message: str) -> None:

@@ -59,7 +59,7 @@ class ChatClient(Protocol):
     async def chat(self, request: ChatRequest) -> Reply:
         """Return the whole answer.
 
-        Cancelling closes the connection.
+        Canceling closes the connection.
 
         Raises:
             EndpointError: there is none.

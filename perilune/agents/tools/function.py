@@ -94,7 +94,7 @@ async def in_thread(function: Callable[[], _T]) -> _T:
     """Return what a function gives that is run in a thread of its own.
 
     Unlike those of the loop's executor, the thread does not keep the process from ending: a call that hangs can be
-    abandoned. Cancelling stops the waiting, not the thread.
+    abandoned. Canceling stops the waiting, not the thread.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[_T] = loop.create_future()

@@ -130,7 +130,7 @@ class _Interpreters:
             is_over = False
             raise
         finally:
-            if is_over:  # cancelled, or ended
+            if is_over:  # canceled, or ended
                 await _end(interpreter)
 
     async def _take(self, key: str) -> _Interpreter:

@@ -48,7 +48,7 @@ class ToolRegistry:
 
         Args:
             tools: all there will ever be.
-            grace_s: how long a cancelled call may take to end before it is abandoned.
+            grace_s: how long a canceled call may take to end before it is abandoned.
 
         Raises:
             ToolError: a name is not allowed, two tools have the same one, a schema is none, or jsonschema is missing.
@@ -117,7 +117,7 @@ class ToolRegistry:
             context: of the call.
 
         Raises:
-            CancelledError: the caller was cancelled; the tool has ended by then, or was abandoned.
+            CancelledError: the caller was canceled; the tool has ended by then, or was abandoned.
         """
         tool = self._tools.get(name)
         if tool is None:
@@ -225,7 +225,7 @@ async def _guarded(tool: Tool, arguments: dict[str, Any], context: ToolContext) 
 
 def _result(task: asyncio.Task[ToolOutput], tool: Tool) -> ToolOutput:
     if task.cancelled():
-        return ToolOutput(text=f"{tool.name} failed: it cancelled itself", is_error=True)
+        return ToolOutput(text=f"{tool.name} failed: it canceled itself", is_error=True)
     error = task.exception()
     if error is not None:
         logger.info("%s failed", tool.name, exc_info=error)

@@ -286,7 +286,7 @@ async def _cancel(app: App[None], board: Board, agent: str) -> None:
         await _ask(app, f"Cancel {what}?", "It ends for good, with what it has so far.", {"y": "cancel", "n": "go on"})
         == "y"
     ):
-        await _try(app, board.run.cancel("cancelled in the terminal", agent), "it has ended already")
+        await _try(app, board.run.cancel("canceled in the terminal", agent), "it has ended already")
 
 
 async def _try(app: App[None], action: Any, otherwise: str) -> None:

@@ -227,7 +227,7 @@ _AGENT = Param(str, ROOT)
 _METHODS: Mapping[str, _Method] = {
     "initialize": _Method(Session.initialize, {"protocol_version": Param(int, PROTOCOL_VERSION)}),
     "prompt": _Method(Session.prompt, {"task": Param(str, None), "resume": Param(str, None)}),
-    "cancel": _Method(Session.cancel, {"agent_id": _AGENT, "reason": Param(str, "cancelled by the client")}),
+    "cancel": _Method(Session.cancel, {"agent_id": _AGENT, "reason": Param(str, "canceled by the client")}),
     "steer": _Method(Session.steer, {"text": Param(str), "agent_id": _AGENT}),
     "approve": _Method(Session.approve, {"id": Param(str), "allowed": Param(bool), "for_run": Param(bool, False)}),
     "answer": _Method(Session.answer, {"id": Param(str), "text": Param(str)}),

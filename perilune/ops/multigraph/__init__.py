@@ -1,6 +1,6 @@
-"""Propagation over several graphs at once (CIGF's CIGCN): neighbours' sums of all graphs, mixed per node, one op."""
+"""Propagation over several graphs at once (CIGF's CIGCN): neighbors' sums of all graphs, mixed per node, one op."""
 
-# N nodes  J graphs  S slices (start behaviours)  d width
+# N nodes  J graphs  S slices (start behaviors)  d width
 
 from __future__ import annotations
 

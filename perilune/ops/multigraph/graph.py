@@ -1,6 +1,6 @@
 """Several graphs over the same nodes, laid out for gathering: what `multigraph` ops read."""
 
-# N nodes  J graphs  nnz stored neighbours of a graph, each edge twice
+# N nodes  J graphs  nnz stored neighbors of a graph, each edge twice
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import torch
 from torch import Tensor
 
 Norm = Literal["left", "right", "sym", "none"]
-"""`left`: means over neighbours, D^-1 A; `right`: A D^-1; `sym`: D^-1/2 A D^-1/2; `none`: A."""
+"""`left`: means over neighbors, D^-1 A; `right`: A D^-1; `sym`: D^-1/2 A D^-1/2; `none`: A."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class MultiGraph:
-    """J undirected graphs as lists of neighbours, with a factor per row and one per column.
+    """J undirected graphs as lists of neighbors, with a factor per row and one per column.
 
     Graph j is diag(rows[j]) A_j diag(columns[j]). A_j is symmetric and has no values of its own, so its transpose,
     which gradients need, is the same lists with the factors exchanged: nothing is built for it.
     """
 
     bounds: Tensor
-    """`[J, N + 1]` int32: where the neighbours of a node begin and end, counted from the graph's own first one."""
+    """`[J, N + 1]` int32: where the neighbors of a node begin and end, counted from the graph's own first one."""
     neighbors: Tensor
     """`[sum of nnz]` int32, graph after graph, sorted within a node."""
     starts: tuple[int, ...]
-    """`J + 1` numbers: where each graph's neighbours begin."""
+    """`J + 1` numbers: where each graph's neighbors begin."""
     rows: Tensor
     """`[J, N]` float32."""
     columns: Tensor | None
@@ -41,7 +41,7 @@ class MultiGraph:
         Args:
             edges: for each graph the two ends of its distinct edges, each `[E]` of whole numbers in [0, N); no loops.
             num_nodes: N.
-            norm: how graphs are normalised; a node without neighbours keeps a row and a column of zeros.
+            norm: how graphs are normalized; a node without neighbors keeps a row and a column of zeros.
 
         Raises:
             ValueError: an end is no node, an edge is a loop, or the norm is unknown.
@@ -76,11 +76,11 @@ class MultiGraph:
 
     @property
     def degrees(self) -> Tensor:
-        """`[J, N]` int32, how many neighbours each node has."""
+        """`[J, N]` int32, how many neighbors each node has."""
         return self.bounds[:, 1:] - self.bounds[:, :-1]
 
     def neighbors_of(self, graph: int) -> Tensor:
-        """Return the neighbours `[nnz]` of one graph, node after node."""
+        """Return the neighbors `[nnz]` of one graph, node after node."""
         return self.neighbors[self.starts[graph] : self.starts[graph + 1]]
 
     def to(self, device: torch.device | str) -> MultiGraph:
@@ -109,7 +109,7 @@ def _check_edges(place: int, first: Tensor, second: Tensor, num_nodes: int) -> N
 
 
 def _symmetric_lists(first: Tensor, second: Tensor, num_nodes: int) -> tuple[Tensor, Tensor]:
-    """Bounds `[N + 1]` and neighbours `[2 E]` of edges read both ways."""
+    """Bounds `[N + 1]` and neighbors `[2 E]` of edges read both ways."""
     keys = torch.cat((first.long() * num_nodes + second, second.long() * num_nodes + first))
     keys = keys.sort().values
     bounds = torch.searchsorted(keys, torch.arange(num_nodes + 1, device=keys.device) * num_nodes)

@@ -1,9 +1,9 @@
 """Gathering by `embedding_bag`, whose CPU kernel reads rows at the speed of the cache and uses every core.
 
-Rows are summed in the order in which neighbours are listed, whatever the number of threads: results repeat to the bit.
+Rows are summed in the order in which neighbors are listed, whatever the number of threads: results repeat to the bit.
 """
 
-# N nodes  J graphs  S slices (start behaviours)  d width
+# N nodes  J graphs  S slices (start behaviors)  d width
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from perilune.ops.multigraph.graph import MultiGraph
 
 KEPT_BYTES = 512 * 2**20
-"""Neighbours' sums are kept for the backward pass up to this size; beyond it they are gathered again, in blocks."""
+"""Neighbors' sums are kept for the backward pass up to this size; beyond it they are gathered again, in blocks."""
 _BLOCK_ROWS = 1 << 16
 
 
@@ -111,12 +111,12 @@ def _grad_x(grad: Tensor, weights: Tensor, graph: MultiGraph) -> Tensor:
 
 
 def _sums(x: Tensor, graph: MultiGraph, j: int, low: int, high: int) -> Tensor:
-    """Sums `[high - low, S, d]` over the neighbours of some nodes, before the rows' factors."""
+    """Sums `[high - low, S, d]` over the neighbors of some nodes, before the rows' factors."""
     return _gather(_scaled(x.flatten(1), graph.columns, j), graph, j, low, high).view(-1, *x.shape[1:])
 
 
 def _gather(table: Tensor, graph: MultiGraph, j: int, low: int = 0, high: int | None = None) -> Tensor:
-    """Sum the rows of `table` `[N, w]` over the neighbours of nodes `low` to `high`."""
+    """Sum the rows of `table` `[N, w]` over the neighbors of nodes `low` to `high`."""
     high = graph.num_nodes if high is None else high
     neighbors, bounds = graph.neighbors_of(j), graph.bounds[j]
     if (low, high) != (0, graph.num_nodes):

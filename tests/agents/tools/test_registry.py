@@ -114,7 +114,7 @@ class OddError(Exception):
         (KeyError(), "t failed: KeyError"),
         (ToolError("as it is"), "t failed: as it is"),
         (SystemExit(3), "t failed: SystemExit: 3"),
-        (asyncio.CancelledError(), "t failed: it cancelled itself"),
+        (asyncio.CancelledError(), "t failed: it canceled itself"),
         (ExceptionGroup("g", [ValueError("inner")]), "t failed: ValueError: inner"),
         (OddError(), "t failed: OddError"),
         (RecursionError("deep"), "t failed: RecursionError: deep"),

@@ -52,7 +52,7 @@ class Session(Protocol):
     """One agent's interpreter; it remembers what earlier code defined."""
 
     async def run(self, code: str, timeout_s: float) -> Outcome:
-        """Run a piece of code; cancelling ends it, and the session."""
+        """Run a piece of code; canceling ends it, and the session."""
         ...
 
     async def close(self) -> None:

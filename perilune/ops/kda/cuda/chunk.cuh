@@ -20,8 +20,8 @@ constexpr int GATE_BYTES = GATE_TYPE == 2 ? 4 : 2;
 // Lowest base-2 log decay of a step. What it leaves, 2^-28, is lost in the rounding of a float32 sum.
 constexpr float LOWEST = -28.0f;
 // Half the base-2 range of decays that one anchor serves: 7 steps of 28, or of a bounded gate 15 of 8.6.
-constexpr float CENTRE = 98.0f;
-constexpr float UNCENTRE = 0x1p-98f;
+constexpr float CENTER = 98.0f;
+constexpr float UNCENTER = 0x1p-98f;
 
 // Where a block's chunk lies: its first token, its number of tokens (negative for an unused slot).
 struct Place {

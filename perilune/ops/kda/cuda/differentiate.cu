@@ -223,7 +223,7 @@ struct Chunk {
     }
 
     // Pairs of rows of blocks of TILES tiles that have one anchor, their first row. The later row's factor has the
-    // earlier one's inverse: 2^(CENTRE + apart) and 2^(-CENTRE - apart), times a power of two and its inverse that leave
+    // earlier one's inverse: 2^(CENTER + apart) and 2^(-CENTER - apart), times a power of two and its inverse that leave
     // both no larger than the block's decay asks for. So large gradients do not overflow, and that power, which follows
     // later tokens, changes no bit.
     template <int TILES>
@@ -238,7 +238,7 @@ struct Chunk {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 float apart = anchor[h] - shuffle(total[block + TILES - 1][2 * h + 1], lane | 3);
-                u32 power = (u32)(CENTRE - 0.5f * min(apart, 2.0f * CENTRE)) << 23;
+                u32 power = (u32)(CENTER - 0.5f * min(apart, 2.0f * CENTER)) << 23;
                 smaller[h] = bits_float(0x3f800000u - power), larger[h] = bits_float(0x3f800000u + power);
             }
 #pragma unroll
@@ -247,7 +247,7 @@ struct Chunk {
                 float until[4];
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
-                    since[i][j] = total[t][j] - anchor[j / 2] + CENTRE;
+                    since[i][j] = total[t][j] - anchor[j / 2] + CENTER;
                     until[j] = exp2_(-since[i][j]) * larger[j / 2];
                     since[i][j] = exp2_(since[i][j]) * smaller[j / 2];
                 }
@@ -288,7 +288,7 @@ struct Chunk {
                 add_product(dtotal[t], early[i], back);
 #pragma unroll
                 for (int j = 0; j < 4; ++j)
-                    dp[t][j] -= exp2_(-(total[t][j] - anchor[j / 2] + CENTRE)) * larger[j / 2] * back[j];
+                    dp[t][j] -= exp2_(-(total[t][j] - anchor[j / 2] + CENTER)) * larger[j / 2] * back[j];
             }
         }
     }

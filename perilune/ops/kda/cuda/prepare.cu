@@ -234,7 +234,7 @@ extern "C" __global__ void __launch_bounds__(128, 3) prepare_chunks(
             load_four(start, first + at);
             load_four(end, next + at);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) start[i] -= CENTRE;
+            for (int i = 0; i < 4; ++i) start[i] -= CENTER;
 #if BOUNDED
             const float(&middle)[4] = start;
 #else
@@ -243,7 +243,7 @@ extern "C" __global__ void __launch_bounds__(128, 3) prepare_chunks(
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 apart[i] = exp2_(middle[i] - start[i]);
-                middle[i] -= CENTRE;
+                middle[i] -= CENTER;
             }
 #endif
             // Inside the block.
@@ -268,7 +268,7 @@ extern "C" __global__ void __launch_bounds__(128, 3) prepare_chunks(
             mma_bf16(near_links[1], b[0], b[1], b[2], b[3], low, high);
 #if !BOUNDED
 #pragma unroll
-            for (int i = 0; i < 4; ++i) late[1][i] = late[1][i] * UNCENTRE * apart[i];
+            for (int i = 0; i < 4; ++i) late[1][i] = late[1][i] * UNCENTER * apart[i];
 #pragma unroll
             for (int j = 0; j < 4; j += 2) {
                 far_q[half][j + 1] = pack_bf16(q[1][j] * late[1][j], q[1][j + 1] * late[1][j + 1]);
@@ -290,11 +290,11 @@ extern "C" __global__ void __launch_bounds__(128, 3) prepare_chunks(
 #pragma unroll
             for (int I = 1; I < 4; ++I) {
                 if (I <= warp) continue;
-                float x[4] = {UNCENTRE, UNCENTRE, UNCENTRE, UNCENTRE};
+                float x[4] = {UNCENTER, UNCENTER, UNCENTER, UNCENTER};
                 if (I > warp + 1) {
                     load_four(x, total + 16 * I * PITCH + 8 * c + at);
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) x[i] = exp2_(x[i] - end[i] - CENTRE);
+                    for (int i = 0; i < 4; ++i) x[i] = exp2_(x[i] - end[i] - CENTER);
                 }
                 buffer[(version(warp, I) * 2 + half) * 32] =
                     make_uint4(pack_bf16(p[0][0] * x[0], p[0][1] * x[1]), pack_bf16(p[0][2] * x[2], p[0][3] * x[3]),

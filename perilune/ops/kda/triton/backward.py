@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from perilune.ops.kda.triton.common import (
-    CENTRE,
+    CENTER,
     LOG2E,
     as_operand,
     chunk_place,
@@ -80,18 +80,18 @@ def add_anchored_gradients(
 ) -> Any:  # fmt: skip
     """Add, as `add_split_gradients` does, pairs of rows that are both no earlier than their anchor.
 
-    The later row's factor has the earlier one's inverse: 2^(CENTRE + apart) and 2^(-CENTRE - apart), times a power of
+    The later row's factor has the earlier one's inverse: 2^(CENTER + apart) and 2^(-CENTER - apart), times a power of
     two and its inverse that leave both no larger than the block's decay asks for. So large gradients do not overflow,
     and that power, which follows later tokens, changes no bit.
 
-    `apart` has the base-2 log decays since the anchor, -2 CENTRE at the least, `furthest` those of the block's last
+    `apart` has the base-2 log decays since the anchor, -2 CENTER at the least, `furthest` those of the block's last
     row. `is_later` and `is_earlier` mark, in blocks `[C / 16, 16, 16]`, where the row of the block counts as the later
     or earlier one of the pair.
     """
     dq, dk, dp, dtotal = sums
-    power = (0.5 * tl.maximum(furthest, -2.0 * CENTRE) + CENTRE).to(tl.int32) << 23
-    since = exp2(apart + CENTRE, FAST) * (-power + 0x3F800000).to(tl.float32, bitcast=True)
-    until = exp2(-(apart + CENTRE), FAST) * (power + 0x3F800000).to(tl.float32, bitcast=True)
+    power = (0.5 * tl.maximum(furthest, -2.0 * CENTER) + CENTER).to(tl.int32) << 23
+    since = exp2(apart + CENTER, FAST) * (-power + 0x3F800000).to(tl.float32, bitcast=True)
+    until = exp2(-(apart + CENTER), FAST) * (power + 0x3F800000).to(tl.float32, bitcast=True)
     early = as_operand(p * until, OP, FAST)
     near = product(tl.where(is_later, reads, 0.0).to(OP), early, C, BT, PRECISION)
     late = as_operand(q * since, OP, FAST)
@@ -115,7 +115,7 @@ def load_total(total_ptr, rows, channels, found, BK: tl.constexpr, FAST: tl.cons
 
 @triton.jit
 def load_far_grams(gram_ptr, rows, LEVEL: tl.constexpr, C: tl.constexpr, FAST: tl.constexpr) -> Any:
-    """Squares `[C, C]` of blocks of 16 rows that meet at a level of the tree: neighbours (0), or of either half (1)."""
+    """Squares `[C, C]` of blocks of 16 rows that meet at a level of the tree: neighbors (0), or of either half (1)."""
     block, other = rows[:, None] // 16, rows[None, :] // 16
     # Comparisons of whole blocks, which let whole vectors be loaded.
     meet = other == (block ^ 1) if LEVEL == 0 else (other // 2) != (block // 2)

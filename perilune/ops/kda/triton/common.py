@@ -13,7 +13,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-28.0)
 """Lowest base-2 log decay of a step. What it leaves, 2^-28, is lost in the rounding of a float32 sum; seven such steps
 still have an inverse."""
-CENTRE = tl.constexpr(98.0)
+CENTER = tl.constexpr(98.0)
 """Half the base-2 range of decays that one anchor serves: 7 steps of 28, or of a bounded gate 15 of 8.6."""
 
 
