@@ -24,6 +24,9 @@ from perilune.errors import EngineError
 if TYPE_CHECKING:
     from perilune.models import Decoder
 
+_MOST_LATE = 4
+"""Steps in a row that only let texts in."""
+
 
 class EngineCore:
     """Requests in, steps, tokens out. Everything a request holds is given back when it ends or is canceled."""
@@ -42,8 +45,8 @@ class EngineCore:
         self._num_added = 0
         self.graphs = StepGraphs(model, memory, options, self._device) if options.graphs else None
         """Steps of rows, captured; None where they are not."""
-        self._is_late = False
-        """Whether rows have to decode at the next step, because they did not at this one."""
+        self._num_late = 0
+        """Steps, up to this one, in which rows did not decode because texts were let in."""
         self.num_preemptions = 0
         """Rows and prompts that had to make room."""
         self.num_tokens = 0
@@ -108,14 +111,17 @@ class EngineCore:
     def step(self) -> list[StepOutput]:
         """Decode one token of every running row, prefill a piece of what waits, and start what is ready.
 
-        Who comes while rows decode does not wait for a token of theirs: that step only prefills, and the next decodes.
+        Who comes while rows decode does not wait for a token of theirs: that step only prefills, and the next decodes;
+        as long as more texts wait than rows run, a few such steps come one after another.
         """
         outputs: list[StepOutput] = []
-        rows = len(self.running)
-        self._is_late = not self._is_late and self.intake.num_waiting > 0 < rows < self._options.max_batch
-        if not self._is_late:
+        rows, waiting = len(self.running), self.intake.num_waiting
+        most = _MOST_LATE if waiting > rows else 1
+        is_late = waiting > 0 < rows < self._options.max_batch and self._num_late < most
+        self._num_late = self._num_late + 1 if is_late else 0
+        if not is_late:
             outputs += self._decode()
-        self.intake.step(len(self.running))
+        self.intake.step(len(self.running), is_decoding=not is_late)
         outputs += self._start()
         return outputs
 

@@ -347,6 +347,21 @@ def test_who_comes_late_does_not_wait_for_a_token_of_others(hybrid):
         assert sorted(o.key for o in engine.step()) == running
 
 
+def test_while_more_wait_than_run_texts_come_first_but_not_for_ever(hybrid):
+    engine = make_engine(hybrid, max_tokens_prefill=16, max_tokens_mixed=16, max_batch=16)
+    first = engine.add(request(text(4), max_new_tokens=60))
+    engine.step()
+    for n in range(15):
+        engine.add(request(text(16, n), max_new_tokens=60))
+    decoded = []
+    while engine.stats().waiting:
+        decoded.append(first in [o.key for o in engine.step()])
+    # four texts are let in before the rows go on; then fewer wait than run
+    assert decoded[:6] == [False] * 4 + [True] + [False]
+    assert all(sum(decoded[i : i + 5]) for i in range(len(decoded) - 4))
+    assert decoded.count(False) >= 9
+
+
 def test_who_came_first_is_served_first(hybrid):
     engine = make_engine(hybrid, max_batch=2)
     keys = [engine.add(request(text(5, i), max_new_tokens=3)) for i in range(6)]
