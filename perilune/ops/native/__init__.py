@@ -21,12 +21,14 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("products.cpp", "attention.cpp")]
+_SOURCES = [Path(__file__).with_name(name) for name in ("products.cpp", "attention.cpp", "elementwise.cpp")]
 _POINTER, _INTEGER, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _FUNCTIONS: dict[str, tuple[type[ctypes.c_int64] | None, list[type]]] = {
     "packed_columns": (_INTEGER, []),
     "product_float32": (None, [*[_POINTER] * 3, *[_INTEGER] * 3]),
     "product_bfloat16": (None, [*[_POINTER] * 3, *[_INTEGER] * 3]),
+    "rms_norm": (None, [*[_POINTER] * 3, *[_INTEGER] * 2, _FLOAT]),
+    "swiglu": (None, [*[_POINTER] * 2, *[_INTEGER] * 2]),
     "attend_float32": (None, [*[_POINTER] * 7, _FLOAT]),
     "attend_bfloat16": (None, [*[_POINTER] * 7, _FLOAT]),
 }

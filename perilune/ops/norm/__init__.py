@@ -9,8 +9,9 @@ from torch import Tensor
 
 from perilune.errors import BackendError
 from perilune.ops.backends import triton_is_default, triton_obstacle
+from perilune.ops.native.elementwise import can_compute, rms_norm_native
 from perilune.ops.norm.reference import rms_norm_gated_reference, rms_norm_reference
-from perilune.ops.norm.torch import rms_norm_gated_torch, rms_norm_torch
+from perilune.ops.norm.torch import gate_torch, rms_norm_torch
 
 __all__ = ["rms_norm", "rms_norm_gated"]
 
@@ -36,7 +37,8 @@ def rms_norm(
         eps: added to the mean square.
         dtype: of the result, which is rounded to it once; None means that of `x`.
         backend: `triton` (float32, bfloat16 and float16 on a GPU, D <= 8192), `torch`, `reference` (computes in the
-            dtype of `x`), or `auto`: triton on a GPU, else, and under `torch.compile`, torch.
+            dtype of `x`), or `auto`: triton on a GPU, else, and under `torch.compile`, torch; without gradients on a
+            CPU what `ops.native` has built.
 
     Returns:
         `[..., D]` in `dtype`.
@@ -55,6 +57,8 @@ def rms_norm(
         from perilune.ops.norm.triton import rms_norm_triton
 
         return rms_norm_triton(x, weight, eps, dtype)
+    if backend == "auto" and can_compute(x, weight):
+        return rms_norm_native(x, weight, eps).to(dtype)
     return rms_norm_torch(x, weight, eps, dtype)
 
 
@@ -98,7 +102,7 @@ def rms_norm_gated(
         from perilune.ops.norm.triton import rms_norm_gated_triton
 
         return rms_norm_gated_triton(x, weight, z, eps, use_swish=use_swish)
-    return rms_norm_gated_torch(x, weight, z, eps, use_swish=use_swish)
+    return gate_torch(rms_norm(x, weight, eps, backend=backend), z, use_swish=use_swish)
 
 
 def _check(name: str, x: Tensor, weight: Tensor, backend: str) -> None:

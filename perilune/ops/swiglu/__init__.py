@@ -9,6 +9,7 @@ from torch import Tensor
 
 from perilune.errors import BackendError
 from perilune.ops.backends import triton_is_default, triton_obstacle
+from perilune.ops.native.elementwise import can_compute, swiglu_native
 from perilune.ops.swiglu.reference import swiglu_reference
 
 __all__ = ["swiglu"]
@@ -26,7 +27,8 @@ def swiglu(gate_up: Tensor, *, backend: Backend = "auto") -> Tensor:
     Args:
         gate_up: `[..., 2 D]`, floating: D channels of the gate, then as many of what it gates.
         backend: `triton` (one pass each way; float32, bfloat16 and float16 on a GPU), `torch`, `reference` (the
-            expression, in the dtype of the input), or `auto`: triton on a GPU, else, and under `torch.compile`, torch.
+            expression, in the dtype of the input), or `auto`: triton on a GPU, else, and under `torch.compile`, torch;
+            without gradients on a CPU what `ops.native` has built.
 
     Returns:
         `[..., D]` in the dtype of `gate_up`.
@@ -45,6 +47,8 @@ def swiglu(gate_up: Tensor, *, backend: Backend = "auto") -> Tensor:
         from perilune.ops.swiglu.triton import swiglu_triton
 
         return swiglu_triton(gate_up)
+    if backend == "auto" and can_compute(gate_up):
+        return swiglu_native(gate_up)
     match backend:
         case "auto" | "torch":
             gate, up = gate_up.chunk(2, -1)
