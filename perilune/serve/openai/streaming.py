@@ -73,6 +73,7 @@ class EventStream:
             release: called at the end, whatever came of it; a generator that never began cannot free what it holds.
         """
         self._events, self._timeout_s, self._release = events, timeout_s, release
+        self._said_at = 0.0
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Send the answer."""
@@ -93,41 +94,41 @@ class EventStream:
 
     async def _send_events(self, gone: asyncio.Future[None], send: Send) -> bytes | None:
         """Send all events; return what ends the stream."""
+        self._said_at = asyncio.get_running_loop().time()
+        pulse = asyncio.ensure_future(self._keep_alive(send))
         try:
-            async with asyncio.timeout(self._timeout_s):
-                while True:
-                    event = await self._next(gone, send)
-                    if event is None:
-                        return b"data: [DONE]\n\n"
+            async with asyncio.timeout(self._timeout_s) as limit:
+                gone.add_done_callback(lambda _: _expire(limit))
+                async for event in self._events:
                     await send({"type": "http.response.body", "body": _line(event), "more_body": True})
+                    self._said_at = asyncio.get_running_loop().time()
+                return b"data: [DONE]\n\n"
         except TimeoutError:
+            if gone.done():
+                raise ClientGone from None
             return _line(too_slow(self._timeout_s).body())
         except ApiError as error:
             return _line(error.body())
         except PeriluneError as error:
             logger.warning("%s: %s", type(error).__name__, error)
             return _line(openai_error(500, type(error).__name__, str(error)))
-        except (ClientGone, OSError):
+        except OSError:
             raise
         except Exception:
             logger.exception("unexpected error")
             return _line(openai_error(500, "InternalError", "the server failed; its log says how"))
-
-    async def _next(self, gone: asyncio.Future[None], send: Send) -> Mapping[str, Any] | None:
-        step = asyncio.ensure_future(anext(self._events, None))
-        try:
-            while not step.done():
-                await asyncio.wait({step, gone}, timeout=KEEPALIVE_S, return_when=asyncio.FIRST_COMPLETED)
-                if gone.done():
-                    raise ClientGone
-                if not step.done():
-                    await send({"type": "http.response.body", "body": b": still there\n\n", "more_body": True})
-            return step.result()
         finally:
-            if not step.done():
-                step.cancel()
-                with suppress(asyncio.CancelledError):
-                    await step
+            pulse.cancel()
+
+    async def _keep_alive(self, send: Send) -> None:
+        """Say that the stream is alive whenever it has said nothing for long."""
+        with suppress(OSError):  # the next event meets it too
+            while True:
+                silence = asyncio.get_running_loop().time() - self._said_at
+                await asyncio.sleep(KEEPALIVE_S - silence)
+                if asyncio.get_running_loop().time() - self._said_at >= KEEPALIVE_S:
+                    await send({"type": "http.response.body", "body": b": still there\n\n", "more_body": True})
+                    self._said_at = asyncio.get_running_loop().time()
 
     def as_response(self) -> Response:
         """Return this as what a route may return."""
@@ -169,6 +170,11 @@ async def answer_while_there(work: Coroutine[Any, Any, _ANSWER], receive: Receiv
 def too_slow(timeout_s: float) -> ApiError:
     """Return the error of an answer that was not there in time."""
     return ApiError(408, f"the answer took more than {timeout_s:g} s; ask for fewer tokens", code="request_timeout")
+
+
+def _expire(limit: asyncio.Timeout) -> None:
+    with suppress(RuntimeError):  # it is over already
+        limit.reschedule(0)
 
 
 async def _until_gone(receive: Receive) -> None:
