@@ -158,7 +158,9 @@ def test_times_are_the_engine_s_and_all_prompts_are_read_at_once() -> None:
 
 
 def test_a_prompt_that_fails_ends_the_others() -> None:
-    service = FakeService(answer=lambda request: EngineError("no") if bytes(request.prompt_ids[1:]) == b"b" else "x" * 90)
+    service = FakeService(
+        answer=lambda request: EngineError("no") if bytes(request.prompt_ids[1:]) == b"b" else "x" * 90
+    )
     response = client_of(service).post(
         PATH, json={"model": "fake", "prompt": ["a", "b", "c"], "stream": True, "max_tokens": 90}
     )

@@ -13,8 +13,8 @@ from starlette.testclient import TestClient
 from perilune.engine.requests import TokenGrammar
 from perilune.serve.drain import Drain
 from perilune.serve.openai import ServerSettings, openai_app
+from tests.serve.openai import small
 from tests.serve.openai.doubles import END, SPECIALS, TOKENIZER, FakeService, say
-from tests.serve.openai.small import small_model
 from tests.serve.openai.test_chat import CALL, HELLO, PATH, SECTION, added_up, ask, client_of, streamed
 
 pytest.importorskip("llguidance")
@@ -53,10 +53,13 @@ def grammar_of(client: Any, service: FakeService, **fields: Any) -> TokenGrammar
 TOO_WIDE = {"anyOf": [{"type": "array", "items": {"type": "array", "items": {"enum": [i]}}} for i in range(500)]}
 
 
-def test_a_schema_that_is_too_complex_midway_is_the_request_s_fault() -> None:
+def test_a_schema_that_is_too_complex_midway_is_the_request_s_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(small, "CACHE_BYTES", 64 << 20)  # the template writes the tools' schemas into the prompt
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": TOO_WIDE}}
     body = {"model": "small", "messages": HELLO, "max_tokens": 20, "seed": 1}
-    with TestClient(openai_app(small_model(), settings=ServerSettings(), drain=Drain())) as client:
+    with TestClient(
+        openai_app(small.small_model(context_limit=30_000), settings=ServerSettings(), drain=Drain())
+    ) as client:
         with ThreadPoolExecutor() as pool:
             good = pool.submit(client.post, PATH, json={**body, "n": 2})
             bad = client.post(PATH, json={**body, "response_format": form, "n": 2})
