@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 MAX_TEMPLATE_CHARS = 2**20
 MAX_OUTPUT_CHARS = 2**26
 MAX_RENDER_S = 10.0
-_DEADLINE = "perilune_deadline"
+_DEADLINE_S: ContextVar[float] = ContextVar("deadline_s")
+"""Of the template that is being rendered: no name within it, which it could change."""
 
 
 def compile_template(source: str, *, where: str) -> Template:
@@ -63,7 +65,7 @@ def compile_template(source: str, *, where: str) -> Template:
         # as in the base class, whose names leave all others to the template
         def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
             # Macros, blocks and recursive loops that call themselves twice go on for ever without a loop.
-            _check_clock(_deadline(__context))
+            _check_clock()
             return super().call(__context, __obj, *args, **kwargs)
 
     environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
@@ -97,18 +99,20 @@ def render(template: Template, variables: Mapping[str, Any], *, where: str, max_
     """
     pieces: list[str] = []
     size = 0
-    deadline_s = time.monotonic() + max_s
+    before = _DEADLINE_S.set(time.monotonic() + max_s)
     try:
-        for piece in template.generate({**variables, _DEADLINE: deadline_s}):
+        for piece in template.generate(variables):
             pieces.append(piece)
             size += len(piece)
             if size > MAX_OUTPUT_CHARS:
                 raise DataError(f"{where}: made more than {MAX_OUTPUT_CHARS:,} characters")
-            _check_clock(deadline_s)
+            _check_clock()
     except DataError as error:
         raise DataError(str(error) if str(error).startswith(where) else f"{where}: {error}") from error
     except Exception as error:  # whatever a template of someone else's raises
         raise DataError(f"{where}: the template failed: {type(error).__name__}: {error}") from error
+    finally:
+        _DEADLINE_S.reset(before)
     return "".join(pieces)
 
 
@@ -166,20 +170,14 @@ def _strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
-def _timed(context: Any, values: Iterable[Any]) -> Iterator[Any]:
-    deadline_s = _deadline(context)
+def _timed(_: object, values: Iterable[Any]) -> Iterator[Any]:
     for value in values:
-        _check_clock(deadline_s)
+        _check_clock()
         yield value
 
 
-def _deadline(context: Any) -> float:
-    """What `render` was given, whatever the template calls by that name."""
-    return context.parent[_DEADLINE]
-
-
-def _check_clock(deadline_s: float) -> None:
-    if time.monotonic() > deadline_s:
+def _check_clock() -> None:
+    if time.monotonic() > _DEADLINE_S.get():
         raise DataError("the template takes too long")
 
 

@@ -121,7 +121,9 @@ class EngineCore:
         self._num_late = self._num_late + 1 if is_late else 0
         if not is_late:
             outputs += self._decode()
-        self.intake.step(len(self.running), is_decoding=not is_late)
+        if not self.intake.step(len(self.running), is_decoding=not is_late) and is_late:
+            self._num_late = 0  # nothing could be let in, and nobody is to wait for it
+            outputs += self._decode()
         outputs += self._start()
         return outputs
 

@@ -15,11 +15,14 @@ from perilune.engine.graphs import is_capturable
 from perilune.engine.manager import CacheManager
 from perilune.engine.memory import CacheMemory
 from perilune.engine.options import EngineOptions
-from perilune.engine.requests import Completion, EngineStats, Request, StreamedToken, check_request
+from perilune.engine.requests import Completion, EngineStats, Request, SamplingParams, StreamedToken, check_request
 from perilune.engine.tickets import StepOutput
 from perilune.engine.weights import WeightsWatch
 from perilune.errors import EngineError
 from perilune.nn import find_packings
+from perilune.nn.linear import LEAST_WEIGHT
+from perilune.ops.native import native_library
+from perilune.ops.native.elementwise import native_elementwise
 
 if TYPE_CHECKING:
     from perilune.models import Decoder
@@ -112,6 +115,9 @@ class Engine:
         self._precision = precision
         self._modules = list(model.modules())
         self._packings = find_packings(model) if packed_weights and not model.output_weight.is_cuda else []
+        # decided once: what requests get must not depend on what else has run in the process
+        is_large = any(weight.numel() >= LEAST_WEIGHT for weight in model.parameters())
+        self._is_native = bool(self._packings) and is_large and native_library() is not None
         self._watch = WeightsWatch(model)
         templates = model.new_cache(1).entries
         size = fitting_block_size(templates, block_size)
@@ -193,6 +199,14 @@ class Engine:
         self._watch.has_changed()
         for packing in self._packings:
             packing.clear()
+        self._core.weights_updated()
+
+    def warm_up(self) -> None:
+        """Sample a little and forget it, so that no request waits for what is built, packed or compiled at first."""
+        limit = self.options.context_limit
+        prompt = [0] * (2 if limit is None or limit > 2 else 1)
+        params = SamplingParams(max_new_tokens=2, temperature=0)
+        self.generate([Request(prompt_ids=prompt, params=params)] * min(2, self.options.max_batch))
         self._core.weights_updated()
 
     def stats(self) -> EngineStats:
@@ -316,7 +330,11 @@ class Engine:
         for packing in self._packings:
             packing.is_on = True
         try:
-            with torch.inference_mode(), torch.autocast(device_type, dtype=torch.bfloat16, enabled=is_low):
+            with (
+                torch.inference_mode(),
+                torch.autocast(device_type, dtype=torch.bfloat16, enabled=is_low),
+                native_elementwise(self._is_native),
+            ):
                 yield
         finally:
             for module in training:

@@ -91,14 +91,17 @@ class Intake:
         """Texts from which samples can start, in order."""
         return [fill for fill in self.active if fill.hidden is not None]
 
-    def step(self, num_rows: int, *, is_decoding: bool) -> None:
+    def step(self, num_rows: int, *, is_decoding: bool) -> bool:
         """Prefill as many tokens as one step takes beside `num_rows` running rows, which decode in it or do not.
 
         Only the first text is cut: small pieces of several would each cost a forward more later.
+
+        Returns:
+            Whether there were any.
         """
         options = self._options
         limit = min(options.max_tokens_prefill, options.max_tokens_mixed) if num_rows else options.max_tokens_prefill
-        budget = max(1, limit - (num_rows if is_decoding else 0))
+        budget = most = max(1, limit - (num_rows if is_decoding else 0))
         pieces: list[tuple[Fill, int]] = []
         for fill in self._fills(num_rows):
             size = len(fill.tokens) - fill.done
@@ -114,6 +117,7 @@ class Intake:
                 break
         if pieces:
             self._forward(pieces)
+        return budget < most
 
     def _fills(self, num_rows: int) -> Iterable[Fill]:
         """Texts to prefill: those begun, then those that can be let in."""

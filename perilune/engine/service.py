@@ -274,8 +274,8 @@ class EngineService:
                 if self._engine.has_work:
                     self._deliver(self._engine.step())
                 self._stats = self._engine.stats()
-        except Exception as error:
-            # whatever it is, readers must not wait for ever
+        except BaseException as error:
+            # whatever it is, a panic of compiled code too, readers must not wait for ever
             failure = EngineError(f"the engine has failed: {type(error).__name__}: {error}")
             failure.__cause__ = error
             with self._condition:  # whoever submits after this is told so, whoever did before is abandoned

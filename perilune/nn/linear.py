@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from perilune.ops.packing import PACKED_ROWS, PackedWeight, can_pack, pack, packed_linear
 from perilune.ops.precision import autocast_dtype
 
-# Smaller weights stay in the cache, and do not repay a compiler's second.
-_LEAST_WEIGHT = 1 << 18
+LEAST_WEIGHT = 1 << 18
+"""Elements of a weight that is packed: smaller ones stay in the cache, and do not repay a compiler's second."""
 
 
 class Packing:
@@ -48,10 +48,10 @@ class Packing:
         if not self.is_on or torch.is_grad_enabled() or x.device.type != "cpu":
             return None
         dtype = autocast_dtype(x)
-        if dtype in PACKED_ROWS and x.numel() // max(1, x.shape[-1]) not in PACKED_ROWS[dtype]:
+        if x.numel() // max(1, x.shape[-1]) not in PACKED_ROWS.get(dtype, ()):
             return None
         is_mixed = weights[0].dtype != dtype and not torch.is_autocast_enabled("cpu")
-        if is_mixed or sum(weight.numel() for weight in weights) < _LEAST_WEIGHT or not can_pack(dtype):
+        if is_mixed or sum(weight.numel() for weight in weights) < LEAST_WEIGHT or not can_pack(dtype):
             return None
         key = (dtype, *(_fingerprint(weight) for weight in weights))
         if key != self._key:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 
-from perilune.engine import Engine, EngineService, Request, SamplingParams
+from perilune.engine import Engine, EngineService
 from perilune.errors import DataError
 from perilune.run.serving_models import KNOWN_MODELS, load_served
 
@@ -153,9 +153,7 @@ def prepare(model: str | Path, options: ServeOptions) -> ServedModel:
             engine.options.max_batch,
             engine.options.context_limit,
         )
-    # one answer, so that no client waits for what is built, packed or compiled when it is first used
-    engine.generate([Request(prompt_ids=[0], params=SamplingParams(max_new_tokens=2, temperature=0))])
-    engine.weights_updated()
+    engine.warm_up()
     return ServedModel(
         name=options.name or (str(model) if str(model) in KNOWN_MODELS else Path(model).resolve().stem),
         service=EngineService(engine, max_waiting=options.max_waiting),

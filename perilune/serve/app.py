@@ -149,7 +149,8 @@ def run_app(
         import uvicorn
     except ImportError as error:
         raise missing_extra(EngineError, "serving needs", error.name, "serve") from error
-    settings = uvicorn.Config(app, log_level="warning", limit_concurrency=MAX_CONNECTIONS)
+    # httptools would be faster, but takes headers of any size
+    settings = uvicorn.Config(app, log_level="warning", limit_concurrency=MAX_CONNECTIONS, http="h11")
     listener.listen(settings.backlog)
     if on_ready is not None:
         host, port = listener.getsockname()[:2]

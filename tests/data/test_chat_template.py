@@ -256,8 +256,8 @@ def test_what_is_no_template_is_refused(tmp_path, found, message):
             "takes too long",
         ),
         (
-            "{% set perilune_deadline = 1e99 %}"
-            "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
+            "{% set deadline_s = 1e99 %}{% for perilune_deadline in [1e99] %}{% block b scoped %}"
+            "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}{% endblock %}{% endfor %}",
             "takes too long",
         ),
         ("{{ messages.nothing.more }}", "UndefinedError"),

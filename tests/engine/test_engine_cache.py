@@ -362,6 +362,20 @@ def test_while_more_wait_than_run_texts_come_first_but_not_for_ever(hybrid):
     assert decoded.count(False) >= 9
 
 
+def test_no_step_passes_without_work_while_the_cache_is_full(hybrid):
+    engine = tight_engine(hybrid, 12, max_batch=16)
+    for n in range(14):
+        engine.add(request(text(2 * BLOCK, n), max_new_tokens=2 * BLOCK))
+    most = 0
+    while engine.has_work:
+        before = engine.stats()
+        engine.step()
+        after = engine.stats()
+        most = max(most, after.waiting - after.running)
+        assert (after.tokens, after.preemptions, after.waiting) != (before.tokens, before.preemptions, before.waiting)
+    assert most > 5
+
+
 def test_who_came_first_is_served_first(hybrid):
     engine = make_engine(hybrid, max_batch=2)
     keys = [engine.add(request(text(5, i), max_new_tokens=3)) for i in range(6)]

@@ -5,9 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perilune.ops import norm, rms_norm, swiglu
-from perilune.ops.native import elementwise, native_library
-from perilune.ops.native.elementwise import can_compute, rms_norm_native, swiglu_native
+from perilune.engine import Engine, Request, SamplingParams
+from perilune.models import PRESETS, build_model
+from perilune.ops import norm, rms_norm
+from perilune.ops.native import native_library
+from perilune.ops.native.elementwise import can_compute, native_elementwise, rms_norm_native, swiglu_native
 from perilune.ops.norm.reference import rms_norm_reference
 from perilune.ops.swiglu.reference import swiglu_reference
 
@@ -46,7 +48,7 @@ def test_strides_many_rows_and_no_numbers():
 
 def test_auto_takes_them_where_they_are_there(monkeypatch):
     x, weight = numbers(3, 8), numbers(8)
-    with torch.no_grad():
+    with torch.inference_mode(), native_elementwise(True):
         assert can_compute(x, weight)
         assert not can_compute(x.double())
         assert not can_compute(x, weight.bfloat16())
@@ -54,18 +56,22 @@ def test_auto_takes_them_where_they_are_there(monkeypatch):
         monkeypatch.setattr(norm, "rms_norm_native", lambda *_: marked)
         assert rms_norm(x, weight, 1e-5) is marked
         assert rms_norm(x, weight, 1e-5, backend="torch") is not marked
-    assert not can_compute(x)
+        with native_elementwise(False):
+            assert not can_compute(x)
+    with torch.inference_mode():
+        assert not can_compute(x)
+    with torch.no_grad(), native_elementwise(True):
+        assert not can_compute(x)
 
 
-def test_nothing_is_built_for_them_alone(monkeypatch):
-    class Unbuilt:
-        def cache_info(self):
-            return type("Info", (), {"currsize": 0})
-
-        def __call__(self):
-            raise AssertionError("built")
-
-    monkeypatch.setattr(elementwise, "native_library", Unbuilt())
-    with torch.no_grad():
-        assert not can_compute(numbers(3))
-        assert swiglu(numbers(3, 8)).shape == (3, 4)
+@pytest.mark.parametrize("is_large", [True, False])
+def test_an_engine_decides_once_and_for_itself(monkeypatch, is_large):
+    monkeypatch.setattr("perilune.engine.engine.LEAST_WEIGHT", 1 if is_large else 1 << 40)
+    calls = []
+    monkeypatch.setattr(norm, "rms_norm_native", lambda *args: calls.append(args) or rms_norm_native(*args))
+    engine = Engine(build_model(PRESETS["smoke"], seed=0), deterministic=True, prefix_cache=False)
+    request = Request(prompt_ids=[5, 6, 7], params=SamplingParams(max_new_tokens=4, seed=1))
+    with native_elementwise(not is_large):  # whatever is around it
+        first, second = (engine.generate([request])[0].logprobs for _ in range(2))
+    assert first == second
+    assert bool(calls) == is_large

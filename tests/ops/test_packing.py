@@ -79,6 +79,8 @@ def test_what_is_no_number_stays_in_its_row_and_column():
 @needs_compiler
 def test_operands_that_do_not_fit_are_refused():
     packed = pack(torch.ones(3, 5))
+    with pytest.raises(ValueError, match="has no gradients"):
+        packed_linear(torch.ones(2, 5, requires_grad=True), packed)
     for x in (torch.ones(2, 4), torch.ones(2, 5).bfloat16()):
         with pytest.raises(ValueError, match=r"x must be \[..., 5\] torch.float32"):
             packed_linear(x, packed)
@@ -90,7 +92,7 @@ def test_other_dtypes_cannot_be_packed():
         pack(torch.ones(2, 2, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "true", ""])
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "true", "", 'g++ "x'])
 def test_without_a_compiler_there_are_none_and_the_log_says_why(monkeypatch, caplog, compiler):
     monkeypatch.setenv("CXX", compiler)
     with caplog.at_level(logging.INFO):
@@ -104,8 +106,8 @@ def test_other_results_are_not_trusted(monkeypatch):
         def packed_columns(self):
             return 4
 
-        def product_float32(self, *arguments):
-            pass
+        def __getattr__(self, name):
+            return lambda *arguments: None
 
     monkeypatch.setattr(native, "_load", Wrong)
     assert native.native_library.__wrapped__() is None

@@ -211,6 +211,10 @@ def test_calls_that_native_code_cannot_serve_say_why(monkeypatch):
     q, keys, values, tables, lengths = make([[0, 1]], [3], 4, 4, 2, 6, 3)
     with pytest.raises(BackendError, match="'native' takes float32 and bfloat16, got"):
         paged_decode_attention(q, keys, values, tables, lengths, backend="native")
+    with pytest.raises(BackendError, match="backend 'native' has no gradients"):
+        paged_decode_attention(
+            q.float().requires_grad_(), keys.float(), values.float(), tables, lengths, backend="native"
+        )
     apart = keys.float().transpose(2, 3).contiguous().transpose(2, 3)
     with pytest.raises(BackendError, match="backend 'native' needs the channels of keys and values side by side"):
         paged_decode_attention(q.float(), apart, values.float(), tables, lengths, backend="native")

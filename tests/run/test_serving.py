@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
@@ -23,9 +24,11 @@ from typer.testing import CliRunner
 
 from perilune.cli import app
 from perilune.data import train_tokenizer
+from perilune.engine import Engine, Request, SamplingParams
 from perilune.errors import DataError
 from perilune.models import PRESETS, build_model, save
 from perilune.models.checkpoint import Details
+from perilune.ops.packing import can_pack, pack
 from perilune.run.serving import ServeOptions, cache_bytes, context_limit, prepare
 
 KEY = "sk-local"
@@ -53,6 +56,26 @@ def test_a_checkpoint_is_prepared(checkpoint: Path) -> None:
         prepare(checkpoint, ServeOptions(max_context=3000))
     with pytest.raises(DataError, match="--device: 'tpu9z' is no device"):
         prepare(checkpoint, ServeOptions(device="tpu9z"))
+
+
+@pytest.mark.skipif(not can_pack(torch.float32), reason="packed products need Linux and GCC")
+def test_the_first_request_finds_everything_packed(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed: list[Tensor] = []
+    monkeypatch.setattr("perilune.nn.linear.LEAST_WEIGHT", 1)
+    monkeypatch.setattr("perilune.nn.linear.pack", lambda weight: packed.append(weight) or pack(weight))
+    engines: list[Engine] = []
+
+    def serving(engine: Engine, **_: Any) -> object:
+        engines.append(engine)
+        return object()
+
+    monkeypatch.setattr("perilune.run.serving.EngineService", serving)
+    prepare(checkpoint, ServeOptions(max_context=500, cache_gib=0.01))
+    count = len(packed)
+    assert count > 0
+    assert engines[0].stats().pages_cached == 0
+    engines[0].generate([Request(prompt_ids=[n, 3, 4], params=SamplingParams(max_new_tokens=2)) for n in range(3)])
+    assert len(packed) == count
 
 
 def test_limits_that_nobody_named() -> None:

@@ -18,7 +18,7 @@ CODE = {
     "tokenization_kimi.py": """
 from pathlib import Path
 from transformers import PreTrainedTokenizer
-from .tool_declaration_ts import SHIFT
+from ._tool_declaration_ts import SHIFT
 
 class TikTokenTokenizer(PreTrainedTokenizer):
     vocab_files_names = {"vocab_file": "tiktoken.model"}
@@ -40,7 +40,7 @@ class TikTokenTokenizer(PreTrainedTokenizer):
     def _convert_token_to_id(self, token):
         return ord(token) - SHIFT
 """,
-    "tool_declaration_ts.py": "try:\n    from .deeper import SHIFT\nexcept ImportError:\n    import deeper\n",
+    "_tool_declaration_ts.py": "try:\n    from .deeper import SHIFT\nexcept ImportError:\n    import deeper\n",
     "deeper.py": "import json\nSHIFT = 32\n",
     "unrelated.py": "raise SystemExit('this was run')\n",
 }

@@ -29,7 +29,7 @@ TOKENIZER_NAMES = (
 )
 """Files that are copied as they are."""
 TEMPLATES_FOLDER = "additional_chat_templates"
-COMPANION_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,99}}|{TEMPLATES_FOLDER}/[A-Za-z0-9_-]{{1,99}}\.jinja")
+COMPANION_NAME = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,99}}|{TEMPLATES_FOLDER}/[A-Za-z0-9_-]{{1,99}}\.jinja")
 """Names that a file beside the weights may have."""
 
 _MODULE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,95}")

@@ -104,6 +104,10 @@ def native_obstacle(q: Tensor, keys: Tensor, values: Tensor) -> str | None:
     """Say why backend "native" cannot take a call, as the end of "backend 'native' ..."; None if it can."""
     if q.device.type != "cpu":
         return f"needs tensors on a CPU, got {q.device}"
+    if torch.compiler.is_compiling() or type(q) is not Tensor:
+        return f"computes at once, on plain tensors, got {type(q).__name__}"
+    if torch.is_grad_enabled() and (q.requires_grad or keys.requires_grad or values.requires_grad):
+        return "has no gradients"
     if q.dtype not in _NATIVE:
         return f"takes float32 and bfloat16, got {q.dtype}"
     if any(x.stride(-1) != 1 and x.shape[-1] > 1 for x in (keys, values)):

@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ def native_library() -> ctypes.CDLL | None:
     try:
         library = _load()
         _try_out(library)
-    except (OSError, AttributeError, RuntimeError, subprocess.SubprocessError) as error:
+    except (OSError, AttributeError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         level = logging.WARNING if platform.system() == "Linux" else logging.INFO  # elsewhere nothing can be done
         logger.log(level, "decode steps on a CPU use PyTorch's functions, which take up to twice as long: %s", error)
         return None
@@ -80,11 +81,30 @@ def _load() -> ctypes.CDLL:
 
 
 def _try_out(library: ctypes.CDLL) -> None:
-    """Compare one product with PyTorch's; RuntimeError if it is another."""
+    """Compare small calls with PyTorch; RuntimeError if one differs."""
     columns = library.packed_columns()
-    x, weight = torch.arange(39.0).view(13, 3) - 20, torch.arange(3.0 * columns).view(columns, 3) / 7
-    y = torch.empty(13, columns)
-    panel = weight.t().contiguous()
-    library.product_float32(x.data_ptr(), panel.data_ptr(), y.data_ptr(), 13, columns, 3)
-    if not torch.allclose(y, x @ weight.t(), rtol=1e-4, atol=1e-3):
-        raise RuntimeError("the compiled product differs from PyTorch's")
+    x, weight = torch.arange(39.0).view(13, 3) - 20, torch.arange(3.0 * columns).view(columns, 3) / 8
+    y, panel = torch.empty(13, columns), weight.t().contiguous()
+    for name, panels in (("product_float32", panel), ("product_bfloat16", panel.bfloat16())):
+        getattr(library, name)(x.data_ptr(), panels.data_ptr(), y.data_ptr(), 13, columns, 3)
+        _compare(name, y, x @ panels.float())
+    normed, gated, pairs = torch.empty(13, 3), torch.empty(13, 1), x[:, :2].contiguous()
+    library.rms_norm(x.data_ptr(), weight.data_ptr(), normed.data_ptr(), 13, 3, 1e-5)
+    _compare("rms_norm", normed, F.rms_norm(x, (3,), weight[0], 1e-5))
+    library.swiglu(pairs.data_ptr(), gated.data_ptr(), 13, 1)
+    _compare("swiglu", gated, F.silu(pairs[:, :1]) * pairs[:, 1:])
+    # one row, two heads that share the keys of two pages of 13 tokens, 20 of which it holds
+    keys, q = torch.arange(78.0).view(2, 13, 3) % 7 / 8, torch.tensor([[1.0, -1, 2], [0, 1, -1]])
+    out = torch.empty(2, 3)
+    held = keys.view(26, 3)[:20]
+    tables, lengths = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([20])
+    sizes = (ctypes.c_int64 * 13)(1, 2, 1, 2, 13, *(3, 39, 0, 3) * 2)
+    for name, pool in (("attend_float32", keys), ("attend_bfloat16", keys.bfloat16())):
+        pointers = [part.data_ptr() for part in (q, pool, pool, tables, lengths, out)]
+        getattr(library, name)(*pointers, sizes, 0.5)
+        _compare(name, out, (0.5 * q @ held.t()).softmax(-1) @ held)
+
+
+def _compare(name: str, found: torch.Tensor, wanted: torch.Tensor) -> None:
+    if not torch.allclose(found, wanted, rtol=1e-4, atol=1e-3):
+        raise RuntimeError(f"the compiled {name} differs from PyTorch's")

@@ -1,18 +1,34 @@
-"""Norms and gates of a decode step in one pass, where the compiled functions are there already."""
+"""Norms and gates of a decode step in one pass, for whoever turns them on."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
 from perilune.ops.native import native_library
 
+_IS_ON: ContextVar[bool] = ContextVar("native_elementwise", default=False)
+
+
+@contextmanager
+def native_elementwise(is_on: bool) -> Iterator[None]:
+    """Have `rms_norm` and `swiglu` use these functions within; off, they do not, whatever is around."""
+    before = _IS_ON.set(is_on)
+    try:
+        yield
+    finally:
+        _IS_ON.reset(before)
+
 
 def can_compute(*tensors: Tensor) -> bool:
-    """Whether these functions take `tensors`: float32 on a CPU, without gradients; nothing is built for them alone."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not native_library.cache_info().currsize:
+    """Whether these functions are on and take `tensors`: float32 on a CPU, in inference mode."""
+    if not _IS_ON.get() or not torch.is_inference_mode_enabled() or native_library() is None:
         return False
-    return all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors) and native_library() is not None
+    return all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
 
 
 def rms_norm_native(x: Tensor, weight: Tensor, eps: float) -> Tensor:

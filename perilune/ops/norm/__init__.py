@@ -37,8 +37,8 @@ def rms_norm(
         eps: added to the mean square.
         dtype: of the result, which is rounded to it once; None means that of `x`.
         backend: `triton` (float32, bfloat16 and float16 on a GPU, D <= 8192), `torch`, `reference` (computes in the
-            dtype of `x`), or `auto`: triton on a GPU, else, and under `torch.compile`, torch; without gradients on a
-            CPU what `ops.native` has built.
+            dtype of `x`), or `auto`: triton on a GPU, else, and under `torch.compile`, torch; where
+            `ops.native.elementwise` is on, that.
 
     Returns:
         `[..., D]` in `dtype`.

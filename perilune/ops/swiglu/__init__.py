@@ -28,7 +28,7 @@ def swiglu(gate_up: Tensor, *, backend: Backend = "auto") -> Tensor:
         gate_up: `[..., 2 D]`, floating: D channels of the gate, then as many of what it gates.
         backend: `triton` (one pass each way; float32, bfloat16 and float16 on a GPU), `torch`, `reference` (the
             expression, in the dtype of the input), or `auto`: triton on a GPU, else, and under `torch.compile`, torch;
-            without gradients on a CPU what `ops.native` has built.
+            where `ops.native.elementwise` is on, that.
 
     Returns:
         `[..., D]` in the dtype of `gate_up`.
