@@ -16,23 +16,18 @@ Before timing, answers of 16 tokens must agree. Subjects take turns; the ratio i
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-import aiohttp
-import orjson
 import torch
 from harness import interleave, ratios, write_result
+from server import Server
 
 from perilune.engine import Engine, Request, SamplingParams
 from perilune.run import convert_model, load_served
@@ -61,65 +56,6 @@ class Peer:
                 pad_token_id=0,
             )  # fmt: skip
         return found[:, ids.shape[1] :].tolist()
-
-
-class Server:
-    """`perilune serve smollm2` in a process of its own."""
-
-    def __init__(self, dtype: str, batch: int) -> None:
-        """Start it; `batch` answers are written at a time."""
-        command = [
-            sys.executable, "-c", "from perilune.cli import main; main()", "serve", "smollm2", "--port", "0",
-            "--dtype", dtype, "--max-batch", str(batch), "--no-page",
-        ]  # fmt: skip
-        self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        assert self._process.stderr is not None
-        self.url = ""
-        self._begun: list[float] = []
-        for line in self._process.stderr:
-            if "API at " in line:
-                self.url = line.split("API at ")[1].split("/v1")[0]
-                break
-        if not self.url:
-            raise SystemExit("the server did not start")
-
-    def close(self) -> None:
-        self._process.terminate()
-        self._process.wait(60)
-
-    def ask(self, prompts: Sequence[Sequence[int]], response: int, *, late: Sequence[int] | None = None) -> list[float]:
-        """Have all answered at once; seconds to each first token, the late one's last."""
-        return asyncio.run(self._ask(prompts, response, late))
-
-    async def _ask(self, prompts: Sequence[Sequence[int]], response: int, late: Sequence[int] | None) -> list[float]:
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-            tasks = [asyncio.create_task(self._one(session, prompt, response)) for prompt in prompts]
-            if late is not None:
-                started = [task for task in tasks if not task.done()]
-                await asyncio.sleep(0)
-                while len(self._begun) < len(started):  # all of them have their first token: now they decode
-                    await asyncio.sleep(0.01)
-                tasks.append(asyncio.create_task(self._one(session, late, 1)))
-            found = list(await asyncio.gather(*tasks))
-            self._begun.clear()
-            return found
-
-    async def _one(self, session: aiohttp.ClientSession, prompt: Sequence[int], response: int) -> float:
-        body = {
-            "model": "smollm2", "prompt": list(prompt), "max_tokens": response, "min_tokens": response,
-            "temperature": 0, "stream": True,
-        }  # fmt: skip
-        start, first = time.perf_counter(), None
-        headers = {"Content-Type": "application/json"}
-        async with session.post(f"{self.url}/v1/completions", data=orjson.dumps(body), headers=headers) as answer:
-            if answer.status != 200:
-                raise SystemExit(f"{answer.status}: {await answer.text()}")
-            async for line in answer.content:
-                if first is None and line.startswith(b"data: {"):
-                    first = time.perf_counter() - start
-                    self._begun.append(first)
-        assert first is not None
-        return first
 
 
 def make_prompts(count: int, length: int, vocab_size: int, seed: int) -> list[list[int]]:
@@ -163,7 +99,9 @@ def main() -> None:
     if same < limit:
         raise SystemExit(f"only {same:.0%} of greedy answers agree with transformers; no speed is reported")
     params = SamplingParams(max_new_tokens=response, min_tokens=response, temperature=0)
-    server = Server(arguments.dtype, count)
+    options = ["--dtype", arguments.dtype, "--max-batch", str(count)]
+    logs = tempfile.TemporaryDirectory()
+    server = Server("smollm2", Path(logs.name) / "server.log", options, {"temperature": 0}, is_forced=True)
     together: list[float] = []
     try:
         subjects = {
@@ -178,6 +116,7 @@ def main() -> None:
         loaded = [server.ask(prompts(count - 1), response, late=prompts(1)[0])[-1] for _ in range(3)]
     finally:
         server.close()
+        logs.cleanup()
     record: dict[str, Any] = {"arguments": vars(arguments), "equal": same}
     for name, timing in timings.items():
         tokens = response * (arguments.singles if name == "one by one" else count)

@@ -18,7 +18,6 @@ import itertools
 import json
 import statistics
 import string
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,13 +27,13 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import aiohttp
 import torch
 from harness import interleave, write_result
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hybrid_decode import HYBRID
+from server import Server
 
 import perilune.engine.core
 from perilune.engine import Engine, EngineService, Request, SamplingParams
@@ -74,60 +73,6 @@ def wide_tokenizer(size: int) -> str:
             "pre_tokenizer": level, "post_processor": None, "decoder": level, "model": model,
         }
     )  # fmt: skip
-
-
-class Server:
-    """`perilune serve` in a process of its own."""
-
-    def __init__(self, directory: Path, options: Sequence[str]) -> None:
-        command = [sys.executable, "-c", "from perilune.cli import main; main()", "serve", str(directory)]
-        self.log = directory.with_suffix(".log")
-        with self.log.open("w") as log:
-            self._process = subprocess.Popen([*command, "--port", "0", "--no-page", *options], stderr=log)
-        self.name, self.url = directory.name, ""
-        while "API at " not in self.log.read_text():
-            if self._process.poll() is not None:
-                raise SystemExit(f"the server did not start: {self.log.read_text()[-3000:]}")
-            time.sleep(0.1)
-        self.url = self.log.read_text().split("API at ")[1].split("/v1")[0]
-
-    def close(self) -> None:
-        self._process.terminate()
-        self._process.wait(60)
-
-    def ask(self, prompts: Sequence[Sequence[int]], response: int, *, late: Sequence[int] | None = None) -> list[float]:
-        """Have all answered at once; seconds to each first token, the late one's last; it comes when all decode."""
-        return asyncio.run(self._ask(prompts, response, late))
-
-    async def _ask(self, prompts: Sequence[Sequence[int]], response: int, late: Sequence[int] | None) -> list[float]:
-        begun: list[float] = []
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-            tasks = [asyncio.create_task(self._one(session, prompt, response, begun)) for prompt in prompts]
-            while late is not None and len(begun) < len(prompts):
-                await asyncio.sleep(0.002)
-            if late is not None:
-                tasks.append(asyncio.create_task(self._one(session, late, 1, begun)))
-            return list(await asyncio.gather(*tasks))
-
-    async def _one(self, session: Any, prompt: Sequence[int], response: int, begun: list[float]) -> float:
-        body = {
-            "model": self.name, "prompt": list(prompt), "max_tokens": response, "temperature": TEMPERATURE, "seed": 1,
-            "stream": True, "stream_options": {"include_usage": True},
-        }  # fmt: skip
-        start, first, last = time.perf_counter(), 0.0, b""
-        async with session.post(f"{self.url}/v1/completions", json=body) as answer:
-            if answer.status != 200:
-                raise SystemExit(f"{answer.status}: {await answer.text()}")
-            async for line in answer.content:
-                if line.startswith(b"data: {"):
-                    last = line
-                    if not first:
-                        first = time.perf_counter() - start
-                        begun.append(first)
-        usage = json.loads(last.removeprefix(b"data: "))["usage"]
-        if usage["completion_tokens"] != response:
-            raise SystemExit(f"{usage['completion_tokens']} tokens came instead of {response}")
-        return first
 
 
 def make_requests(prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Request]:
@@ -216,7 +161,8 @@ def measure_server(
             "device": model.output_weight.device.type, "dtype": dtype, "max-batch": count + 1,
             "max-context": limits["context_limit"], "cache-gib": arguments.cache_gib,
         }  # fmt: skip
-        server = Server(directory, [part for name, value in options.items() for part in (f"--{name}", str(value))])
+        words = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+        server = Server(directory, Path(folder) / "server.log", words, {"temperature": TEMPERATURE, "seed": 1})
         try:
             subjects = {
                 "server": lambda: server.ask(make_prompts(count), response),
