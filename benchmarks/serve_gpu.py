@@ -194,9 +194,10 @@ def main() -> None:
     parser.add_argument("--response", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--cache-gib", type=float, default=16.0)
+    parser.add_argument("--cache-gib", type=float, help="of each engine; 16, or 0.25 with --small")
     parser.add_argument("--small", action="store_true", help="a tiny model on the CPU, to try this program out")
     arguments = parser.parse_args()
+    arguments.cache_gib = arguments.cache_gib or (0.25 if arguments.small else 16.0)
     if not arguments.small and not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a GPU")
     config: ModelConfig = PRESETS["smoke"] if arguments.small else HYBRID
